@@ -1,0 +1,216 @@
+"""The whole GPT: blocks of one mixer and one MLP, pre-norm, with rotary embeddings.
+
+Shapes: B batch, T tokens, d_model width, vocab entries of the tokenizer.
+
+    x = embedding(input_ids)
+    for each block:  x = x + mixer(norm(x));  x = x + mlp(norm(x))
+    logits = head(norm(x))
+
+Init (`GPT.init_weights`), with s = config.init_std and L = config.n_layers:
+
+    parameter                    init                        source
+    embedding, head              N(0, s)                     GPT-2
+    mixer.qkv, mlp.up            N(0, s)                     GPT-2
+    mixer.out, mlp.down          N(0, s / sqrt(2 L))         GPT-2: 2 L branches add to the residual stream
+    mixer.gate weight, bias      0, logit(gate_init)         every gate starts at gate_init, whatever the token
+    every norm                   1                           Zhang & Sennrich 2019 (arXiv:1910.07467)
+
+No linear map has a bias but the gate. Each parameter is drawn from a generator of its own, seeded by the seed and the
+parameter's name: models that differ in a mixer start from equal weights wherever they share a parameter, and a
+sharded model starts from the same weights as a whole one, on every device.
+"""
+
+import hashlib
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from powertrain.models.config import MixerConfig, ModelConfig
+from powertrain.models.mixers import Cache, LayerCache, Linear, Mixer, RMSNorm, rotary_angles
+from powertrain.ops import linear_cross_entropy
+
+IGNORE_INDEX = -100
+
+
+class GPTOutput(NamedTuple):
+    """What `GPT.forward` returns; a tuple, so that FSDP and `torch.compile` see the tensors inside."""
+
+    # With labels: mean loss in nats per label that is not ignored (scalar), or (B, T) fp32 for loss_reduction="none".
+    loss: Tensor | None
+    # Without labels: (B, T, vocab_size), or the last positions of it.
+    logits: Tensor | None
+    # With collect_stats: `power/gate_half_life/<layer>` (tokens) and `power/min_normalizer/<layer>`, fp32 scalars.
+    stats: dict[str, Tensor]
+
+
+class Embedding(nn.Embedding):
+    """`nn.Embedding` that leaves its parameters uninitialised: `GPT.init_weights` is the only init."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x)) for swiglu, down(gelu(up(x))) for gelu; gate and up are one matrix."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.kind = config.mlp
+        self.up = Linear(config.d_model, config.d_ff * (2 if config.mlp == "swiglu" else 1), bias=False)
+        self.down = Linear(config.d_ff, config.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)
+        if self.kind == "swiglu":
+            gate, up = x.chunk(2, dim=-1)
+            return self.down(F.silu(gate) * up)
+        return self.down(F.gelu(x))
+
+
+class Block(nn.Module):
+    """One layer: a mixer and an MLP, each normalised before and added after."""
+
+    def __init__(self, config: ModelConfig, mixer: MixerConfig) -> None:
+        super().__init__()
+        self.mixer_norm = RMSNorm(config.d_model, eps=config.norm_eps)
+        self.mixer = Mixer(config, mixer)
+        self.mlp_norm = RMSNorm(config.d_model, eps=config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        cu_seqlens: Tensor | None = None,
+        cache: LayerCache | None = None,
+        collect_stats: bool = False,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """x (B, T, d_model) -> the same shape, and the mixer's stats."""
+        mixed, stats = self.mixer(self.mixer_norm(x), rotary, cu_seqlens, cache, collect_stats)
+        x = x + mixed
+        return x + self.mlp(self.mlp_norm(x)), stats
+
+
+class GPT(nn.Module):
+    """Decoder-only language model of the shape of `config`, whose vocab_size must be set.
+
+    Built under `torch.device("meta")` it holds no weights: shard it, `to_empty(device=...)`, then call
+    `init_weights`.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        rows = config.padded_vocab_size
+        self.embedding = Embedding(rows, config.d_model)
+        self.blocks = nn.ModuleList(Block(config, mixer) for mixer in config.layer_mixers)
+        self.norm = RMSNorm(config.d_model, eps=config.norm_eps)
+        self.head = Linear(config.d_model, rows, bias=False)
+        if config.tied_embeddings:
+            self.head.weight = self.embedding.weight
+        if not self.embedding.weight.is_meta:
+            self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self, seed: int | None = None) -> None:
+        """Set every parameter as the table above says; `seed` is that of torch's default generator unless given.
+
+        Sharded parameters (DTensor) are drawn one at a time on the CPU, and each rank keeps its shard.
+        """
+        if seed is None:
+            seed = torch.initial_seed()
+        residual_std = self.config.init_std / math.sqrt(2 * self.config.n_layers)
+        gate_init = self.config.mixer.gate_init
+        for name, parameter in self.named_parameters():
+            match name.split(".")[-2:]:
+                case ["mixer_norm" | "mlp_norm" | "norm" | "q_norm" | "k_norm", "weight"]:
+                    parameter.fill_(1.0)
+                case ["gate", "weight"]:
+                    parameter.zero_()
+                case ["gate", "bias"]:
+                    parameter.fill_(math.log(gate_init / (1.0 - gate_init)))
+                case ["out" | "down", "weight"]:
+                    _draw_normal(parameter, residual_std, seed, name)
+                case ["embedding" | "head" | "qkv" | "up", "weight"]:
+                    _draw_normal(parameter, self.config.init_std, seed, name)
+                case _:
+                    raise AssertionError(f"parameter {name} has no row in the init table")
+
+    def decay_parameters(self) -> frozenset[str]:
+        """Names of the parameters that weight decay belongs to: the matrices of mixers and MLPs, and an untied head.
+
+        Not the norms and gates, whose natural value is not 0, and not the embedding (tied or not): decay shrinks its
+        rows, and small rows make large gradients in the first layers (OLMo 2, arXiv:2501.00656).
+        """
+        matrices = ("qkv.weight", "out.weight", "up.weight", "down.weight", "head.weight")
+        # named_parameters names a tied matrix once, as the embedding.
+        return frozenset(name for name, _ in self.named_parameters() if name.endswith(matrices))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        labels: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        cache: Cache | None = None,
+        loss_reduction: str = "mean",
+        logits_to_keep: int | None = None,
+        collect_stats: bool = False,
+    ) -> GPTOutput:
+        """Loss of `labels`, or the logits.
+
+        input_ids (B, T) int64. labels (B, T) int64: the next token, -100 where there is none; with them the logits of
+        all tokens never exist whole. cu_seqlens (M,) int32: document offsets over the flattened B T tokens; nothing
+        passes a boundary. cache: the tokens follow those that the cache has seen, and it is advanced in place.
+        loss_reduction: "mean" over the labels that are not ignored, or "none". logits_to_keep: return the logits of
+        this many last positions only. collect_stats: see GPTOutput.
+        """
+        if cache is not None and (cu_seqlens is not None or labels is not None):
+            raise ValueError("a cache continues one sequence per row: cu_seqlens and labels are not allowed with it")
+        start = 0 if cache is None else cache.position
+        x = self.embedding(input_ids)
+        rotary = rotary_angles(start, input_ids.shape[1], self.config.head_dim, self.config.rope_theta, x.device)
+        stats: dict[str, Tensor] = {}
+        for layer, block in enumerate(self.blocks):
+            inputs = (x, rotary, cu_seqlens, None if cache is None else cache.layers[layer], collect_stats)
+            if self.config.activation_checkpointing and torch.is_grad_enabled():
+                x, layer_stats = checkpoint(block, *inputs, use_reentrant=False)
+            else:
+                x, layer_stats = block(*inputs)
+            stats.update({f"power/{key}/{layer}": value for key, value in layer_stats.items()})
+        if cache is not None:
+            cache.position = start + input_ids.shape[1]
+        x = self.norm(x)
+        if labels is None:
+            x = x if logits_to_keep is None else x[:, -logits_to_keep:]
+            return GPTOutput(None, self.head(x)[..., : self.config.vocab_size], stats)
+        loss = linear_cross_entropy(
+            x,
+            self.head.weight,
+            labels,
+            vocab_size=self.config.vocab_size,
+            ignore_index=IGNORE_INDEX,
+            reduction=loss_reduction,
+        )
+        return GPTOutput(loss, None, stats)
+
+
+def _draw_normal(parameter: Tensor, std: float, seed: int, name: str) -> None:
+    """Fill `parameter` from N(0, std) by a generator that depends on `seed` and `name` only."""
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    values = torch.empty(parameter.shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
+    if hasattr(parameter, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor
+
+        # Every rank has drawn the same values: nothing needs to be sent.
+        shard = distribute_tensor(
+            values.to(parameter.dtype), parameter.device_mesh, parameter.placements, src_data_rank=None
+        )
+        parameter.to_local().copy_(shard.to_local())
+    else:
+        parameter.copy_(values)

@@ -1,0 +1,172 @@
+"""What mixes information between tokens: projections, rotary embedding, gates, and the call of one op of
+`powertrain.ops`.
+
+Shapes: B batch, T tokens, Hq and Hk query and key heads, D head dim. All kinds share one module, so that a
+comparison between mixers changes the op and nothing else.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from powertrain.models.config import MixerConfig, ModelConfig
+from powertrain.ops import linear_attention, power_retention, softmax_attention, window_attention
+
+
+class LayerCache(Protocol):
+    """What one layer keeps between decoding steps; `powertrain.inference.cache` has one for each mixer kind."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, log_G: Tensor | None) -> Tensor:
+        """Output (B, T, Hq, D) for T new tokens after all those seen before, which it then remembers."""
+        ...
+
+
+class Cache(Protocol):
+    """The cache of a model: its layers' caches, and how many tokens they have seen."""
+
+    position: int
+    layers: Sequence[LayerCache]
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` that leaves its parameters uninitialised: `GPT.init_weights` is the only init."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class RMSNorm(nn.RMSNorm):
+    """`nn.RMSNorm` that normalises in fp32 and returns the dtype of its input, whatever the dtype of its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+def rotary_angles(start: int, length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (T, D/2), fp32, of the rotary embedding at positions `start ... start + length - 1`.
+
+    Computed in each forward rather than kept in a buffer: there is nothing to restore after a meta-device init, and
+    no longest context. Positions run through document boundaries, since only differences within a document matter.
+    """
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+    positions = torch.arange(start, start + length, dtype=torch.float32, device=device)
+    angles = positions[:, None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn channel pairs (i, i + D/2) of x (B, T, H, D), fp32, by the angles of `rotary_angles` (Su et al. 2021)."""
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+
+
+class Mixer(nn.Module):
+    """Multi-head mixer of one layer: x (B, T, d_model) -> (B, T, d_model).
+
+    With `gated`, each key head has a scalar gate per token, sigmoid(w.x + b): the weight of key j for query i is
+    multiplied by the product of the gates j+1 ... i. This is the gate of power retention, and for softmax that of
+    the Forgetting Transformer (Lin et al. 2025, arXiv:2503.02130).
+    """
+
+    def __init__(self, config: ModelConfig, mixer: MixerConfig) -> None:
+        super().__init__()
+        assert len(mixer.kinds) == 1, "the mixer of one layer comes from MixerConfig.for_layer"
+        self.config = mixer
+        self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
+        self.qkv = Linear(config.d_model, (config.n_heads + 2 * config.n_kv_heads) * config.head_dim, bias=False)
+        self.out = Linear(config.n_heads * config.head_dim, config.d_model, bias=False)
+        self.gate = Linear(config.d_model, config.n_kv_heads) if mixer.gated else None
+        self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        cu_seqlens: Tensor | None = None,
+        cache: LayerCache | None = None,
+        collect_stats: bool = False,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mixed tokens, and for power layers with `collect_stats` `gate_half_life` and `min_normalizer`."""
+        B, T, _ = x.shape
+        qkv = self.qkv(x).view(B, T, self.n_heads + 2 * self.n_kv_heads, self.head_dim)
+        q, k, v = qkv.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=2)
+        # Rounded once, to the dtype of v.
+        q = apply_rotary(self.q_norm(q.float()), *rotary).to(v.dtype)
+        k = apply_rotary(self.k_norm(k.float()), *rotary).to(v.dtype)
+        log_G = self._log_gates(x)
+        out = self._mix(q, k, v, log_G, cu_seqlens) if cache is None else cache.attend(q, k, v, log_G)
+        stats: dict[str, Tensor] = {}
+        if collect_stats and self.config.kind == "power":
+            with torch.no_grad():
+                stats["min_normalizer"] = smallest_normalizer(q, k, log_G, self.config.deg, cu_seqlens)
+                if log_G is not None:
+                    stats["gate_half_life"] = math.log(0.5) / log_G.mean()
+        return self.out(out.reshape(B, T, self.n_heads * self.head_dim)), stats
+
+    def _log_gates(self, x: Tensor) -> Tensor | None:
+        """Logarithms of the gates (B, T, Hk), fp32 and <= 0."""
+        if self.gate is None:
+            return None
+        # The bias (6.9 at init) joins in fp32: in bf16, steps of the sum would change the half-life by 3 %.
+        return F.logsigmoid(F.linear(x, self.gate.weight).float() + self.gate.bias.float())
+
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, log_G: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+        config = self.config
+        match config.kind:
+            case "power":
+                return power_retention(
+                    q,
+                    k,
+                    v,
+                    log_G,
+                    deg=config.deg,
+                    chunk_size=config.chunk_size,
+                    switch_over_seq_len=config.switch_over_seq_len,
+                    cu_seqlens=cu_seqlens,
+                )
+            case "softmax":
+                return softmax_attention(q, k, v, log_G, cu_seqlens=cu_seqlens)
+            case "window":
+                return window_attention(q, k, v, log_G, window=config.window, cu_seqlens=cu_seqlens)
+            case "linear":
+                return linear_attention(q, k, v, log_G, chunk_size=config.chunk_size, cu_seqlens=cu_seqlens)
+        raise AssertionError(f"MixerConfig let kind {config.kind!r} through")
+
+
+def smallest_normalizer(
+    q: Tensor,
+    k: Tensor,
+    log_G: Tensor | None,
+    deg: int,
+    cu_seqlens: Tensor | None = None,
+    n_samples: int = 16,
+) -> Tensor:
+    """Smallest normaliser d_i = sum_j (q_i.k_j / sqrt(D))^deg exp(G_i - G_j) over sampled query positions; fp32 scalar.
+
+    q (B, T, Hq, D), k (B, T, Hk, D), log_G (B, T, Hk) or None, cu_seqlens (M,) over the flattened B T tokens. A power
+    layer divides by d_i, so that a value near 0 announces a loss spike. The op divides inside and does not return d_i;
+    here the definition is evaluated at `n_samples` evenly spaced positions of each row, the first and the last among
+    them, which costs O(n_samples T) and is asked for only at steps that log.
+    """
+    B, T, Hq, D = q.shape
+    Hk = k.shape[2]
+    positions = torch.linspace(0, T - 1, min(n_samples, T), device=q.device).round().long()
+    q_sampled = q[:, positions].float().view(B, len(positions), Hk, Hq // Hk, D)
+    weights = (torch.einsum("brhgd,bthd->bhgrt", q_sampled, k.float()) / math.sqrt(D)).pow(deg)
+    index = torch.arange(T, device=q.device)
+    visible = index <= positions[:, None]
+    if cu_seqlens is not None:
+        document = torch.searchsorted(cu_seqlens, torch.arange(B * T, device=q.device), right=True).view(B, 1, T)
+        visible = visible & (document[:, 0, positions, None] == document)
+    visible = visible.expand(B, len(positions), T)[:, None, None]
+    if log_G is not None:
+        G = log_G.float().cumsum(1).transpose(1, 2)
+        decay = G[:, :, positions, None] - G[:, :, None, :]
+        weights = weights * decay.clamp(max=0.0).exp()[:, :, None]
+    return weights.masked_fill(~visible, 0.0).sum(-1).min()
