@@ -1,0 +1,289 @@
+"""Builds the kernel library once per content key, however many processes ask for it at once."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from powertrain.native.errors import KernelBuildError, KernelsUnavailable
+from powertrain.native.toolchain import (
+    ARCHITECTURES,
+    LIBRARY_NAME,
+    LINK_FLAGS,
+    Nvcc,
+    Unit,
+    find_ninja,
+    find_nvcc,
+    include_flags,
+    kernel_sources,
+    library_key,
+    units,
+)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is written beside a built library (`manifest.json`)."""
+
+    key: str  # content key of sources and flags
+    sha256: str  # of the library file
+    size: int  # bytes
+    nvcc: str  # release of the compiler
+    targets: dict[str, list[str]]  # -gencode values by source folder
+    seconds: float  # time the build took, objects taken from the cache not counted
+
+    @staticmethod
+    def read(path: Path) -> "Manifest":
+        return Manifest(**json.loads(path.read_text()))
+
+
+@dataclass(frozen=True)
+class KernelReport:
+    """What ptxas says of one compiled kernel."""
+
+    unit: str
+    kernel: str
+    target: str
+    registers: int
+    spill_bytes: int
+    stack_bytes: int
+
+
+def cache_root() -> Path:
+    """`$POWERTRAIN_CACHE`, else the user's cache directory; the kernels live in its `kernels/`."""
+    if os.environ.get("POWERTRAIN_CACHE"):
+        root = Path(os.environ["POWERTRAIN_CACHE"])
+    elif os.environ.get("XDG_CACHE_HOME"):
+        root = Path(os.environ["XDG_CACHE_HOME"]) / "powertrain"
+    else:
+        root = Path.home() / ".cache" / "powertrain"
+    return root / "kernels"
+
+
+def find_library(root: Path | None = None) -> Path | None:
+    """A built library for the present sources: from the cache, else the one that the wheel carries; None without."""
+    sources = root or kernel_sources()
+    key = library_key(sources)
+    for folder in (cache_root() / key, sources / "lib"):
+        library = folder / LIBRARY_NAME
+        if library.is_file() and _manifest_matches(folder, key):
+            return library
+    return None
+
+
+def build_library(*, jobs: int | None = None, output: Path | None = None, force: bool = False) -> Path:
+    """Builds the library for the present sources unless it is in the cache, and returns its path.
+
+    Safe when many processes start at once: one builds, the others wait for the lock and take the result. A library
+    appears under its key only whole (temporary directory, fsync, atomic rename). Progress goes to stderr.
+
+    Args:
+        jobs: compilers run at once; default: the CPUs of this process.
+        output: a folder to copy the library and its manifest into as well (how a wheel comes to carry them).
+        force: build even if the cache holds the library; objects are compiled anew too.
+
+    Raises:
+        KernelsUnavailable: no compiler, or no sources.
+        KernelBuildError: the compiler failed; the message holds its output.
+    """
+    sources = kernel_sources()
+    key = library_key(sources)
+    home = cache_root()
+    folder = home / key
+    with _lock(home / "lock"):
+        if force or not (folder / LIBRARY_NAME).is_file() or not _manifest_matches(folder, key):
+            _build_locked(sources, key, home, jobs=jobs or len(os.sched_getaffinity(0)), force=force)
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        for name in (LIBRARY_NAME, "manifest.json"):
+            _write_atomically(output / name, (folder / name).read_bytes())
+    return folder / LIBRARY_NAME
+
+
+def verify_library(library: Path) -> Manifest:
+    """Checks a library against the digest in its manifest.
+
+    Raises:
+        KernelsUnavailable: the file is not what was built (truncated, or written over).
+    """
+    manifest = Manifest.read(library.parent / "manifest.json")
+    content = library.read_bytes()
+    if len(content) != manifest.size or hashlib.sha256(content).hexdigest() != manifest.sha256:
+        raise KernelsUnavailable(
+            f"{library} is damaged ({len(content)} bytes where {manifest.size} were built, or other content): "
+            "`powertrain kernels build --force` builds it anew."
+        )
+    return manifest
+
+
+def compiler_reports() -> tuple[list[KernelReport], list[str]]:
+    """What the compiler said of each unit of the library in the cache: `(kernels, warnings)`.
+
+    Raises:
+        KernelsUnavailable: a unit was not compiled into this cache.
+    """
+    sources = kernel_sources()
+    nvcc = find_nvcc()
+    reports, warnings = [], []
+    for unit in units(sources):
+        log = _object(cache_root(), unit, nvcc).with_suffix(".log")
+        if not log.is_file():
+            raise KernelsUnavailable(f"{unit.name} was not compiled into this cache; run `powertrain kernels build`.")
+        text = log.read_text()
+        reports += parse_ptxas(unit.name, text)
+        warnings += [
+            f"{unit.name}: {line}" for line in text.splitlines() if re.search(r"\bwarning\b", line, re.IGNORECASE)
+        ]
+    return reports, warnings
+
+
+_PTXAS_ENTRY = re.compile(r"Compiling entry function '([^']+)' for '([^']+)'")
+_PTXAS_FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+_PTXAS_REGISTERS = re.compile(r"Used (\d+) registers")
+
+
+def parse_ptxas(unit: str, text: str) -> list[KernelReport]:
+    """The kernels that `ptxas -v` names in `text`, with their registers and spills."""
+    reports = []
+    kernel = target = ""
+    stack = spill = 0
+    for line in text.splitlines():
+        if match := _PTXAS_ENTRY.search(line):
+            kernel, target, stack, spill = match[1], match[2], 0, 0
+        elif match := _PTXAS_FRAME.search(line):
+            stack, spill = int(match[1]), int(match[2]) + int(match[3])
+        elif kernel and (match := _PTXAS_REGISTERS.search(line)):
+            reports.append(KernelReport(unit, kernel, target, int(match[1]), spill, stack))
+            kernel = ""
+    return reports
+
+
+def _manifest_matches(folder: Path, key: str) -> bool:
+    try:
+        return Manifest.read(folder / "manifest.json").key == key
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def _object(home: Path, unit: Unit, nvcc: Nvcc) -> Path:
+    key = hashlib.sha256(f"{unit.name}\0{unit.digest}\0{' '.join(unit.flags)}\0{nvcc.release}".encode())
+    return home / "objects" / f"{key.hexdigest()[:24]}.o"
+
+
+def _build_locked(sources: Path, key: str, home: Path, *, jobs: int, force: bool) -> None:
+    nvcc, ninja = find_nvcc(), find_ninja()
+    all_units = units(sources)
+    objects = {unit.name: _object(home, unit, nvcc) for unit in all_units}
+    missing = [unit for unit in all_units if force or not objects[unit.name].is_file()]
+    (home / "objects").mkdir(parents=True, exist_ok=True)
+    _say(
+        f"building the CUDA kernels once: {len(missing)} of {len(all_units)} files to compile "
+        f"with nvcc {nvcc.release}, {jobs} at a time, into {home}"
+    )
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix=f".{key}-", dir=home) as temporary:
+        work = Path(temporary)
+        library = work / LIBRARY_NAME
+        rules = _ninja_file(sources, nvcc, missing, objects, library)
+        (work / "build.ninja").write_text(rules)
+        _run_ninja([ninja, "-C", str(work), "-j", str(jobs)])
+        content = library.read_bytes()
+        manifest = Manifest(
+            key=key,
+            sha256=hashlib.sha256(content).hexdigest(),
+            size=len(content),
+            nvcc=nvcc.release,
+            targets={folder: list(values) for folder, values in ARCHITECTURES.items()},
+            seconds=round(time.monotonic() - start, 1),
+        )
+        folder = home / key
+        folder.mkdir(parents=True, exist_ok=True)
+        # The manifest goes first: a crash between the two leaves a library that fails its check, never one unchecked.
+        _write_atomically(folder / "manifest.json", json.dumps(asdict(manifest), indent=2).encode())
+        _write_atomically(folder / LIBRARY_NAME, content)
+    _say(f"built {folder / LIBRARY_NAME} in {manifest.seconds:.0f} s")
+
+
+def _ninja_file(sources: Path, nvcc: Nvcc, missing: list[Unit], objects: dict[str, Path], library: Path) -> str:
+    def escape(text: str) -> str:
+        return text.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+    compiler = shlex.quote(str(nvcc.path)).replace("$", "$$")
+    includes = shlex.join(include_flags(sources)).replace("$", "$$")
+    lines = [
+        "ninja_required_version = 1.5",
+        "rule compile",
+        # The log stays beside the object: `build --check` reads registers, spills and warnings from it.
+        f"  command = ({compiler} $flags {includes} -c $in -o $out.part > $log 2>&1 && mv $out.part $out)"
+        " || (cat $log; exit 1)",
+        "  description = $name",
+        "rule link",
+        f"  command = {compiler} {' '.join(LINK_FLAGS)} $in -o $out",
+        f"  description = {LIBRARY_NAME}",
+    ]
+    for unit in missing:
+        target = objects[unit.name]
+        lines += [
+            f"build {escape(str(target))}: compile {escape(str(unit.source))}",
+            f"  flags = {shlex.join(unit.flags).replace('$', '$$')}",
+            f"  log = {shlex.quote(str(target.with_suffix('.log'))).replace('$', '$$')}",
+            f"  name = {unit.name}",
+        ]
+    inputs = " ".join(escape(str(path)) for path in objects.values())
+    lines += [f"build {escape(str(library))}: link {inputs}", ""]
+    return "\n".join(lines)
+
+
+def _run_ninja(command: list[str]) -> None:
+    environment = {**os.environ, "NINJA_STATUS": "[%f/%t, %e s] "}
+    output: list[str] = []
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            output.append(line)
+            if line.startswith("["):
+                _say(line.rstrip())
+    if process.returncode != 0:
+        raise KernelBuildError("The kernels did not compile.\n" + "".join(output[-200:]))
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _say("another process builds the CUDA kernels; waiting for it")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as handle:
+            handle.write(content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _say(line: str) -> None:
+    print(f"[powertrain kernels] {line}", file=sys.stderr, flush=True)

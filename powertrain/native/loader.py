@@ -1,0 +1,55 @@
+"""Loads the kernel library and shakes hands with it."""
+
+import ctypes
+import functools
+import threading
+from pathlib import Path
+
+from powertrain.native.build import build_library, find_library, verify_library
+from powertrain.native.errors import KernelsUnavailable
+
+ABI_VERSION = 1
+"""The `PT_ABI_VERSION` of the header that the parameter structs of this package mirror."""
+
+_lock = threading.Lock()
+
+
+def library() -> ctypes.CDLL:
+    """The loaded kernel library; builds it first when there is none for the present sources.
+
+    Raises:
+        KernelsUnavailable: no library and no way to build one, a damaged file, or another ABI.
+        KernelBuildError: the compiler refused the sources.
+    """
+    with _lock:
+        return _load_once()
+
+
+@functools.cache
+def _load_once() -> ctypes.CDLL:
+    path = find_library()
+    return open_library(path if path is not None else build_library())
+
+
+def open_library(path: Path) -> ctypes.CDLL:
+    """Loads the library at `path` after checking its digest, and its ABI version after that.
+
+    Raises:
+        KernelsUnavailable: the digest or the ABI version is not the expected one, or the loader refuses the file.
+    """
+    verify_library(path)
+    try:
+        loaded = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise KernelsUnavailable(f"{path} does not load ({error}); run `powertrain kernels build --force`.") from error
+    try:
+        loaded.pt_abi_version.restype = ctypes.c_int32
+        found = loaded.pt_abi_version()
+    except AttributeError:
+        found = None
+    if found != ABI_VERSION:
+        raise KernelsUnavailable(
+            f"{path} speaks ABI version {found}, and this powertrain speaks {ABI_VERSION}: "
+            "run `powertrain kernels build --force`."
+        )
+    return loaded

@@ -1,0 +1,163 @@
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from powertrain.native import build, loader, toolchain
+from powertrain.native.errors import KernelBuildError, KernelsUnavailable
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+
+
+def test_key_follows_sources_headers_and_flags(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = [toolchain.library_key(tree)]
+    header = tree / "src" / "common" / "scale.h"
+    header.write_text("#define SCALE 3.f\n")
+    keys.append(toolchain.library_key(tree))
+    (tree / "src" / "sm80" / "extra.cu").write_text("__global__ void extra() {}\n")
+    keys.append(toolchain.library_key(tree))
+    monkeypatch.setattr(toolchain, "COMMON_FLAGS", (*toolchain.COMMON_FLAGS, "-DEXTRA"))
+    keys.append(toolchain.library_key(tree))
+    assert len(set(keys)) == 4
+    (tree / "README.md").write_text("no source")
+    assert toolchain.library_key(tree) == keys[-1]
+
+
+def test_only_what_includes_a_changed_header_is_compiled_anew(tree: Path) -> None:
+    (tree / "src" / "sm80" / "extra.cu").write_text("__global__ void extra() {}\n")
+    before = {unit.name: unit.digest for unit in toolchain.units(tree)}
+    (tree / "src" / "common" / "scale.h").write_text("#define SCALE 5.f\n")
+    after = {unit.name: unit.digest for unit in toolchain.units(tree)}
+    assert before["sm80/extra.cu"] == after["sm80/extra.cu"]
+    assert before["common/scale.cu"] != after["common/scale.cu"]
+
+
+def test_real_sources_are_found_and_in_known_folders() -> None:
+    root = toolchain.kernel_sources()
+    assert {unit.name.split("/")[0] for unit in toolchain.units(root)} <= set(toolchain.ARCHITECTURES)
+
+
+def test_unknown_folder_is_refused(tree: Path) -> None:
+    (tree / "src" / "sm70").mkdir()
+    (tree / "src" / "sm70" / "old.cu").write_text("")
+    with pytest.raises(KernelsUnavailable, match=r"sm70/old\.cu.*common, sm80, sm90"):
+        toolchain.units(tree)
+
+
+def test_missing_nvcc_is_one_sentence_that_says_what_to_do(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toolchain.os, "access", lambda *_: False)
+    with pytest.raises(KernelsUnavailable) as error:
+        loader.build_library()
+    message = str(error.value)
+    assert "nvcc was not found" in message
+    assert "powertrain kernels build" in message
+    assert "PyTorch path" in message
+    assert "\n" not in message
+
+
+def test_old_nvcc_is_refused_with_both_versions(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = tmp_path / "toolkit" / "bin" / "nvcc"
+    fake.parent.mkdir(parents=True)
+    fake.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 11.8, V11.8.89'\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "toolkit"))
+    with pytest.raises(KernelsUnavailable, match=r"CUDA 11\.8.*12\.4"):
+        toolchain.find_nvcc()
+
+
+def test_ptxas_reports() -> None:
+    text = textwrap.dedent("""\
+        ptxas info    : 0 bytes gmem
+        ptxas info    : Compiling entry function '_Z4fastv' for 'sm_80'
+        ptxas info    : Function properties for _Z4fastv
+            0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+        ptxas info    : Used 168 registers, used 1 barriers, 400 bytes cmem[0]
+        ptxas info    : Compiling entry function '_Z4slowv' for 'sm_90a'
+        ptxas info    : Function properties for _Z4slowv
+            32 bytes stack frame, 24 bytes spill stores, 40 bytes spill loads
+        ptxas info    : Used 255 registers, used 0 barriers
+        """)
+    fast, slow = build.parse_ptxas("sm80/x.cu", text)
+    assert (fast.kernel, fast.target, fast.registers, fast.spill_bytes) == ("_Z4fastv", "sm_80", 168, 0)
+    assert (slow.kernel, slow.target, slow.registers, slow.spill_bytes, slow.stack_bytes) == (
+        "_Z4slowv",
+        "sm_90a",
+        255,
+        64,
+        32,
+    )
+
+
+@needs_nvcc
+def test_build_load_reuse_damage_and_check(
+    tree: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = build.build_library(output=tmp_path / "carried")
+    progress = capfd.readouterr().err
+    assert "building the CUDA kernels once: 1 of 1 files" in progress
+    assert "common/scale.cu" in progress
+    loaded = loader.open_library(path)
+    assert loaded.pt_abi_version() == loader.ABI_VERSION
+    assert build.find_library() == path
+
+    build.build_library()
+    assert capfd.readouterr().err == ""  # nothing is compiled twice
+
+    reports, warnings = build.compiler_reports()
+    assert {report.target for report in reports} == {"sm_80", "sm_90"}
+    assert not warnings
+
+    # A wheel carries the library: no compiler and no cache are needed then.
+    monkeypatch.setenv("POWERTRAIN_CACHE", str(tmp_path / "empty"))
+    shutil.copytree(tmp_path / "carried", tree / "lib")
+    assert build.find_library() == tree / "lib" / toolchain.LIBRARY_NAME
+    monkeypatch.setenv("POWERTRAIN_CACHE", str(tmp_path / "cache"))
+
+    whole = path.read_bytes()
+    path.unlink()  # the loaded library keeps its pages
+    path.write_bytes(whole[:-100])
+    with pytest.raises(KernelsUnavailable, match="is damaged"):
+        loader.open_library(path)
+    assert loader.open_library(build.build_library(force=True)).pt_abi_version() == loader.ABI_VERSION
+
+    monkeypatch.setattr(loader, "ABI_VERSION", loader.ABI_VERSION + 1)
+    with pytest.raises(KernelsUnavailable, match=r"speaks ABI version \d+"):
+        loader.open_library(path)
+
+
+@needs_nvcc
+def test_compile_error_shows_the_compilers_words_and_leaves_nothing(tree: Path) -> None:
+    (tree / "src" / "common" / "scale.cu").write_text("int broken = missing;\n")
+    with pytest.raises(KernelBuildError, match=r"scale\.cu\(1\).*missing"):
+        build.build_library()
+    assert build.find_library() is None
+    assert not list(build.cache_root().glob("*/" + toolchain.LIBRARY_NAME))
+
+
+@needs_nvcc
+def test_concurrent_builds_build_once(tree: Path, tmp_path: Path) -> None:
+    script = textwrap.dedent("""\
+        import sys
+        from pathlib import Path
+        from powertrain.native import build
+        build.kernel_sources = lambda: Path(sys.argv[1])
+        print(build.build_library(jobs=1))
+        """)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(tree)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "POWERTRAIN_CACHE": str(tmp_path / "shared")},
+        )
+        for _ in range(2)
+    ]
+    results = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], results
+    assert results[0][0] == results[1][0]
+    assert sum("building the CUDA kernels once" in errors for _, errors in results) == 1

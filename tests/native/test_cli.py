@@ -1,0 +1,42 @@
+import shutil
+from pathlib import Path
+
+import pytest
+
+from powertrain.native import build, cli
+
+
+@pytest.fixture
+def cli_tree(tree: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(cli, "kernel_sources", lambda: tree)
+    return tree
+
+
+def test_info_without_a_library_says_what_to_do(cli_tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info"]) == 0
+    output = capsys.readouterr().out
+    assert str(cli_tree) in output
+    assert "none for these sources" in output
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_build_check_fails_on_a_warning(cli_tree: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["build", "--check"]) == 0
+    assert "0 warnings, 0 with spills" in capfd.readouterr().out
+    source = cli_tree / "src" / "common" / "scale.cu"
+    source.write_text(source.read_text() + "static int unused_function() { return 1; }\n")
+    assert cli.main(["build", "--check"]) == 1
+    assert "unused_function" in capfd.readouterr().err
+    assert cli.main(["info"]) == 0
+    assert str(build.find_library()) in capfd.readouterr().out
+
+
+def test_check_fails_on_a_spill(
+    cli_tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spilling = build.KernelReport("sm80/x.cu", "_Z4slowv", "sm_80", 255, 64, 32)
+    monkeypatch.setattr(cli, "build_library", lambda **_: cli_tree)
+    monkeypatch.setattr(cli, "open_library", lambda _: None)
+    monkeypatch.setattr(cli, "compiler_reports", lambda: ([spilling], []))
+    assert cli.main(["build", "--check"]) == 1
+    assert "_Z4slowv (sm_80): 64 bytes" in capsys.readouterr().err
