@@ -1,0 +1,217 @@
+/* powertrain kernels: power retention of degree 2, forward and backward, behind a plain C ABI.
+ *
+ * One call runs one stage on one stream; nothing is allocated, nothing synchronises, no state is kept between calls, no exception
+ * crosses the boundary. Every function returns a pt_status; pt_last_error() says what was wrong in one sentence (per host thread).
+ *
+ * Shapes: B batch, T tokens, Hq query heads, Hk key heads (Hq a multiple of Hk), K = V head dim, C chunk, N = ceil(T / C) chunks,
+ * Tp = T rounded up to 64. The mathematics and the derivation of the stages are in docs/kernels.md, the memory layouts of every opaque
+ * buffer in src/common/layout.cuh. The factor `scale` of the public op cancels in y = n / d, so no stage takes it.
+ *
+ * The forward of y = n / d:
+ *     pt_gates                 log_G, cu_seqlens  -> gates
+ *     pt_pack (x3)             q, k, v            -> packed q, k (transposed tiles), v' = [v, 1] (tiles)
+ *     pt_chunk_state           k, v', gates       -> states entering each chunk, final state
+ *     pt_chunk_scan            q, k, v', states   -> y, normalizer
+ * The backward, with the roles exchanged and time reversed:
+ *     pt_pack_grad             dy, y, normalizer  -> packed dn' = [dy / d, -(dy . y) / d]
+ *     pt_chunk_state reverse   q, dn'             -> gradients of the states leaving each chunk, gradient of the initial state
+ *     pt_chunk_scan reverse    k, q, dn', dstates -> dv, gate_grad = -(dv' . v')
+ *     pt_chunk_scan_grad       q, dn', states     -> dq         (and reverse: k, v', dstates -> dk)
+ *     pt_gate_grad             gate_grad          -> dlog_G
+ */
+#ifndef POWERTRAIN_KERNELS_H
+#define POWERTRAIN_KERNELS_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define PT_ABI_VERSION 1
+#define PT_API __attribute__((visibility("default")))
+
+typedef enum { PT_OK = 0, PT_INVALID = 1, PT_UNSUPPORTED = 2, PT_CUDA_ERROR = 3 } pt_status;
+typedef enum { PT_BF16 = 0, PT_FP16 = 1, PT_FP32 = 2 } pt_dtype;
+typedef enum { PT_ARCH_AUTO = 0, PT_ARCH_SM80 = 80, PT_ARCH_SM90 = 90 } pt_arch;
+typedef enum { PT_STAGE_CHUNK_STATE = 0, PT_STAGE_CHUNK_SCAN = 1, PT_STAGE_CHUNK_SCAN_GRAD = 2 } pt_stage;
+typedef enum { PT_PACK_FEATURES = 0, PT_PACK_VALUES = 1 } pt_pack_kind;
+
+/* A (B, T, H, D) tensor whose last dimension is contiguous; strides in elements. data may be null where a stage says so. */
+typedef struct {
+  void* data;
+  int64_t stride_b, stride_t, stride_h;
+} pt_tensor;
+
+/* What every stage needs to know. Zero in `arch` picks: sm90 where the device is 9.x and the configuration is compiled for it. */
+typedef struct {
+  int32_t dtype;       /* pt_dtype of q, k, v and of all packed buffers and states: PT_BF16 or PT_FP16 */
+  int32_t arch;        /* pt_arch */
+  int32_t batch;       /* B >= 1 */
+  int32_t query_heads; /* Hq */
+  int32_t key_heads;   /* Hk */
+  int32_t head_dim;    /* K = V: 32, 64 or 128 */
+  int32_t chunk_size;  /* C, a multiple of 64 */
+  float state_scale;   /* power of two that the 16-bit states are multiplied by (1 in bf16; see docs/kernels.md for fp16) */
+  int64_t seq_len;     /* T >= 1 */
+} pt_problem;
+
+/* Bytes of the opaque buffers of a problem. Buffers need an alignment of 256 bytes (torch.empty gives 512). */
+typedef struct {
+  int64_t packed_q;              /* q */
+  int64_t packed_k;              /* k */
+  int64_t packed_v;              /* v' */
+  int64_t packed_dn;             /* dn' */
+  int64_t gates;                 /* everything that pt_gates writes */
+  int64_t states;                /* one direction's 16-bit states, one per chunk */
+  int64_t boundary;              /* one fp32 boundary state (initial, final or their gradients) */
+  int64_t gate_grad;             /* (B, Hk, Tp) fp32 */
+  int64_t chunk_state_workspace; /* may be 0 */
+  int64_t gate_grad_workspace;   /* of pt_gate_grad; may be 0 */
+  int64_t reserved[6];
+} pt_sizes;
+
+/* A kernel of the library, for `powertrain kernels info` and for the build's check on spills. */
+typedef struct {
+  char name[96];
+  int32_t arch;         /* 80 or 90; 0 for the architecture-neutral ones */
+  int32_t registers;    /* per thread */
+  int32_t local_bytes;  /* stack and spills per thread */
+  int32_t shared_bytes; /* per block, static and dynamic */
+  int32_t threads;      /* per block */
+} pt_kernel_attributes;
+
+PT_API int pt_abi_version(void);
+PT_API const char* pt_last_error(void);                                            /* of this host thread; "" if none */
+PT_API int pt_sizes_of(const pt_problem* problem, pt_sizes* sizes);                /* no device needed except for the workspaces */
+PT_API int pt_selected_arch(const pt_problem* problem, int32_t stage, int32_t* arch); /* what PT_ARCH_AUTO picks on this device */
+PT_API int pt_compiled_archs(int32_t* archs, int32_t capacity, int32_t* count);    /* 80 and/or 90 */
+PT_API int pt_kernel_count(int32_t* count);
+PT_API int pt_kernel_info(int32_t index, pt_kernel_attributes* attributes);        /* needs a device */
+
+/* --- small, architecture-neutral stages (src/common) ------------------------------------------------------------------------- */
+
+/* fp16's rescue from overflow: scale = 2^-e with max |x| * scale in (0.5, 1], 1 where x is all zero; (B, groups) fp32, where each
+ * group covers heads / groups consecutive heads. */
+typedef struct {
+  pt_tensor x;    /* (B, T, heads, K) of problem.dtype */
+  int32_t heads;
+  int32_t groups; /* divides heads */
+  float* scale;   /* (B, groups) */
+} pt_power_scale_params;
+PT_API int pt_power_scale(const pt_problem* problem, const pt_power_scale_params* params, void* stream);
+
+/* Decays of every token within its 64-token block and its chunk, with documents as gates that close (see layout.cuh, Gates). */
+typedef struct {
+  const float* log_G;        /* (B, T, Hk) fp32 <= 0, or null: no gates */
+  int64_t log_G_stride_b, log_G_stride_t, log_G_stride_h;
+  const int32_t* cu_seqlens; /* (num_cu_seqlens,) offsets over the flattened B*T tokens, every row start among them, or null */
+  int32_t num_cu_seqlens;
+  void* gates;               /* out, pt_sizes.gates bytes */
+} pt_gates_params;
+PT_API int pt_gates(const pt_problem* problem, const pt_gates_params* params, void* stream);
+
+/* Copies x into tiles of 64 tokens, zero beyond T. PT_PACK_FEATURES: q or k. PT_PACK_VALUES: v, with a column of ones appended. */
+typedef struct {
+  pt_tensor x;        /* (B, T, heads, K) of problem.dtype */
+  int32_t heads;
+  int32_t kind;       /* pt_pack_kind */
+  const float* scale; /* (B, heads) powers of two that x is multiplied by (not the ones column), or null */
+  void* packed;
+} pt_pack_params;
+PT_API int pt_pack(const pt_problem* problem, const pt_pack_params* params, void* stream);
+
+/* dn' = [dy / d, -(dy . y) / d], its last column as hi + lo in two columns and computed from the rounded first columns, so that the row
+ * sums dn' . o' vanish as they do in exact arithmetic. Rows whose |d| is zero give zeros. */
+typedef struct {
+  pt_tensor dy;             /* (B, T, Hq, V) of problem.dtype */
+  pt_tensor y;              /* (B, T, Hq, V) of problem.dtype */
+  const float* normalizer;  /* (B, Hq, T) as pt_chunk_scan wrote it */
+  const float* value_scale; /* (B, Hk) scale that v was packed with, or null: y is brought back to packed units with it */
+  float* dn_scale;          /* (B, Hk) out: the power of two that dn' was multiplied by; null in bf16 (no scale) */
+  void* packed_dn;          /* out */
+} pt_pack_grad_params;
+PT_API int pt_pack_grad(const pt_problem* problem, const pt_pack_grad_params* params, void* stream);
+
+/* dlog_G = reverse cumulative sum of gate_grad within each document. */
+typedef struct {
+  const float* gate_grad;     /* (B, Hk, Tp) as pt_chunk_scan wrote it */
+  const float* final_term;    /* (B, Hk) added to the gradient of G at the last token (<d final state, final state>), or null */
+  const int32_t* cu_seqlens;  /* as in pt_gates */
+  int32_t num_cu_seqlens;
+  const float* scale;         /* (B, Hk) divided out of gate_grad (dn_scale * value_scale), or null */
+  float* dlog_G;              /* (B, T, Hk) out */
+  int64_t dlog_G_stride_b, dlog_G_stride_t, dlog_G_stride_h;
+  void* workspace;
+} pt_gate_grad_params;
+PT_API int pt_gate_grad(const pt_problem* problem, const pt_gate_grad_params* params, void* stream);
+
+/* Public states, exact upper-triangular (B, Hk, F, V) and (B, Hk, F), F = K (K + 1) / 2, weight sqrt(2) off the diagonal, to and from
+ * boundary states. `gradient` converts gradients with respect to them (the transpose of the other direction's map). */
+typedef struct {
+  float* state;        /* (B, Hk, F, V) contiguous fp32 */
+  float* sum_of_keys;  /* (B, Hk, F) contiguous fp32 */
+  float* boundary;     /* pt_sizes.boundary bytes */
+  int32_t to_boundary; /* 1: public -> boundary, 0: boundary -> public */
+  int32_t gradient;    /* 1: the arrays hold gradients */
+  const float* key_scale;   /* (B, Hk) scale that k (or, for gradients, nothing) was packed with, or null */
+  const float* value_scale; /* (B, Hk) scale that v was packed with (gradients: dn_scale), or null */
+} pt_boundary_params;
+PT_API int pt_boundary(const pt_problem* problem, const pt_boundary_params* params, void* stream);
+
+/* --- the three stages (src/sm90, src/sm80) ------------------------------------------------------------------------------------ */
+
+/* states[n] = state entering chunk n: S_0 = initial, S_{n+1} = chunk_decay_n S_n + sum_j decay_out_j phi(x_j)^T u_j.
+ * reverse: states[n] = gradient of the state leaving chunk n: E_N = initial, E_n = chunk_decay_n E_{n+1} + sum_i decay_in_i phi(x_i)^T u_i,
+ * summed over the query heads of each key head. */
+typedef struct {
+  int32_t reverse;
+  const void* x;        /* packed k; reverse: packed q */
+  const void* u;        /* packed v'; reverse: packed dn' */
+  const void* gates;
+  const float* initial; /* boundary state, or null: zero */
+  void* states;         /* out, pt_sizes.states bytes, or null: only final is wanted */
+  float* final_state;   /* out, boundary state, or null */
+  void* workspace;      /* pt_sizes.chunk_state_workspace bytes */
+} pt_chunk_state_params;
+PT_API int pt_chunk_state(const pt_problem* problem, const pt_chunk_state_params* params, void* stream);
+
+/* forward: o'_i = decay_in_i phi(q_i) S + sum_{j <= i} (q_i . k_j)^2 decay_ij v'_j within the chunk; y = n / d (0 where d is 0).
+ * reverse: dv'_j = decay_out_j phi(k_j) E + sum_{i >= j} (q_i . k_j)^2 decay_ij dn'_i, summed over the query heads of the key head. */
+typedef struct {
+  int32_t reverse;
+  int32_t has_boundary;   /* the state entering the first chunk (reverse: leaving the last) is not zero */
+  const void* q;          /* packed */
+  const void* k;          /* packed */
+  const void* u;          /* packed v'; reverse: packed dn' */
+  const void* gates;
+  const void* states;     /* of the same direction; may be null if N = 1 and not has_boundary */
+  pt_tensor out;          /* y (B, T, Hq, V); reverse: dv (B, T, Hk, V); of problem.dtype */
+  const float* out_scale; /* y: (B, Hk), dv: (B, Hk): out is divided by it, or null (y: value_scale, dv: dn_scale) */
+  float* normalizer;      /* forward: (B, Hq, T) out, d in packed units */
+  const void* v;          /* reverse: packed v', for gate_grad */
+  float* gate_grad;       /* reverse: (B, Hk, Tp) out, or null */
+} pt_chunk_scan_params;
+PT_API int pt_chunk_scan(const pt_problem* problem, const pt_chunk_scan_params* params, void* stream);
+
+/* forward: dq_i = d(dn'_i . o'_i) / dq_i with the state and the keys held; reverse: dk_j = d(v'_j . dv'_j) / dk_j. */
+typedef struct {
+  int32_t reverse;
+  int32_t has_boundary;
+  const void* q;            /* packed */
+  const void* k;            /* packed */
+  const void* v;            /* packed v' */
+  const void* dn;           /* packed dn' */
+  const void* gates;
+  const void* states;       /* forward: states; reverse: their gradients; may be null as in pt_chunk_scan */
+  pt_tensor out;            /* dq (B, T, Hq, K); reverse: dk (B, T, Hk, K); of problem.dtype */
+  const float* x_scale;     /* dq: (B, Hq) scale of q, dk: (B, Hk) scale of k: out is multiplied by it, or null */
+  const float* value_scale; /* (B, Hk) out is divided by it, or null */
+  const float* dn_scale;    /* (B, Hk) out is divided by it, or null */
+} pt_chunk_scan_grad_params;
+PT_API int pt_chunk_scan_grad(const pt_problem* problem, const pt_chunk_scan_grad_params* params, void* stream);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

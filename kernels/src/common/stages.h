@@ -1,0 +1,39 @@
+// What an architecture offers, and the helpers that every stage reports with. The public functions (dispatch.cu) validate and call these.
+#pragma once
+#include <cuda_runtime.h>
+
+#include "layout.cuh"
+#include "powertrain_kernels.h"
+
+namespace powertrain {
+
+int fail(pt_status status, const char* format, ...) __attribute__((format(printf, 2, 3)));  // records pt_last_error, returns status
+int check_cuda(cudaError_t error, const char* what);                                        // PT_OK or PT_CUDA_ERROR with its message
+int multiprocessors();                                                                      // of the current device; cached
+
+// Lets one kernel use `bytes` of dynamic shared memory; once per device, then free.
+int allow_shared_memory(const void* kernel, int bytes);
+
+// Every kernel registers itself (a static object beside its instantiation), for pt_kernel_info.
+struct KernelEntry {
+  const char* name;
+  const void* function;
+  int arch, threads, dynamic_shared_bytes;
+};
+struct RegisterKernel {
+  explicit RegisterKernel(const KernelEntry& entry);
+};
+
+#define PT_DECLARE_ARCH(arch_name)                                                                       \
+  namespace arch_name {                                                                                  \
+  bool supports(const pt_problem& problem, int stage);                                                   \
+  int64_t chunk_state_workspace(const pt_problem& problem);                                              \
+  int chunk_state(const pt_problem& problem, const pt_chunk_state_params& params, cudaStream_t stream); \
+  int chunk_scan(const pt_problem& problem, const pt_chunk_scan_params& params, cudaStream_t stream);   \
+  int chunk_scan_grad(const pt_problem& problem, const pt_chunk_scan_grad_params& params, cudaStream_t stream); \
+  }
+PT_DECLARE_ARCH(sm80)
+PT_DECLARE_ARCH(sm90)
+#undef PT_DECLARE_ARCH
+
+}  // namespace powertrain
