@@ -1,0 +1,239 @@
+"""The recipe of a sweep: the only source of what is trained, how it is tuned, and which figures come out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+from powertrain.config import share_dir
+from powertrain.schema import ConfigError, build, nearest
+
+Figure = Literal["envelope", "isoflop", "perplexity", "position", "seconds", "gain", "state_size"]
+FIGURES: tuple[Figure, ...] = get_args(Figure)
+
+# A cell's FLOPs under one convention: what is counted (the products that the mathematics needs, or those the
+# implementation executes) and whether the vocabulary head belongs to the model.
+Convention = Literal["algorithmic", "executed", "algorithmic, no head", "executed, no head"]
+CONVENTIONS: tuple[Convention, ...] = get_args(Convention)
+
+# Sizes of a stage: every rung of the ladder; the rungs around the best of the budget before; or the best of this budget.
+Sizes = Literal["all", "frontier", "best"]
+# Learning rates of a stage: the whole grid; the best one of the same mixer and size at the nearest lower tuned budget.
+Rates = Literal["grid", "tuned"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One rung of the ladder, or one mixer: a label and the overrides of `powertrain train` that make it."""
+
+    overrides: tuple[str, ...]  # such as `model=10m` or `mixer.deg=4`
+    label: str = ""  # text in figures and tables; empty: its key in the recipe
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A hyperparameter as a power law of the number of parameters, times each factor of a grid.
+
+    `value * (parameters / reference_parameters) ** exponent * factor`, parameters without the embeddings.
+    """
+
+    value: float  # at `reference_parameters`
+    reference_parameters: float = 1e7  # non-embedding parameters
+    exponent: float = 0.0  # 0: the same for every size
+    grid: tuple[float, ...] = (1.0,)  # every mixer gets all factors: equal effort by construction
+
+    def __post_init__(self) -> None:
+        if self.value <= 0 or self.reference_parameters <= 0:
+            raise ValueError(
+                f"value={self.value:g} and reference_parameters={self.reference_parameters:g} must be above 0"
+            )
+        if not self.grid or min(self.grid) <= 0 or list(self.grid) != sorted(set(self.grid)):
+            raise ValueError(f"grid={list(self.grid)} must be factors above 0, each once, in rising order")
+
+    def at(self, parameters: float, factor: float = 1.0) -> float:
+        """Return the value for a model of `parameters` non-embedding parameters."""
+        return self.value * (parameters / self.reference_parameters) ** self.exponent * factor
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One round of cells; later stages may depend on what earlier ones found, the same way for every mixer."""
+
+    budgets: tuple[float, ...]  # FLOPs, under the recipe's convention
+    sizes: Sizes = "all"  # all, frontier (`width` rungs around the optimum of the budget before) or best
+    learning_rates: Rates = "tuned"  # grid or tuned
+    seeds: tuple[int, ...] = (0,)  # seed of initialisation and data order; the same for every mixer
+    width: int = 1  # frontier only: rungs on each side of the optimum
+
+    def __post_init__(self) -> None:
+        if not self.budgets or min(self.budgets) <= 0 or list(self.budgets) != sorted(set(self.budgets)):
+            raise ValueError(f"budgets={list(self.budgets)} must be FLOPs above 0, each once, in rising order")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError(f"seeds={list(self.seeds)} must be whole numbers of at least 0, each once")
+        if self.width < 0:
+            raise ValueError(f"width={self.width} must be at least 0")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What makes a cell infeasible; it is then dropped with the reason, never trained badly."""
+
+    min_steps: int = 100  # optimizer steps below which a schedule has no room
+    max_tokens: float | None = None  # tokens beyond which the data would repeat; null: no limit
+    min_tokens_per_parameter: float = 0.0  # below it a size is too large for the budget to matter
+    max_tokens_per_parameter: float | None = None  # above it a size is too small for the budget to matter
+    memory_gib: float | None = None  # memory of one device; null: what the planned device has
+
+    def __post_init__(self) -> None:
+        if self.min_steps < 1:
+            raise ValueError(f"min_steps={self.min_steps} must be at least 1")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How a finished cell is measured: the same documents and positions for every mixer."""
+
+    tokens: int = 2**20  # validation tokens, read in order from the start of the validation split
+    position_buckets: int = 12  # buckets of the loss by position, each twice as far as the one before
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1 or self.position_buckets < 1:
+            raise ValueError(f"tokens={self.tokens} and position_buckets={self.position_buckets} must be at least 1")
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """How records become intervals and verdicts."""
+
+    bootstrap: int = 2000  # replicates over documents and seeds
+    confidence: float = 0.95  # of every interval
+    huber_delta: float = 1e-3  # of the parametric law, in log loss (Hoffmann et al. 2022, section 3.3)
+    law_bootstrap: int = 200  # replicates of the law's fit
+
+    def __post_init__(self) -> None:
+        if not 0 < self.confidence < 1:
+            raise ValueError(f"confidence={self.confidence} must lie between 0 and 1, both excluded")
+        if self.bootstrap < 100 or self.law_bootstrap < 20:
+            raise ValueError(
+                f"bootstrap={self.bootstrap} must be at least 100 and law_bootstrap={self.law_bootstrap} at least 20"
+            )
+        if self.huber_delta <= 0:
+            raise ValueError(f"huber_delta={self.huber_delta} must be above 0")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A sweep: which mixers at which sizes and budgets, tuned how, measured how, drawn how."""
+
+    name: str  # of the sweep: its directory, and the group of its runs in W&B
+    question: str  # one sentence: what the figures answer
+    contexts: tuple[int, ...]  # tokens of a sequence; figures are drawn per context
+    mixers: dict[str, Variant]
+    ladder: dict[str, Variant]  # model sizes, in rising order
+    subject: str  # the mixer that the verdict is about
+    baseline: str  # the mixer that gains are relative to
+    stages: tuple[Stage, ...]
+    learning_rate: Rule
+    batch_tokens: Rule  # tokens of an optimizer step, rounded to whole sequences
+    overrides: tuple[str, ...] = ()  # common to all cells: data, schedule, precision, ...
+    warmup_steps: int = 50  # the same for all budgets of a trunk
+    decay_fraction: float = 0.2  # share of a cell's steps over which the learning rate anneals to zero
+    convention: Convention = "algorithmic"  # of the budgets
+    limits: Limits = field(default_factory=Limits)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    analysis: Analysis = field(default_factory=Analysis)
+    figures: tuple[Figure, ...] = ("envelope", "isoflop", "perplexity", "position", "seconds", "gain")
+    notes: tuple[str, ...] = ()  # sentences printed on the report: what is smaller than, or differs from, a publication
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.name):
+            raise ValueError(f"name={self.name!r} must be letters, digits, '_', '.' and '-' (it names a directory)")
+        if not self.contexts or min(self.contexts) < 1:
+            raise ValueError(f"contexts={list(self.contexts)} must be at least one number of tokens above 0")
+        for option in ("subject", "baseline"):
+            chosen = getattr(self, option)
+            if chosen not in self.mixers:
+                raise ValueError(f"{option}={chosen!r} is not one of the mixers: {nearest(chosen, self.mixers)}")
+        if self.subject == self.baseline:
+            raise ValueError(f"subject and baseline are both {self.subject!r}: there is nothing to compare")
+        if not self.ladder or not self.stages:
+            raise ValueError("ladder and stages must each have at least one entry")
+        if self.stages[0].sizes != "all" or self.stages[0].learning_rates != "grid":
+            raise ValueError("the first stage must have sizes=all and learning_rates=grid: nothing is known before it")
+        for index, stage in enumerate(self.stages[1:], start=1):
+            before = [s for s in self.stages[:index] if s.sizes != "best"]
+            for budget in stage.budgets:
+                if stage.sizes == "best" and not any(budget in s.budgets for s in before):
+                    raise ValueError(f"stages[{index}]: sizes=best at {budget:g} FLOPs needs an earlier stage there")
+                if stage.sizes == "frontier" and not any(b < budget for s in before for b in s.budgets):
+                    raise ValueError(
+                        f"stages[{index}]: sizes=frontier at {budget:g} FLOPs needs a smaller budget before"
+                    )
+                tuned_at = [b for s in before if s.learning_rates == "grid" for b in s.budgets]
+                if stage.learning_rates == "tuned" and not any(b <= budget for b in tuned_at):
+                    raise ValueError(
+                        f"stages[{index}]: learning_rates=tuned at {budget:g} FLOPs needs a grid at that or a smaller budget"
+                    )
+        if not 0 < self.decay_fraction < 1:
+            raise ValueError(f"decay_fraction={self.decay_fraction} must lie between 0 and 1, both excluded")
+        if self.warmup_steps < 2:
+            # The schedule reads amounts up to 1 as fractions of the run, which would differ between the budgets of a trunk.
+            raise ValueError(f"warmup_steps={self.warmup_steps} must be at least 2")
+        if (1 - self.decay_fraction) * self.limits.min_steps <= self.warmup_steps:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} does not end before the decay of the shortest cell allowed "
+                f"(limits.min_steps={self.limits.min_steps}): raise min_steps or lower warmup_steps"
+            )
+
+    @property
+    def budgets(self) -> tuple[float, ...]:
+        """Every budget of any stage, rising."""
+        return tuple(sorted({b for stage in self.stages for b in stage.budgets}))
+
+    def label(self, mixer: str) -> str:
+        """The text that stands for a mixer in figures and tables."""
+        return self.mixers[mixer].label or mixer
+
+    def fingerprint(self) -> str:
+        """Return sixteen digits of the hash of the whole recipe."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def recipe_path(name_or_path: str) -> Path:
+    """Return the file of a recipe, given its path or the name of one that ships with the project.
+
+    Errors:
+        ConfigError: no such file, with the nearest shipped name.
+    """
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    shipped = {p.stem: p for p in sorted(share_dir("recipes").glob("*.yaml"))}
+    if name_or_path in shipped:
+        return shipped[name_or_path]
+    raise ConfigError(f"recipe {name_or_path!r} is neither a file nor a shipped recipe: {nearest(path.stem, shipped)}")
+
+
+def load_recipe(name_or_path: str) -> Recipe:
+    """Read and check a recipe.
+
+    Errors:
+        ConfigError: one sentence that names the file, what was given and what is allowed.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    path = recipe_path(name_or_path)
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+    try:
+        return build(Recipe, values)  # type: ignore[arg-type]
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error

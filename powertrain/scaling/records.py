@@ -1,0 +1,203 @@
+"""Records of finished cells: append-only files, one per cell, and the only thing that a report reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from powertrain.scaling.recipe import CONVENTIONS, Convention
+from powertrain.schema import ConfigError, build
+
+# Raised when a field changes its meaning; records of another version are refused, never reinterpreted.
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """The loss somewhere along a training run."""
+
+    tokens: float  # trained on so far
+    loss: float  # nats per token
+    seconds: float | None = None  # device-seconds so far
+    annealed: bool = False  # measured after the learning rate fell, not on the trunk
+    kind: str = "train"  # train (mean since the point before) or val (evaluation documents)
+
+
+@dataclass(frozen=True)
+class CellRecord:
+    """What one finished cell was, cost and reached; losses in nats per token, FLOPs forward and backward."""
+
+    cell: str  # run id: the sweep's name and the hash of the resolved config
+    sweep: str
+    mixer: str  # key in the recipe
+    size: str  # key in the recipe
+    context: int
+    budget: float  # FLOPs asked for, under the recipe's convention
+    seed: int
+    learning_rate: float
+    learning_rate_factor: float  # factor of the recipe's grid
+    batch_tokens: int
+    steps: int
+    tokens: float
+    parameters: float  # without the embeddings
+    parameters_total: float
+    flops_per_token: dict[str, float]  # by convention
+    loss: float  # mean over all evaluation tokens, after annealing where `annealed`
+    annealed: bool = True
+    batch_factor: float = 1.0  # factor of the recipe's grid
+    flops_by_part: dict[str, float] = field(default_factory=dict)  # per token, algorithmic
+    state_size: float = (
+        0.0  # numbers that a sequence's history is held in, over all layers; 0: it grows with the context
+    )
+    bits_per_byte: float | None = None
+    seconds: float | None = None  # device-seconds of training, over the trunk and this branch
+    device: str = ""
+    devices: int = 1
+    document_loss: tuple[float, ...] = ()  # summed nats of each evaluation document, in their order
+    document_tokens: tuple[int, ...] = ()  # evaluated tokens of each of these documents
+    position_bounds: tuple[int, ...] = ()  # upper bounds of the position buckets, exclusive
+    position_loss: tuple[tuple[float, ...], ...] = ()  # summed nats, (evaluation sequence, bucket)
+    position_tokens: tuple[tuple[int, ...], ...] = ()  # tokens, (evaluation sequence, bucket)
+    curve: tuple[CurvePoint, ...] = ()
+    data: dict[str, str] = field(default_factory=dict)  # fingerprints: of the tokens, their order, the evaluation
+    environment: dict[str, str] = field(default_factory=dict)  # versions, commit
+
+    def __post_init__(self) -> None:
+        missing = set(CONVENTIONS) - set(self.flops_per_token)
+        if missing:
+            raise ValueError(f"flops_per_token lacks {', '.join(sorted(missing))}")
+        if len(self.document_loss) != len(self.document_tokens):
+            raise ValueError(
+                f"document_loss has {len(self.document_loss)} entries and document_tokens {len(self.document_tokens)}"
+            )
+        if len(self.position_loss) != len(self.position_tokens):
+            raise ValueError(
+                f"position_loss has {len(self.position_loss)} rows and position_tokens {len(self.position_tokens)}"
+            )
+
+    def flops(self, convention: Convention) -> float:
+        """Return the training FLOPs of the cell under one convention."""
+        return self.tokens * self.flops_per_token[convention]
+
+
+def to_json(record: CellRecord) -> str:
+    """Return one line of JSON that `from_json` reads back to an equal record."""
+    values = dataclasses.asdict(record)
+    # Columns instead of one object per point: a curve is most of a record's size.
+    values["curve"] = {f.name: [getattr(p, f.name) for p in record.curve] for f in dataclasses.fields(CurvePoint)}
+    return json.dumps({"version": VERSION, **values}, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def from_json(text: str) -> CellRecord:
+    """Read a record.
+
+    Errors:
+        ConfigError: not JSON, another version, unknown or missing fields.
+    """
+    try:
+        values: Mapping[str, Any] = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"not a record: {error}") from error
+    if not isinstance(values, dict) or values.get("version") != VERSION:
+        found = values.get("version") if isinstance(values, dict) else None
+        raise ConfigError(f"record version {found!r} cannot be read: this program reads version {VERSION}")
+    values = {key: value for key, value in values.items() if key != "version"}
+    columns = values.get("curve", {})
+    names = list(columns)
+    rows = zip(*(columns[name] for name in names), strict=True)
+    values["curve"] = [dict(zip(names, row, strict=True)) for row in rows]
+    return build(CellRecord, values)
+
+
+class RecordStore:
+    """The records of one sweep in a directory: `<cell>.json`, created once and never changed.
+
+    One file per cell, so that two machines' records merge by copying (or by git), and so that creation is exclusive on any
+    file system, network ones included.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def path(self, cell: str) -> Path:
+        """Return where the record of a cell is, or would be."""
+        return self.directory / f"{cell}.json"
+
+    def __contains__(self, cell: str) -> bool:
+        return self.path(cell).is_file()
+
+    def finished(self) -> set[str]:
+        """Return the ids of all cells that have a record."""
+        return {path.stem for path in self.directory.glob("*.json")}
+
+    def append(self, record: CellRecord) -> bool:
+        """Write a record durably, unless the cell has one already.
+
+        Returns:
+            False where another runner's record was there first; that one stays.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=self.directory, prefix=f".{record.cell}-", suffix=".tmp")
+        temporary = Path(name)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(to_json(record) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            try:
+                # A hard link fails where the name exists, which a rename does not.
+                os.link(temporary, self.path(record.cell))
+            except FileExistsError:
+                return False
+        finally:
+            temporary.unlink(missing_ok=True)
+        return True
+
+    def read(self) -> list[CellRecord]:
+        """Return all records, ordered by cell id.
+
+        Errors:
+            ConfigError: names the file that cannot be read.
+        """
+        records = []
+        for path in sorted(self.directory.glob("*.json")):
+            try:
+                record = from_json(path.read_text(encoding="utf-8"))
+            except ConfigError as error:
+                raise ConfigError(f"{path}: {error}") from error
+            if record.cell != path.stem:
+                raise ConfigError(f"{path}: holds the record of cell {record.cell!r}")
+            records.append(record)
+        return records
+
+
+# One row per cell; what `table.parquet` holds.
+_COLUMNS = (
+    "cell", "sweep", "mixer", "size", "context", "budget", "seed", "learning_rate", "learning_rate_factor", "batch_tokens",
+    "batch_factor", "steps", "tokens", "parameters", "parameters_total", "state_size", "annealed", "loss", "bits_per_byte",
+    "seconds", "device", "devices",
+)  # fmt: skip
+
+
+def table(records: Iterable[CellRecord]) -> Any:
+    """Return records as a `pyarrow.Table`, one row per cell in order of context, mixer, budget, parameters and cell."""
+    import math
+
+    import pyarrow
+
+    ordered = sorted(records, key=lambda r: (r.context, r.mixer, r.budget, r.parameters, r.cell))
+    columns: dict[str, list[Any]] = {name: [getattr(r, name) for r in ordered] for name in _COLUMNS}
+    columns["perplexity"] = [math.exp(r.loss) for r in ordered]
+    for convention in CONVENTIONS:
+        columns[f"flops ({convention})"] = [r.flops(convention) for r in ordered]
+    parts = sorted({part for r in ordered for part in r.flops_by_part})
+    for part in parts:
+        columns[f"flops per token: {part}"] = [r.flops_by_part.get(part) for r in ordered]
+    return pyarrow.table(columns)
