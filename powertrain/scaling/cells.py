@@ -1,4 +1,4 @@
-"""From a recipe to cells: which runs there are, what each costs, which are infeasible and which await others' results."""
+"""From a recipe to cells: which runs there are, what each costs, which are infeasible, which await other results."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def make_cell(
 
 
 def least_memory(cell: Cell) -> float:
-    """Return a lower bound of a device's memory for the cell, in bytes: weights, optimizer and one sequence's blocks."""
+    """Return a lower bound of a device's memory in bytes: weights, gradients, optimizer, one sequence's blocks."""
     model = cell.config.model
     checkpointed = model.activation_checkpointing or cell.config.trainer.activation_checkpointing
     per_channel = CHECKPOINTED_BYTES if checkpointed else BLOCK_BYTES
@@ -258,7 +258,7 @@ class Expander:
         return sum(done) / len(done) if done else None
 
     def tuned(self, stage: int, mixer: str, size: str, context: int, budget: float) -> tuple[float, float]:
-        """Return the best pair of factors at the nearest lower budget that had the grid, of this size or the nearest one.
+        """Return the best pair of factors at the nearest lower budget with a grid, of this size or the nearest one.
 
         Errors:
             Undecided: the grid is not settled.

@@ -20,9 +20,9 @@ FIGURES: tuple[Figure, ...] = get_args(Figure)
 Convention = Literal["algorithmic", "executed", "algorithmic, no head", "executed, no head"]
 CONVENTIONS: tuple[Convention, ...] = get_args(Convention)
 
-# Sizes of a stage: every rung of the ladder; the rungs around the best of the budget before; or the best of this budget.
+# Sizes of a stage: every rung of the ladder; the rungs around the best of the budget before; the best of this budget.
 Sizes = Literal["all", "frontier", "best"]
-# Learning rates of a stage: the whole grid; the best one of the same mixer and size at the nearest lower tuned budget.
+# Learning rates of a stage: the whole grid; the best of the same mixer and size at the nearest lower tuned budget.
 Rates = Literal["grid", "tuned"]
 
 

@@ -1,0 +1,119 @@
+"""The bootstrap over evaluation documents and seeds: every mixer is resampled together, so that comparisons are paired."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from powertrain.scaling.recipe import Convention
+from powertrain.scaling.records import CellRecord
+
+Array = NDArray[np.float64]
+
+Key = tuple[int, str, float, str, float, float]  # context, mixer, budget, size, learning-rate factor, batch factor
+
+
+@dataclass(frozen=True)
+class Point:
+    """One configuration at one budget: the mean over its seeds, and replicates of that mean."""
+
+    mixer: str
+    size: str
+    context: int
+    budget: float
+    learning_rate_factor: float
+    batch_factor: float
+    records: tuple[CellRecord, ...]  # one per seed, in the seeds' order
+    loss: float
+    replicates: Array  # (R,)
+
+    @property
+    def first(self) -> CellRecord:
+        """The record that stands for what all seeds share."""
+        return self.records[0]
+
+    def flops(self, convention: Convention) -> float:
+        """Return the training FLOPs of one seed."""
+        return self.first.flops(convention)
+
+    @property
+    def seconds(self) -> float | None:
+        """Mean device-seconds over the seeds; None where any was not measured."""
+        measured = [r.seconds for r in self.records]
+        return None if any(s is None for s in measured) else sum(s for s in measured if s is not None) / len(measured)
+
+
+@dataclass(frozen=True)
+class SeedNoise:
+    """Standard deviation of the loss between seeds of one configuration, pooled over all that have several."""
+
+    deviation: float  # nats per token
+    degrees: int  # degrees of freedom
+
+
+@dataclass(frozen=True)
+class Sample:
+    """All points of a sweep, resampled together."""
+
+    points: tuple[Point, ...]
+    documents: int  # resampled; 0: the records hold no document losses, or not of the same documents
+    seed_noise: SeedNoise | None  # None: no configuration has two seeds
+
+
+def pooled_seed_noise(groups: Sequence[Sequence[float]]) -> SeedNoise | None:
+    """Return the pooled standard deviation within groups, or None where no group has two members."""
+    squares, degrees = 0.0, 0
+    for losses in groups:
+        if len(losses) > 1:
+            squares += float(np.var(losses, ddof=1)) * (len(losses) - 1)
+            degrees += len(losses) - 1
+    return SeedNoise(float(np.sqrt(squares / degrees)), degrees) if degrees else None
+
+
+def resample(records: Sequence[CellRecord], replicates: int, seed: int = 0) -> Sample:
+    """Group annealed records by configuration and resample documents and seeds.
+
+    Documents: each replicate draws as many documents as there are, with replacement, the *same* ones for every cell.
+    Seeds: a handful cannot be resampled (two seeds have three distinct means), so each replicate adds Student-t noise with
+    the pooled deviation and degrees of freedom, divided by the root of the number of seeds, independently per configuration.
+
+    Args:
+        records: of one context; unannealed ones are ignored.
+        replicates: R.
+        seed: of the bootstrap.
+    """
+    groups: dict[Key, list[CellRecord]] = defaultdict(list)
+    for r in sorted(records, key=lambda r: (r.mixer, r.budget, r.parameters, r.cell)):
+        if r.annealed:
+            groups[r.context, r.mixer, r.budget, r.size, r.learning_rate_factor, r.batch_factor].append(r)
+    members = {key: tuple(sorted(rs, key=lambda r: (r.seed, r.cell))) for key, rs in groups.items()}
+    rng = np.random.default_rng(seed)
+    lengths = {r.document_tokens for rs in members.values() for r in rs}
+    weights: Array | None = None
+    documents = 0
+    if len(lengths) == 1 and len(tokens := np.array(lengths.pop(), dtype=np.float64)) > 1:
+        documents = tokens.size
+        drawn = rng.multinomial(documents, np.full(documents, 1 / documents), size=replicates)
+        weights = drawn / (drawn @ tokens)[:, None]
+    noise = pooled_seed_noise([[r.loss for r in rs] for rs in members.values()])
+    points = []
+    for (context, mixer, budget, size, lr, batch), rs in members.items():
+        loss = float(np.mean([r.loss for r in rs]))
+        values = np.full(replicates, loss)
+        if weights is not None:
+            values = weights @ np.mean([r.document_loss for r in rs], axis=0)
+        if noise is not None:
+            values = values + rng.standard_t(noise.degrees, size=replicates) * noise.deviation / np.sqrt(len(rs))
+        points.append(Point(mixer, size, context, budget, lr, batch, rs, loss, values))
+    return Sample(tuple(points), documents, noise)
+
+
+def interval(replicates: Array, confidence: float) -> tuple[float, float]:
+    """Return the percentile interval of replicates (R,)."""
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(replicates, [tail, 1 - tail])
+    return float(low), float(high)
