@@ -1,0 +1,166 @@
+"""The public functions of power retention: validation, defaults and the choice of implementation."""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from powertrain.ops import validation
+from powertrain.ops.library import power_retention_op
+from powertrain.ops.normalized import compute_dtype
+from powertrain.ops.plan import choose_chunk_size
+
+Implementation = Literal["torch", "cuda"]
+
+
+def positive_feature_map(x: Tensor) -> Tensor:
+    """Map `x (..., K)` to positive features elu(x) + 1 of the same shape and dtype: the field's standard for linear attention.
+
+    Source: Katharopoulos et al. 2020, arXiv:2006.16236, equation 7. Degree 1 needs such a map, because q.k itself takes both signs: the weights would be no average, and
+    their sum could vanish.
+    """
+    return (torch.nn.functional.elu(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x) + 1).to(x.dtype)
+
+
+def power_retention(
+    Q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    log_G: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_final_state: bool = False,
+    deg: int = 2,
+    scale: float | None = None,
+    chunk_size: int | None = None,
+    switch_over_seq_len: int | None = None,
+    *,
+    sum_of_keys: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    impl: Implementation | None = None,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """Compute causal power retention, out_i = sum_j w_ij v_j / sum_j w_ij with w_ij = (scale q_i.k_j)^deg exp(G_i - G_j), in time linear in T.
+
+    Args:
+        Q: queries `(B, T, Hq, K)`, fp16, bf16, fp32 or fp64; Hq is a multiple of Hk.
+        K: keys `(B, T, Hk, K)`, dtype of Q.
+        V: values `(B, T, Hk, V)`, dtype of Q.
+        log_G: log gates `(B, T, Hk)`, fp32, at most 0; G is their cumulative sum. None: no decay.
+        initial_state: state `(B, Hk, F, V)` of the tokens before these, F = binom(K + deg - 1, deg); needs sum_of_keys, and excludes cu_seqlens.
+        return_final_state: also return the state and sum_of_keys after the last token (with cu_seqlens: of each row's last document).
+        deg: 2 or 4; or 1 for linear attention over the feature map elu + 1, where weights are scale (elu(q_i)+1).(elu(k_j)+1) exp(G_i - G_j).
+        scale: factor of the scores; None: 1 / sqrt(K).
+        chunk_size: tokens per chunk, any T is allowed; None: the cheapest for these shapes.
+        switch_over_seq_len: sequences up to this length use the quadratic form (one chunk); None: whichever form is cheaper.
+        sum_of_keys: normaliser's part of the initial state, `(B, Hk, F)`.
+        cu_seqlens: document offsets `(M,)` int32 or int64 over the flattened B*T tokens, from 0 to B*T, with every row start; equal neighbours are empty
+            documents. Nothing passes from one document to another.
+        impl: "torch" or "cuda"; None: the fastest that supports the inputs.
+
+    Returns:
+        out `(B, T, Hq, V)` in the dtype of Q; with return_final_state `(out, state, sum_of_keys)`, in the dtype of initial_state, or fp32 (fp64 for fp64 inputs). Passing
+        them on continues the sequence exactly, with gradients. A row whose weights are all zero gives zeros.
+
+    Raises:
+        ValueError: for inputs that do not fit together. Values (log_G > 0, offsets of cu_seqlens) are checked on CPU tensors, and on CUDA tensors, where the check
+            waits for the device, only if the environment variable POWERTRAIN_CHECK_VALUES is 1.
+
+    Source: Buckman, Gelada and Zhang, "Symmetric Power Transformers", 2024; Gelada, Buckman, Zhang and Bach, "Scaling Context Requires Rethinking Attention", 2025,
+    arXiv:2507.04239. docs/op.md has the mathematics.
+    """
+    out, _, state, new_sum_of_keys = power_retention_with_normalizer(
+        Q, K, V, log_G, initial_state, return_final_state, deg, scale, chunk_size, switch_over_seq_len,
+        sum_of_keys=sum_of_keys, cu_seqlens=cu_seqlens, impl=impl,
+    )  # fmt: skip
+    return (out, state, new_sum_of_keys) if return_final_state else out
+
+
+def power_retention_with_normalizer(
+    Q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    log_G: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_final_state: bool = False,
+    deg: int = 2,
+    scale: float | None = None,
+    chunk_size: int | None = None,
+    switch_over_seq_len: int | None = None,
+    *,
+    sum_of_keys: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    impl: Implementation | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute `power_retention` and return `(out, normalizer, state, sum_of_keys)`.
+
+    The normalizer `(B, T, Hq)`, sum_j w_ij in fp32 (fp64 for fp64 inputs), has no gradient: it is for monitoring. State and sum_of_keys have size 0 unless
+    return_final_state. Arguments and errors are those of `power_retention`.
+    """
+    device_type = Q.device.type if isinstance(Q, Tensor) else "cpu"
+    if torch.is_autocast_enabled(device_type):
+        Q, K, V = (x.to(torch.get_autocast_dtype(device_type)) for x in (Q, K, V))
+    validation.check_qkv(Q, K, V)
+    validation.check_log_gates(log_G, K)
+    validation.check_deg(deg)
+    validation.check_scale(scale)
+    validation.check_positive("chunk_size", chunk_size)
+    validation.check_cu_seqlens(cu_seqlens, Q)
+    _, T, _, key_dim = Q.shape
+    B, _, Hk, value_dim = V.shape
+    validation.check_state(
+        initial_state, sum_of_keys, batch=B, key_heads=Hk, key_dim=key_dim, value_dim=value_dim, deg=deg, device=Q.device
+    )  # fmt: skip
+    if initial_state is not None and cu_seqlens is not None:
+        raise ValueError("initial_state and cu_seqlens exclude each other: every document starts from an empty state")
+    _check_implementation(impl)
+    if scale is None:
+        scale = 1.0 / math.sqrt(key_dim)
+    if deg == 1:
+        Q, K = positive_feature_map(Q), positive_feature_map(K)
+    if switch_over_seq_len is not None and T <= switch_over_seq_len:
+        chunk_size = T
+    elif chunk_size is None:
+        chunk_size = choose_chunk_size(
+            tokens=T, key_dim=key_dim, value_dim=value_dim, deg=deg, query_heads_per_key_head=Q.shape[2] // Hk, has_state=initial_state is not None
+        )  # fmt: skip
+    out, normalizer, state, new_sum_of_keys, _ = power_retention_op(
+        Q,
+        K,
+        V,
+        log_G,
+        initial_state,
+        sum_of_keys,
+        cu_seqlens,
+        float(scale),
+        deg,
+        min(chunk_size, T),
+        return_final_state,
+    )
+    return out, normalizer, state, new_sum_of_keys
+
+
+def linear_attention(
+    Q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    log_G: Tensor | None = None,
+    *,
+    chunk_size: int | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Compute causal linear attention over the feature map elu + 1, gated or not: `power_retention` of degree 1 (its shapes, dtypes and errors).
+
+    Returns out `(B, T, Hq, V)`. Source: Katharopoulos et al. 2020, arXiv:2006.16236.
+    """
+    out = power_retention(Q, K, V, log_G, deg=1, chunk_size=chunk_size, cu_seqlens=cu_seqlens)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _check_implementation(impl: Implementation | None) -> None:
+    if impl == "cuda":
+        raise ValueError("impl='cuda' is not available: this version has no CUDA kernels; allowed are None and 'torch'")
+    if impl not in (None, "torch"):
+        raise ValueError(
+            f"impl={impl!r} is unknown; allowed are None (the fastest that supports the inputs), 'torch' and 'cuda'"
+        )

@@ -1,0 +1,115 @@
+"""Gates and document boundaries as factors in [0, 1], accurate however strong the gates are.
+
+Every factor is exp(G_i - G_j) for two positions of one sequence, G the inclusive cumulative sum of log_G, and 0 where a document starts in (j, i]. G is kept in
+fp64 and only differences are rounded: in fp32 a run of strong gates (log_G = -50 over 512 tokens) would leave an absolute error of 2e-3 in the exponent of
+every later pair.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# exp(-1000) is 0 in every dtype; the bound keeps log_G = -inf (a closed gate) from turning differences into NaN.
+_MIN_LOG_GATE = -1000.0
+
+
+@dataclass(frozen=True)
+class Decay:
+    """Cumulative log gates `G` (fp64) and document numbers `document` (int64) at some positions, of one shape; None where there are none."""
+
+    G: Tensor | None
+    document: Tensor | None
+
+    @classmethod
+    def make(cls, log_g: Tensor | None, document: Tensor | None) -> "Decay":
+        """Return the `(N, T+1)` positions of N sequences from `log_g (N, T)` and `document (N, T)`.
+
+        Index 0 is the place before the first token: the one of the initial state, where there are no documents.
+        """
+        G = None
+        if log_g is not None:
+            G = torch.nn.functional.pad(log_g.double().clamp(min=_MIN_LOG_GATE).cumsum(-1), (1, 0))
+        if document is not None:
+            document = torch.nn.functional.pad(document, (1, 0), value=-1)
+        return cls(G, document)
+
+    @property
+    def is_trivial(self) -> bool:
+        return self.G is None and self.document is None
+
+    def __getitem__(self, index: Any) -> "Decay":
+        return Decay(None if self.G is None else self.G[index], None if self.document is None else self.document[index])
+
+    def flatten_chunks(self) -> "Decay":
+        """`(N, chunks, chunk_size)` to `(N * chunks, chunk_size)`."""
+        return Decay(*(None if x is None else x.flatten(0, 1) for x in (self.G, self.document)))
+
+    def chunks(self, start: int, chunks: int, chunk_size: int) -> "ChunkDecay":
+        """Return the positions of `chunks` chunks from token `start` on: tokens `(N, chunks, chunk_size)` and the places before them `(N, chunks, 1)`."""
+        stop = start + chunks * chunk_size
+
+        def tokens(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[:, start + 1 : stop + 1].reshape(-1, chunks, chunk_size)
+
+        return ChunkDecay(
+            tokens=Decay(tokens(self.G), tokens(self.document)),
+            before=self[:, start:stop:chunk_size][..., None],
+        )
+
+
+@dataclass(frozen=True)
+class ChunkDecay:
+    """Factors of a batch of chunks; each is None where there are neither gates nor documents."""
+
+    tokens: Decay
+    before: Decay
+
+    def from_start(self, dtype: torch.dtype) -> Tensor | None:
+        """`(N, chunks, chunk_size)`: from before the chunk to each token."""
+        return factor(self.tokens, self.before, dtype)
+
+    def to_end(self, dtype: torch.dtype) -> Tensor | None:
+        """`(N, chunks, chunk_size)`: from each token to the end of the chunk."""
+        return factor(self.tokens[..., -1:], self.tokens, dtype)
+
+    def across(self, dtype: torch.dtype) -> Tensor | None:
+        """`(N, chunks)`: over the whole chunk."""
+        whole = factor(self.tokens[..., -1:], self.before, dtype)
+        return None if whole is None else whole[..., 0]
+
+
+def factor(later: Decay, earlier: Decay, dtype: torch.dtype) -> Tensor | None:
+    """Return exp(G_later - G_earlier), 0 across a document boundary, for positions that broadcast; None where there are neither gates nor documents."""
+    result = None
+    if later.G is not None and earlier.G is not None:
+        # A masked (acausal) pair may have a positive difference; the bound keeps it finite, because 0 times infinity is not 0.
+        result = (later.G - earlier.G).clamp_(max=0.0).to(dtype).exp_()
+    if later.document is not None and earlier.document is not None:
+        same = later.document == earlier.document
+        result = same.to(dtype) if result is None else result.mul_(same)
+    return result
+
+
+def scan_documents_from_end(x: Tensor, document: Tensor | None) -> Tensor:
+    """Return, for `x (..., T)`, the sum of x over each token and all later tokens of its document.
+
+    Pairwise doubling: log2(T) passes in which values of different documents never meet, so that zero stays exactly zero beside any other document.
+    """
+    x = x.clone()
+    length, shift = x.shape[-1], 1
+    while shift < length:
+        later = x[..., shift:]
+        if document is not None:
+            later = torch.where(document[..., shift:] == document[..., :-shift], later, 0.0)
+        # The right-hand side reads the values of the last pass only: adding in place would let a step read what it has already written.
+        x = torch.cat([x[..., :-shift] + later, x[..., -shift:]], dim=-1)
+        shift *= 2
+    return x
+
+
+def document_of_each_token(cu_seqlens: Tensor, rows: int, tokens: int) -> Tensor:
+    """Return the `(rows, tokens)` int64 document numbers for offsets `cu_seqlens (M,)` over the flattened tokens."""
+    positions = torch.arange(rows * tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.bucketize(positions, cu_seqlens, right=True).view(rows, tokens)

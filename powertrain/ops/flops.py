@@ -1,0 +1,89 @@
+"""FLOPs of one call of each op, by part: the counts that `models/flops.py` adds up and that `FlopCounterMode` reports.
+
+A multiply-add is 2 FLOPs and only matrix products count, as in `torch.utils.flop_counter`. *Algorithmic* counts what the mathematics needs (exact F, causal pairs
+only, nothing computed twice); *executed* counts the products that the PyTorch implementation runs: whole diagonal blocks, states recomputed in the backward pass.
+"""
+
+from dataclasses import dataclass, fields
+
+from powertrain.ops.plan import Plan, make_plan
+from powertrain.ops.sympow import phi_dimension
+
+
+@dataclass(frozen=True)
+class OpFlops:
+    """FLOPs of one pass of an op over all rows, heads and tokens."""
+
+    intra_chunk: int = 0  # products over pairs of tokens (all of softmax and window attention)
+    state_update: int = 0  # phi(k)^T v into states, and its adjoints
+    state_query: int = 0  # phi(q) times states, and its adjoints
+
+    @property
+    def total(self) -> int:
+        return self.intra_chunk + self.state_update + self.state_query
+
+    def __add__(self, other: "OpFlops") -> "OpFlops":
+        return OpFlops(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class OpPassFlops:
+    """Forward and backward FLOPs of one op call; the backward pass does not include a recomputation of the forward by the caller."""
+
+    forward: OpFlops
+    backward: OpFlops
+
+
+def power_retention_flops(
+    *,
+    batch: int,
+    tokens: int,
+    query_heads: int,
+    key_heads: int,
+    key_dim: int,
+    value_dim: int,
+    deg: int,
+    chunk_size: int,
+    executed: bool,
+    initial_state: bool = False,
+    final_state: bool = False,
+    device_type: str = "cpu",
+) -> OpPassFlops:
+    """Return the FLOPs of `power_retention` (or of `linear_attention`, with deg 1) on `(batch, tokens, heads, dim)` inputs with `chunk_size` resolved.
+
+    Per token and query head, algorithmic and for one key head per query head: forward 4 F (V+1) + (chunk_size + 1)(K + V + 1), backward twice and 2.5 times
+    those; the first chunk reads no state unless there is an initial one, the last writes none unless it is asked for.
+    """
+    W, F = value_dim + 1, phi_dimension(key_dim, deg)
+    plan = make_plan(
+        sequences=batch * key_heads,
+        tokens=tokens,
+        query_heads_per_key_head=query_heads // key_heads,
+        key_dim=key_dim,
+        deg=deg,
+        chunk_size=chunk_size,
+        device_type=device_type,
+    )
+    chunks = [size.chunk_size for size in plan.segments() for _ in range(size.chunks)]
+    pairs = sum(_executed_pairs(size, plan) if executed else size * (size + 1) // 2 for size in chunks)
+    reading = tokens - (0 if initial_state else chunks[0])
+    writing = tokens - (0 if final_state else chunks[-1])
+    query_rows, key_rows = batch * query_heads, batch * key_heads
+    update, query = 2 * F * W * writing * key_rows, 2 * F * W * reading * query_rows
+    recomputed = 0
+    if executed:
+        # States inside a segment are formed again; the last segment's final chunk only if the gradient of a final state asks for it.
+        recomputed = update
+    return OpPassFlops(
+        forward=OpFlops(intra_chunk=2 * (key_dim + W) * pairs * query_rows, state_update=update, state_query=query),
+        backward=OpFlops(
+            # Scores again, then the gradients of weights, v, q and k.
+            intra_chunk=2 * (3 * key_dim + 2 * W) * pairs * query_rows,
+            state_update=2 * update + recomputed,
+            state_query=2 * query,
+        ),
+    )
+
+
+def _executed_pairs(chunk_size: int, plan: Plan) -> int:
+    return sum((rows.stop - rows.start) * rows.stop for rows in plan.blocks(chunk_size))

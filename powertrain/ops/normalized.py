@@ -1,0 +1,211 @@
+"""The edges of power retention: from public tensors to sequences with a column of ones, and the division by the normaliser, forward and backward.
+
+With u = [v, 1] the bilinear attention returns o = [n, d] and y = n / d. Its gradient is the only place where the division appears:
+
+    grad_o = [grad_y / d, -(grad_y . y) / d],   so that grad_o . o = 0: gates get no gradient from the query side
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from powertrain.ops.chunked import chunked_bwd, chunked_fwd
+from powertrain.ops.decay import Decay, document_of_each_token
+from powertrain.ops.plan import Plan, make_plan
+
+# Below this the normaliser counts as zero (an all-zero query, say): y = n / floor, which is at most max |v|, and d has no gradient. Far below any normaliser that
+# carries information in fp32, and far enough above its smallest number that 1 / floor times a finite gradient is finite.
+NORMALIZER_FLOOR = 1e-20
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the arithmetic and of the state for inputs of `dtype`: fp32, or fp64 for fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class _Sequences:
+    """Inputs as N = B * Hk sequences, in the dtype of the arithmetic."""
+
+    q: Tensor  # (N, R, T, K), scaled
+    k: Tensor  # (N, T, K)
+    u: Tensor  # (N, T, V + 1)
+    decay: Decay
+    state: Tensor | None  # (N, F, V + 1)
+    plan: Plan
+
+    @classmethod
+    def make(
+        cls,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_g: Tensor | None,
+        state: Tensor | None,
+        sum_of_keys: Tensor | None,
+        cu_seqlens: Tensor | None,
+        *,
+        scale: float,
+        deg: int,
+        chunk_size: int,
+    ) -> "_Sequences":
+        B, T, Hq, K = q.shape
+        Hk, dtype = k.shape[2], compute_dtype(q.dtype)
+        values = _by_sequence(v).to(dtype)
+        document = None
+        if cu_seqlens is not None:
+            document = document_of_each_token(cu_seqlens, B, T).repeat_interleave(Hk, dim=0)
+        return cls(
+            q=_by_query_head(q, Hk).to(dtype) * scale,
+            k=_by_sequence(k).to(dtype),
+            u=torch.cat([values, values.new_ones(*values.shape[:2], 1)], dim=-1),
+            decay=Decay.make(None if log_g is None else log_g.transpose(1, 2).flatten(0, 1), document),
+            state=None if state is None or sum_of_keys is None else _join_state(state, sum_of_keys, dtype),
+            plan=make_plan(
+                sequences=B * Hk,
+                tokens=T,
+                query_heads_per_key_head=Hq // Hk,
+                key_dim=K,
+                deg=deg,
+                chunk_size=chunk_size,
+                device_type=q.device.type,
+            ),
+        )
+
+
+def _by_sequence(x: Tensor) -> Tensor:
+    """`(B, T, Hk, D)` to `(B * Hk, T, D)`."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def _from_sequence(x: Tensor, B: int) -> Tensor:
+    return x.unflatten(0, (B, -1)).transpose(1, 2)
+
+
+def _by_query_head(x: Tensor, Hk: int) -> Tensor:
+    """`(B, T, Hq, D)` to `(B * Hk, R, T, D)`."""
+    return x.unflatten(2, (Hk, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)
+
+
+def _from_query_head(x: Tensor, B: int) -> Tensor:
+    return x.unflatten(0, (B, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def _join_state(state: Tensor, sum_of_keys: Tensor, dtype: torch.dtype) -> Tensor:
+    """`(B, Hk, F, V)` and `(B, Hk, F)` to `(B * Hk, F, V + 1)`."""
+    return torch.cat([state, sum_of_keys[..., None]], dim=-1).flatten(0, 1).to(dtype)
+
+
+def normalized_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_g: Tensor | None,
+    state: Tensor | None,
+    sum_of_keys: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    deg: int,
+    chunk_size: int,
+    final_state: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return out `(B, T, Hq, V)`, its normaliser `(B, T, Hq)`, state, sum_of_keys (both of size 0 unless asked for) and the states saved for the backward pass."""
+    B, V = q.shape[0], v.shape[-1]
+    x = _Sequences.make(
+        q, k, v, log_g, state, sum_of_keys, cu_seqlens, scale=scale, deg=deg, chunk_size=chunk_size
+    )  # fmt: skip
+    result = chunked_fwd(x.q, x.k, x.u, x.decay, x.state, deg=deg, plan=x.plan, final_state=final_state)
+    normalizer = result.out[..., V]
+    out = result.out[..., :V] / _guarded(normalizer)[..., None]
+    state_dtype = compute_dtype(q.dtype) if state is None else state.dtype
+    if result.final_state is None:
+        new_state, new_sum = q.new_empty(0, dtype=state_dtype), q.new_empty(0, dtype=state_dtype)
+    else:
+        joined = result.final_state.unflatten(0, (B, -1)).to(state_dtype)
+        new_state, new_sum = joined[..., :V].contiguous(), joined[..., V].contiguous()
+    return (
+        _from_query_head(out, B).to(q.dtype).contiguous(),
+        _from_query_head(normalizer[..., None], B)[..., 0].contiguous(),
+        new_state,
+        new_sum,
+        result.saved_states,
+    )
+
+
+def normalized_bwd(
+    grad_out: Tensor,
+    grad_state: Tensor | None,
+    grad_sum_of_keys: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_g: Tensor | None,
+    state: Tensor | None,
+    sum_of_keys: Tensor | None,
+    cu_seqlens: Tensor | None,
+    out: Tensor,
+    normalizer: Tensor,
+    saved_states: Tensor,
+    scale: float,
+    deg: int,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k, v, log_g, state and sum_of_keys; of size 0 for those that were not given."""
+    B, Hk, V = q.shape[0], k.shape[2], v.shape[-1]
+    x = _Sequences.make(
+        q, k, v, log_g, state, sum_of_keys, cu_seqlens, scale=scale, deg=deg, chunk_size=chunk_size
+    )  # fmt: skip
+    dtype = x.q.dtype
+    grad_y, y = _by_query_head(grad_out, Hk).to(dtype), _by_query_head(out, Hk).to(dtype)
+    d = _by_query_head(normalizer[..., None], Hk)
+    is_floored = d.abs() < NORMALIZER_FLOOR
+    grad_y_dot_y = (grad_y * y).sum(-1, keepdim=True)
+    divisor = _guarded(d)
+    grad_o = torch.cat([grad_y / divisor, torch.where(is_floored, 0.0, -grad_y_dot_y / divisor)], dim=-1)
+    grad_final = None
+    if grad_state is not None and grad_sum_of_keys is not None:
+        grad_final = _join_state(grad_state, grad_sum_of_keys, dtype)
+    grads = chunked_bwd(
+        x.q,
+        x.k,
+        x.u,
+        x.decay,
+        x.state,
+        saved_states,
+        grad_o,
+        torch.where(is_floored, grad_y_dot_y, 0.0).sum((1, 3)),
+        grad_final,
+        deg=deg,
+        plan=x.plan,
+    )
+    grad_log_g, grad_initial, grad_initial_sum = (q.new_empty(0) for _ in range(3))
+    if log_g is not None:
+        assert grads.log_g is not None
+        # A gate at the start of a sequence or document discounts nothing: exactly zero rather than the rounding of a sum that cancels.
+        opens = torch.zeros_like(grads.log_g, dtype=torch.bool)
+        opens[:, 0] = state is None
+        if x.decay.document is not None:
+            opens |= x.decay.document[:, 1:] != x.decay.document[:, :-1]
+        grad_log_g = (
+            grads.log_g.masked_fill(opens, 0.0).unflatten(0, (B, Hk)).transpose(1, 2).to(log_g.dtype).contiguous()
+        )
+    if state is not None and sum_of_keys is not None:
+        assert grads.state is not None
+        joined = grads.state.unflatten(0, (B, Hk))
+        grad_initial, grad_initial_sum = (
+            joined[..., :V].to(state.dtype).contiguous(),
+            joined[..., V].to(sum_of_keys.dtype).contiguous(),
+        )
+    return (
+        _from_query_head(grads.q.mul_(scale), B).to(q.dtype).contiguous(),
+        _from_sequence(grads.k, B).to(k.dtype).contiguous(),
+        _from_sequence(grads.u[..., :V], B).to(v.dtype).contiguous(),
+        grad_log_g,
+        grad_initial,
+        grad_initial_sum,
+    )
+
+
+def _guarded(normalizer: Tensor) -> Tensor:
+    return torch.where(normalizer.abs() < NORMALIZER_FLOOR, NORMALIZER_FLOOR, normalizer)
