@@ -116,9 +116,7 @@ class TrainerConfig:
     num_nodes: int = 1  # machines
     strategy: str = "auto"  # auto (ddp where there is more than one process) or ddp
     compile: bool = False  # torch.compile of the model
-    activation_checkpointing: bool = False  # recompute each block in the backward pass, to save memory
     val_every_steps: int = 100  # steps between validations; the last step always validates
-    val_tokens: int | None = 2**20  # tokens of one validation, rounded up to whole batches; None takes the whole split
     log_every_steps: int = 10  # steps between training records; the last step always records
     checkpoint_every_steps: int | None = None  # steps between checkpoints; None saves with every validation
     keep_checkpoints: int = 2  # newest checkpoints kept; the best by validation loss is kept besides
@@ -128,7 +126,7 @@ class TrainerConfig:
     peak_flops: float | None = None  # FLOP/s of one device for the MFU; None looks it up (no MFU for unknown devices)
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "max_tokens", "micro_batch_size", "checkpoint_every_steps", "val_tokens"):
+        for name in ("max_steps", "max_tokens", "micro_batch_size", "checkpoint_every_steps"):
             _whole(self, name, "trainer")
         for name in (
             "context_length",
@@ -146,7 +144,7 @@ class TrainerConfig:
         _one_of("trainer.accelerator", self.accelerator, ACCELERATORS)
         _one_of("trainer.strategy", self.strategy, STRATEGIES)
         _one_of("trainer.nonfinite", self.nonfinite, NONFINITE_POLICIES)
-        _flags(self, "trainer", "compile", "activation_checkpointing", "deterministic")
+        _flags(self, "trainer", "compile", "deterministic")
         if self.devices != "auto":
             if isinstance(self.devices, str):
                 raise ValueError(
@@ -218,7 +216,7 @@ class DebugConfig:
     """Switches for finding faults; all off in a real run."""
 
     max_steps: int | None = None  # end after so many steps, whatever the budget
-    val_batches: int | None = None  # batches of one validation, whatever trainer.val_tokens
+    val_batches: int | None = None  # batches of one validation, whatever data.max_val_tokens
     overfit: bool = False  # train on the first global batch again and again
     detect_anomaly: bool = False  # torch.autograd anomaly detection (slow)
     profiler: str | None = None  # simple (time by hook) or pytorch (a trace); written to the run directory

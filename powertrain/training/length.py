@@ -1,0 +1,78 @@
+"""How long a run is: one budget (steps, tokens or FLOPs) turned into whole optimizer steps."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from powertrain.training.config import BudgetConfig, DebugConfig, TrainerConfig
+
+# Training tokens per parameter that minimise the loss for a given compute (Hoffmann et al., 2022, section 3).
+TOKENS_PER_PARAMETER = 20
+
+
+@dataclass(frozen=True)
+class TrainingLength:
+    """The length of a run in steps, and what a step costs."""
+
+    steps: int  # optimizer steps
+    tokens_per_step: int  # input tokens of one step over all devices
+    flops_per_token: float  # algorithmic FLOPs of one token, forward and backward
+    reason: str  # what decided the number of steps, for the user
+
+    @property
+    def flops_per_step(self) -> float:
+        """Algorithmic FLOPs of one step, forward and backward."""
+        return self.flops_per_token * self.tokens_per_step
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the whole run."""
+        return self.steps * self.tokens_per_step
+
+    @property
+    def flops(self) -> float:
+        """Algorithmic FLOPs of the whole run, forward and backward."""
+        return self.steps * self.flops_per_step
+
+
+def resolve_length(
+    trainer: TrainerConfig,
+    budget: BudgetConfig,
+    debug: DebugConfig,
+    *,
+    flops_per_token: float,
+    num_parameters: int,
+) -> TrainingLength:
+    """Turn the one budget that is given into steps, rounded up; without any, train 20 tokens per parameter.
+
+    Args:
+        flops_per_token: algorithmic FLOPs of one token, forward and backward, as `models.flops` counts them.
+        num_parameters: of the model, for the length that is chosen where none is given.
+    Errors:
+        ValueError: more than one of trainer.max_steps, trainer.max_tokens and budget.value is given.
+    """
+    given = {
+        "trainer.max_steps": trainer.max_steps,
+        "trainer.max_tokens": trainer.max_tokens,
+        "budget.value": budget.value,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(f'{k}={v:g}' for k, v in given.items())} are all given; give one budget.")
+    tokens_per_step = trainer.global_batch_tokens
+    per_step = {"steps": 1.0, "tokens": float(tokens_per_step), "flops": flops_per_token * tokens_per_step}
+    if trainer.max_steps is not None:
+        unit, amount, reason = "steps", float(trainer.max_steps), "trainer.max_steps"
+    elif trainer.max_tokens is not None:
+        unit, amount, reason = "tokens", float(trainer.max_tokens), "trainer.max_tokens"
+    elif budget.value is not None:
+        unit, amount, reason = budget.kind, float(budget.value), f"budget.value in {budget.kind}"
+    else:
+        unit, amount = "tokens", float(TOKENS_PER_PARAMETER * num_parameters)
+        reason = f"no budget given: {TOKENS_PER_PARAMETER} tokens per parameter"
+    # Budgets that are whole multiples of a step must not gain one by rounding of the division.
+    steps = max(1, math.ceil(amount / per_step[unit] * (1 - 1e-12)))
+    if debug.max_steps is not None and debug.max_steps < steps:
+        steps, reason = debug.max_steps, "debug.max_steps"
+    return TrainingLength(steps, tokens_per_step, flops_per_token, reason)
