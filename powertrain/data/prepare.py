@@ -1,0 +1,207 @@
+"""From documents to token shards: prepared once per corpus and tokenizer, by one process, whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from .config import DataConfig
+from .progress import Progress, rank, say
+from .shards import FORMAT, MANIFEST, ShardWriter, TokenStore, fsync_directory
+from .sources import Source, open_source
+from .tokenizers import Tokenizer, byte_tokenizer, pretrained_identity, pretrained_tokenizer, train_bpe
+
+# Characters that are tokenized at once: enough for all cores, and little memory.
+_BATCH_CHARACTERS = 4 << 20
+# How long other local ranks let rank 0, whose terminal shows progress, take the lock first.
+_HEAD_START_SECONDS = 10.0
+
+
+def default_cache_dir() -> Path:
+    """Return `$POWERTRAIN_CACHE`, else `powertrain` in the user's cache directory."""
+    if given := os.environ.get("POWERTRAIN_CACHE"):
+        return Path(given).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "powertrain"
+
+
+def prepare(config: DataConfig, cache_dir: str | Path | None = None) -> TokenStore:
+    """Return the tokens of the corpus that `config` describes, prepared now or by an earlier call.
+
+    Any number of processes may call it at once: one prepares, the others wait. `ValueError` for a source without
+    documents; `ShardError` when tokens on disk are damaged.
+    """
+    source = open_source(config)
+    root = Path(cache_dir or default_cache_dir()).expanduser() / "data"
+    directory = root / f"{config.source}-{_key(config, source)}"
+    if (directory / MANIFEST).exists():
+        return TokenStore(directory)
+    root.mkdir(parents=True, exist_ok=True)
+    _give_rank_zero_a_head_start(directory)
+    with _lock(directory.with_suffix(".lock")):
+        if not (directory / MANIFEST).exists():
+            _remove_leftovers(directory)
+            _prepare(config, source, directory)
+    return TokenStore(directory)
+
+
+def _key(config: DataConfig, source: Source) -> str:
+    """Return the name of prepared tokens: a hash of all that decides their content."""
+    tokenizer = asdict(config.tokenizer)
+    if config.tokenizer.kind == "pretrained":
+        tokenizer = {"pretrained": pretrained_identity(config.tokenizer), "eod": config.tokenizer.eod}
+    elif config.tokenizer.kind == "bytes":
+        tokenizer = {"bytes": True}
+    content = {
+        "format": FORMAT,
+        "source": source.identity,
+        "tokenizer": tokenizer,
+        "split": [config.split, config.val_fraction, config.split_seed],
+        "deduplicate": config.deduplicate,
+        "shard_tokens": config.shard_tokens,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _give_rank_zero_a_head_start(directory: Path) -> None:
+    if rank("LOCAL_RANK", "SLURM_LOCALID") == 0:
+        return
+    until = time.monotonic() + _HEAD_START_SECONDS
+    lock = directory.with_suffix(".lock")
+    while time.monotonic() < until and not lock.exists() and not (directory / MANIFEST).exists():
+        time.sleep(0.05)
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Hold the lock file `path`; the operating system releases it when its holder dies."""
+    import filelock
+
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        say(f"waiting for another process that prepares these data (lock {path})")
+        lock.acquire(timeout=-1, poll_interval=0.2)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _remove_leftovers(directory: Path) -> None:
+    """Remove what killed preparations left; only the holder of the lock may call it."""
+    for leftover in directory.parent.glob(f"{directory.name}.tmp-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    if directory.exists():
+        shutil.rmtree(directory)
+
+
+def _prepare(config: DataConfig, source: Source, directory: Path) -> None:
+    temporary = directory.parent / f"{directory.name}.tmp-{os.getpid()}"
+    temporary.mkdir()
+    start = time.monotonic()
+    try:
+        record = _write(config, source, temporary)
+        os.replace(temporary, directory)
+        fsync_directory(directory.parent)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise OSError(
+                errno.ENOSPC, f"no space is left for prepared tokens in {directory.parent}; set paths.cache"
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    skipped = "".join(f", {count:,} {reason} left out" for reason, count in sorted(record.items()))
+    splits = TokenStore(directory).manifest["splits"].values()
+    documents, tokens, num_bytes = (sum(split[name] for split in splits) for name in ("documents", "tokens", "bytes"))
+    say(
+        f"prepared {documents:,} documents, {num_bytes / 1e6:,.1f} MB, {tokens:,} tokens "
+        f"in {time.monotonic() - start:.1f} s{skipped}: {directory}"
+    )
+
+
+def _write(config: DataConfig, source: Source, directory: Path) -> Counter[str]:
+    """Write the whole corpus into `directory`; return how many documents were left out, by reason."""
+    with Progress(source.total_bytes) as progress:
+        tokenizer = _make_tokenizer(config, source, progress)
+        writer = ShardWriter(directory, tokenizer, config.shard_tokens)
+        text_bytes = 0
+        for batch in _batches(progress.watch(_pieces(config, source), "tokenizing")):
+            for (split, text), tokens in zip(batch, tokenizer.encode_batch([t for _, t in batch]), strict=True):
+                data = text.encode()
+                text_bytes += len(data)
+                digest = hashlib.blake2b(data, digest_size=16).digest()
+                writer.add(split, digest, tokens, len(data))
+        progress.describe("finishing")
+        record = {
+            "config": asdict(config),
+            "source": {k: v for k, v in source.identity.items() if k != "files"},
+            "skipped": dict(source.skipped),
+        }
+        writer.finish(deduplicate=config.deduplicate, record=record)
+    return source.skipped
+
+
+def _make_tokenizer(config: DataConfig, source: Source, progress: Progress) -> Tokenizer:
+    wanted = config.tokenizer
+    if wanted.kind == "bytes":
+        return byte_tokenizer()
+    if wanted.kind == "pretrained":
+        assert wanted.path is not None
+        return pretrained_tokenizer(wanted.path, revision=wanted.revision, eod=wanted.eod)
+    pieces = progress.watch(_pieces(config, source), "training the tokenizer")
+    return train_bpe(_limited(pieces, wanted.train_bytes), wanted.vocab_size)
+
+
+def _limited(pieces: Iterator[tuple[str, str]], num_bytes: int) -> Iterator[str]:
+    """Yield the texts of the training split until they hold `num_bytes`."""
+    for split, text in pieces:
+        if split == "train":
+            yield text
+            num_bytes -= len(text.encode())
+            if num_bytes <= 0:
+                return
+
+
+def _pieces(config: DataConfig, source: Source) -> Iterator[tuple[str, str]]:
+    """Yield (split, text) for every document that is not empty."""
+    for text in source:
+        if not text:
+            source.skipped["empty"] += 1
+        elif config.split == "document":
+            yield split_of(text, config.val_fraction, config.split_seed), text
+        else:
+            cut = round(len(text) * (1 - config.val_fraction))
+            yield from ((s, t) for s, t in (("train", text[:cut]), ("validation", text[cut:])) if t)
+
+
+def split_of(text: str, val_fraction: float, seed: int) -> str:
+    """Return the split of a document: a function of its words and the seed alone, so copies never straddle."""
+    # Copies of one text often differ in white space only; they count as one text here.
+    words = " ".join(text.split()).encode()
+    digest = hashlib.blake2b(words, digest_size=8, key=seed.to_bytes(8, "little")).digest()
+    return "validation" if int.from_bytes(digest, "little") < val_fraction * 2**64 else "train"
+
+
+def _batches(pieces: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    batch: list[tuple[str, str]] = []
+    characters = 0
+    for piece in pieces:
+        batch.append(piece)
+        characters += len(piece[1])
+        if characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
