@@ -85,7 +85,8 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     except ConfigError:
         raise
     except ValueError as error:
-        raise ConfigError(f"{where}: {error}" if where else str(error)) from error
+        # The dataclasses of the packages name the whole key themselves.
+        raise ConfigError(str(error)) from error
 
 
 def _dataclass_in(kind: Any) -> type | None:
@@ -161,6 +162,8 @@ def _try_convert(kind: Any, value: Any, where: str) -> Any:
         if isinstance(value, int | float) and not isinstance(value, bool):
             return str(value)
     elif origin in (list, tuple):
+        if isinstance(value, str) and args[:1] == (str,):
+            return origin([value])  # `data.files=corpus/*.txt` is a list of one
         if isinstance(value, list | tuple):
             if origin is tuple and args and args[-1] is not Ellipsis:
                 if len(value) != len(args):

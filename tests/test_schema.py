@@ -45,9 +45,9 @@ def test_builds_nested_values_with_the_declared_types():
         ({"seed": True}, "seed=True is not allowed"),
         ({"seed": 1, "limit": "x"}, "limit='x' is not allowed: it must be an integer or null"),
         ({"seed": 1, "inner": {"kind": "c"}}, "inner.kind='c' is not allowed: it must be one of a, b"),
-        ({"seed": 1, "inner": {"width": 0}}, "inner: width=0 is not allowed: it must be positive"),
+        ({"seed": 1, "inner": {"width": 0}}, "width=0 is not allowed: it must be positive"),
         ({"seed": 1, "betas": [1]}, "betas=[1] is not allowed: it must be a list of a number"),
-        ({"seed": 1, "files": "x"}, "files='x' is not allowed: it must be a list of a text"),
+        ({"seed": 1, "files": 3}, "files=3 is not allowed: it must be a list of a text"),
         ({}, "missing option seed"),
         ({"seed": 1, "inner": 3}, "inner must be a mapping of options, got 3"),
     ],
@@ -57,6 +57,10 @@ def test_each_mistake_is_one_clear_sentence(values, message):
         build(Outer, values)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_single_text_is_a_list_of_one():
+    assert build(Outer, {"seed": 1, "files": "corpus/*.txt"}).files == ["corpus/*.txt"]
 
 
 def test_leaf_keys_are_dotted_and_complete():

@@ -1,0 +1,48 @@
+# make train   set up, then train a small GPT with power retention on real text
+# make test    the test suite, in the same environment
+# make check   what CI runs: lint, types, kernels, tests
+PYTHON ?= $(shell command -v python3.12 || command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+JOBS := $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 8 ] && echo 8 || echo $$n)
+# Overrides for the run: make train ARGS='model=10m trainer.max_tokens=2e7'
+ARGS ?=
+# What to test: make test TESTS=tests/ops
+TESTS ?= tests
+
+.PHONY: train test lint types kernels check setup clean
+
+train: setup
+	$(BIN)/powertrain train experiment=quickstart $(ARGS)
+
+# One thread per worker: the workers themselves fill the cores.
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal $(TESTS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+# Compiles every kernel; warnings, and spills in hot kernels, are errors. Skipped, with a line, where there is no nvcc.
+kernels: setup
+	$(BIN)/powertrain kernels build --check
+
+check: lint types kernels test
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "powertrain needs Python 3.11 or newer; $(PYTHON) is older: make PYTHON=/path/to/python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "$(PYTHON) cannot make virtual environments: install its venv package (Debian, Ubuntu: python3-venv)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

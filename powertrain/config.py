@@ -1,0 +1,273 @@
+"""The configuration of a run: its schema, its composition from `conf/` and overrides, and what contradicts itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from powertrain.data.config import DataConfig
+from powertrain.models.config import MixerConfig, ModelConfig
+from powertrain.schema import ConfigError, build, leaf_keys, nearest
+from powertrain.training.config import (
+    BudgetConfig,
+    DebugConfig,
+    LoggerConfig,
+    OptimConfig,
+    ScheduleConfig,
+    TrainerConfig,
+)
+
+
+@dataclass(frozen=True)
+class PathsConfig:
+    """Where a run reads and writes."""
+
+    runs: str = "runs"  # directory that holds one directory per run
+    cache: str | None = None  # prepared tokens; null: $POWERTRAIN_CACHE, else the user's cache directory
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """The text generated at the end of a run, so that one sees what the model learned."""
+
+    prompt: str = ""  # text to continue; empty starts a new document
+    max_new_tokens: int = 200  # 0 draws no sample
+    temperature: float = 0.8  # 0 takes the likeliest token
+    top_k: int | None = 50  # sample among this many likeliest tokens; null: all
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 0:
+            raise ValueError(f"sample.max_new_tokens={self.max_new_tokens} is not allowed: it must be 0 or more")
+        if self.temperature < 0:
+            raise ValueError(f"sample.temperature={self.temperature} is not allowed: it must be 0 or more")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"sample.top_k={self.top_k} is not allowed: it must be at least 1, or null")
+
+
+# What a run may change without becoming another run: where it executes and what it prints, not what it computes.
+NOT_IDENTITY = {
+    "": ("paths", "logger", "debug", "sample", "name", "run_id"),
+    "trainer": (
+        "accelerator",
+        "devices",
+        "num_nodes",
+        "strategy",
+        "micro_batch_size",
+        "log_every_steps",
+        "checkpoint_every_steps",
+        "keep_checkpoints",
+        "peak_flops",
+    ),
+    "data": ("num_workers",),
+}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that defines a run; one field per group of `conf/`."""
+
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    debug: DebugConfig = field(default_factory=DebugConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    paths: PathsConfig = field(default_factory=PathsConfig)
+    name: str = "run"  # first part of the run id
+    run_id: str | None = None  # null: `<name>-<hash of identity()>`
+    seed: int = 0  # fixes the initialisation and the order of the data
+
+    def __post_init__(self) -> None:
+        context = self.trainer.context_length
+        mixer = self.model.mixer
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed} is not allowed: it must be at least 0 and below 2^63")
+        for label, text in (("name", self.name), ("run_id", self.run_id)):
+            if text is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", text):
+                raise ValueError(
+                    f"{label}={text!r} is not allowed: it names a directory, so use letters, digits, '.', '_' and '-', "
+                    f"beginning with a letter or digit, at most 128 of them"
+                )
+        if mixer.chunk_size is not None and mixer.chunk_size > context:
+            raise ValueError(
+                f"mixer.chunk_size={mixer.chunk_size} is longer than trainer.context_length={context}: "
+                f"give a chunk of at most the context, or null"
+            )
+        if "window" in mixer.kinds and mixer.window > context:
+            raise ValueError(
+                f"mixer.window={mixer.window} is wider than trainer.context_length={context}, so it is plain softmax: "
+                f"give a window of at most the context, or mixer=softmax"
+            )
+        limits = {
+            "trainer.max_steps": self.trainer.max_steps,
+            "trainer.max_tokens": self.trainer.max_tokens,
+            "budget.value": self.budget.value,
+        }
+        given = [f"{key}={value:g}" for key, value in limits.items() if value is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} both set the length of the run: set all but one of them to null")
+
+    def identity(self) -> dict[str, Any]:
+        """Return what defines the numbers of the run; see `NOT_IDENTITY`."""
+        whole = dataclasses.asdict(self)
+        for group, keys in NOT_IDENTITY.items():
+            part = whole[group] if group else whole
+            for key in keys:
+                del part[key]
+        return whole
+
+    def resolved_run_id(self) -> str:
+        """Return the run id: the one given, or the name and eight digits of the hash of `identity()`."""
+        if self.run_id is not None:
+            return self.run_id
+        canonical = json.dumps(self.identity(), sort_keys=True)
+        return f"{self.name}-{hashlib.sha256(canonical.encode()).hexdigest()[:8]}"
+
+
+# conf/ has a group `mixer` of its own, so that any mixer goes with any model size; it becomes `model.mixer`.
+GROUPS = ("model", "mixer", "data", "optim", "schedule", "trainer", "budget", "logger", "debug", "experiment")
+
+
+def share_dir(name: str) -> Path:
+    """Return the directory `conf` or `recipes`: beside the package in a checkout, inside it in a wheel.
+
+    Errors:
+        FileNotFoundError: neither is there.
+    """
+    package = Path(__file__).resolve().parent
+    for candidate in (package.parent / name, package / "_share" / name):
+        if candidate.is_dir() and (package.parent / "pyproject.toml").exists() == (candidate.parent == package.parent):
+            return candidate
+    raise FileNotFoundError(
+        f"powertrain's directory '{name}' is missing beside or inside {package}; reinstall powertrain"
+    )
+
+
+def options(group: str, directories: list[Path]) -> list[str]:
+    """Return the names one may give for a group: the YAML files in any of the configuration directories."""
+    return sorted({p.stem for d in directories for p in (d / group).glob("*.yaml")})
+
+
+def override_keys() -> list[str]:
+    """Return every dotted key that an override may set."""
+    keys = [k for k in leaf_keys(RunConfig) if not k.startswith("model.mixer.")]
+    return sorted([*keys, *(f"mixer.{k}" for k in leaf_keys(MixerConfig))])
+
+
+def checked_overrides(overrides: list[str], directories: list[Path]) -> list[str]:
+    """Reject override keys and group options that do not exist, naming the nearest that do.
+
+    Returns:
+        The overrides for Hydra; a valid key that its group's file leaves at the default is added rather than refused.
+    Errors:
+        ConfigError: one sentence for the first mistake.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    known = override_keys()
+    sections = {k.rsplit(".", depth)[0] for k in known for depth in range(1, k.count(".") + 1)}
+    checked = []
+    for text in overrides:
+        try:
+            override = OverridesParser.create().parse_override(text)
+        except HydraException as error:
+            raise ConfigError(
+                f"cannot read the override {text!r}: write key=value, quoting a value that holds spaces, commas or "
+                f"brackets twice, as in 'key=\"a, b\"'"
+            ) from error
+        if override.is_sweep_override():
+            raise ConfigError(f"{text!r} gives several values: one run takes one; sweeps are `powertrain sweep RECIPE`")
+        key = override.key_or_group
+        if key in GROUPS and not isinstance(override.value(), dict):
+            allowed = options(key, directories)
+            if override.value() is not None and str(override.value()) not in allowed:
+                raise ConfigError(f"unknown option {key}={override.value()}: {nearest(str(override.value()), allowed)}")
+        elif key in known:
+            text = "++" + text.lstrip("+") if not override.is_delete() else text
+        elif key not in sections:
+            raise ConfigError(f"unknown option '{key}': {nearest(key, [*known, *GROUPS])}")
+        checked.append(text)
+    return checked
+
+
+def compose(overrides: list[str], config_dir: Path | None = None) -> RunConfig:
+    """Compose `conf/config.yaml` with overrides into a validated configuration.
+
+    Args:
+        overrides: Hydra overrides, such as `model=124m` or `optim.lr=3e-4`.
+        config_dir: a directory of the user's own groups (as `experiment/mine.yaml`), searched before powertrain's.
+    Returns:
+        The configuration, with `name` filled from the chosen experiment or groups when it was not given.
+    Errors:
+        ConfigError: one sentence that says what was given and what is allowed.
+    """
+    values, choices = compose_values(overrides, config_dir)
+    if values.get("name") is None:
+        values["name"] = choices.get("experiment") or "-".join(str(choices[g]) for g in ("model", "mixer", "data"))
+    return from_values(values)
+
+
+def compose_values(overrides: list[str], config_dir: Path | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Compose to plain values and the chosen option of each group, before validation; see `compose`."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    directories = [share_dir("conf")]
+    search: list[str] = []
+    if config_dir is not None:
+        if not config_dir.is_dir():
+            raise ConfigError(f"--config-dir {config_dir} is not a directory")
+        directories.insert(0, config_dir)
+        search = [f"hydra.searchpath=[{json.dumps('file://' + str(config_dir.resolve()))}]"]
+    overrides = checked_overrides(overrides, directories)
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(share_dir("conf")), version_base="1.3"):
+            whole = hydra_compose("config", overrides=[*search, *overrides], return_hydra_config=True)
+        choices = OmegaConf.to_container(whole.hydra.runtime.choices)
+        whole = OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
+        missing = sorted(OmegaConf.missing_keys(whole))
+        if missing:
+            raise ConfigError(f"{missing[0]} is not given: add {missing[0]}=... to the command")
+        values = OmegaConf.to_container(whole, resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ConfigError("; ".join(lines)) from error
+    finally:
+        GlobalHydra.instance().clear()
+    assert isinstance(values, dict)
+    assert isinstance(choices, dict)
+    return {str(k): v for k, v in values.items()}, {str(k): v for k, v in choices.items()}
+
+
+def from_values(values: dict[str, Any]) -> RunConfig:
+    """Build and validate a configuration from composed values or a saved `config.yaml`.
+
+    Errors:
+        ConfigError: unknown keys, wrong types, contradictions.
+    """
+    values = dict(values)
+    if "mixer" in values:
+        values["model"] = {**values["model"], "mixer": values.pop("mixer")}
+    return build(RunConfig, values)
+
+
+def to_values(config: RunConfig) -> dict[str, Any]:
+    """Return the plain values that `from_values` reads back to an equal configuration."""
+    values = dataclasses.asdict(config)
+    model = values.pop("model")
+    mixer = model.pop("mixer")
+    return {"run_id": values.pop("run_id"), "name": values.pop("name"), "model": model, "mixer": mixer, **values}

@@ -1,0 +1,157 @@
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from powertrain import config as run_config
+from powertrain.cli import main
+from powertrain.config import GROUPS, NOT_IDENTITY, compose, from_values, options, override_keys, share_dir, to_values
+from powertrain.schema import ConfigError
+
+# What the options of `data` cannot know by themselves.
+NEEDED = {
+    "text": ["data.files=corpus/*.txt"],
+    "json": ["data.files=corpus/*.jsonl"],
+    "parquet": ["data.files=corpus/*.parquet"],
+    "hub": ["data.hub_path=corpus"],
+}
+
+
+def every_option():
+    return [(group, name) for group in GROUPS for name in options(group, [share_dir("conf")])]
+
+
+@pytest.mark.parametrize(("group", "name"), every_option(), ids=lambda value: value)
+def test_every_entry_of_conf_composes_and_validates(group, name):
+    config = compose([f"{group}={name}", *(NEEDED.get(name, []) if group == "data" else [])])
+    assert from_values(yaml.safe_load(yaml.safe_dump(to_values(config)))) == config
+
+
+def test_every_group_of_conf_is_known():
+    assert sorted(p.name for p in share_dir("conf").iterdir() if p.is_dir()) == sorted(GROUPS)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["modle=1m"], "unknown option 'modle': did you mean 'model'?"),
+        (["model=125m"], "unknown option model=125m: did you mean '124m'?"),
+        (["trainer.max_tokn=3"], "unknown option 'trainer.max_tokn': did you mean 'trainer.max_tokens'?"),
+        (["+trainer.max_tokn=3"], "did you mean 'trainer.max_tokens'?"),
+        (["max_tokens=3"], "did you mean 'trainer.max_tokens'?"),
+        (["mixer.chunk_size=4096"], "mixer.chunk_size=4096 is longer than trainer.context_length=1024"),
+        (["mixer=window", "mixer.window=4096"], "mixer.window=4096 is wider than trainer.context_length=1024"),
+        (["trainer.max_steps=3", "trainer.max_tokens=5e6"], "give one budget"),
+        (["trainer.max_steps=3", "budget.value=5"], "trainer.max_steps=3 and budget.value=5 both set the length"),
+        (["data=text"], "needs data.files"),
+        (["data=hub"], "data.hub_path"),
+        (["optim.lr=abc"], "optim.lr='abc' is not allowed: it must be a number"),
+        (["optim.lr=-1"], "optim.lr"),
+        (["mixer.deg=3"], "mixer.deg=3"),
+        (["model.n_heads=5", "model.head_dim=0"], "model.n_heads=5 does not divide"),
+        (["model=1m,10m"], "one run takes one"),
+        (["data.files=[a"], "cannot read the override 'data.files=[a'"),
+        (["trainer.max_steps"], "cannot read the override 'trainer.max_steps'"),
+        (["run_id=../x"], "run_id='../x' is not allowed: it names a directory"),
+        (["seed=-1"], "seed=-1 is not allowed"),
+        (["sample.temperature=-1"], "sample.temperature=-1.0 is not allowed"),
+    ],
+)
+def test_each_mistake_is_one_clear_sentence(overrides, message, capsys):
+    assert main(["train", "--cfg", "job", *overrides]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    sentence, *rest = captured.err.strip().splitlines()
+    assert message in sentence
+    assert rest in ([], ["(POWERTRAIN_TRACEBACK=1 shows where this arose)"])
+
+
+def test_a_key_that_its_yaml_leaves_at_the_default_can_be_set():
+    assert compose(["data.split=tail", "trainer.compile=true"]).data.split == "tail"
+
+
+def test_a_directory_of_ones_own_groups(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /model: 1m\noptim:\n  lr: 0.5\n"
+    )
+    config = compose(["experiment=mine"], tmp_path)
+    assert (config.name, config.optim.lr, config.model.n_layers) == ("mine", 0.5, compose(["model=1m"]).model.n_layers)
+    with pytest.raises(ConfigError, match="did you mean 'mine'"):
+        compose(["experiment=min"], tmp_path)
+    with pytest.raises(ConfigError, match="is not a directory"):
+        compose([], tmp_path / "absent")
+
+
+def test_run_id_follows_the_numbers_and_not_the_place():
+    base = compose([]).resolved_run_id()
+    assert base.startswith("10m-power-python_stdlib-")
+    same = [
+        "paths.runs=elsewhere",
+        "trainer.devices=2",
+        "trainer.accelerator=gpu",
+        "logger=wandb",
+        "data.num_workers=3",
+    ]
+    assert compose(same).resolved_run_id() == base
+    for other in ("seed=1", "optim.lr=0.5", "mixer.deg=4", "trainer.max_steps=5", "data.split_seed=1"):
+        assert compose([other]).resolved_run_id() != base
+    assert compose(["run_id=mine"]).resolved_run_id() == "mine"
+
+
+def test_what_is_not_identity_exists():
+    for group, keys in NOT_IDENTITY.items():
+        for key in keys:
+            name = f"{group}.{key}" if group else key
+            assert any(k == name or k.startswith(f"{name}.") for k in override_keys())
+
+
+def test_saved_values_with_an_unknown_key_are_refused():
+    values = to_values(compose([]))
+    values["optim"]["lrr"] = 1
+    with pytest.raises(ConfigError, match=r"unknown option 'optim\.lrr': did you mean 'optim\.lr'"):
+        from_values(values)
+
+
+def test_compose_leaves_hydra_as_it_was():
+    from hydra.core.global_hydra import GlobalHydra
+
+    compose([])
+    with pytest.raises(ConfigError):
+        compose(["model=nope"])
+    assert not GlobalHydra.instance().is_initialized()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["train", "--cfg", "job"], ["--version"]])
+def test_questions_are_answered_without_heavy_imports(arguments):
+    probe = (
+        "import sys; from powertrain.cli import main\n"
+        f"try: main({arguments!r})\n"
+        "except SystemExit: pass\n"
+        "sys.exit(any(m in sys.modules for m in ('torch', 'lightning', 'datasets', 'wandb')))"
+    )
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, env={**os.environ})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    assert time.perf_counter() - start < 10  # about 0.4 s alone; CI machines are loaded
+
+
+def test_unknown_commands_name_the_nearest(capsys):
+    assert main(["trian"]) == 2
+    assert "did you mean 'train'" in capsys.readouterr().err
+
+
+def test_traceback_on_request(monkeypatch):
+    monkeypatch.setenv("POWERTRAIN_TRACEBACK", "1")
+    with pytest.raises(ConfigError):
+        main(["train", "--cfg", "job", "modle=1m"])
+
+
+def test_share_dir_says_what_is_missing(monkeypatch, tmp_path):
+    monkeypatch.setattr(run_config, "__file__", str(tmp_path / "powertrain" / "config.py"))
+    with pytest.raises(FileNotFoundError, match="'conf' is missing"):
+        share_dir("conf")
