@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 MIXER_KINDS = ("power", "softmax", "window", "linear")
 MLP_KINDS = ("swiglu", "gelu")
+POWER_DEGREES = (2, 4)
 
 # Kinds whose layers are gated when `gated` is left open. Linear-cost mixers need to forget, because their state is
 # finite; softmax and window forget by themselves, and are gated on request as a fair baseline.
@@ -24,13 +25,13 @@ class MixerConfig:
     # One of MIXER_KINDS, or several separated by commas: a pattern that is repeated over the layers.
     # "power,power,softmax": layers 0 and 1 are power, layer 2 is softmax, layers 3 and 4 power again, ...
     kind: str = "power"
-    # Power layers: degree p of the weights (scale q.k)^p; positive and even. The state of a head has binom(head_dim
-    # + p - 1, p) rows.
+    # Power layers: degree p of the weights (scale q.k)^p, 2 or 4. The state of a head has binom(head_dim + p - 1, p)
+    # rows.
     deg: int = 2
     # A scalar forget gate per key head and token, log-sigmoid of a projection of the hidden state. None: gated in
     # power and linear layers, not in softmax and window layers.
     gated: bool | None = None
-    # Value of every gate at init, between 0 and 1 (exclusive). 0.999 remembers with a half-life of 693 tokens.
+    # Value of every gate at init, between 0 and 1 (exclusive). 0.999 is a half-life of 693 tokens.
     gate_init: float = 0.999
     # Power and linear layers: tokens per chunk. None: the op chooses.
     chunk_size: int | None = None
@@ -47,10 +48,10 @@ class MixerConfig:
                 f"mixer.kind={self.kind!r}: {unknown[0]!r} is not a mixer; allowed are {', '.join(MIXER_KINDS)}, "
                 "or several of them separated by commas"
             )
-        if self.deg < 2 or self.deg % 2:
+        if self.deg not in POWER_DEGREES:
             raise ValueError(
-                f"mixer.deg={self.deg}: allowed are positive even degrees (2, 4, ...), because an odd power of q.k "
-                "may be negative and the sum that normalises the output zero; degree 1 is mixer.kind=linear"
+                f"mixer.deg={self.deg}: allowed are {' and '.join(map(str, POWER_DEGREES))}; an odd power of q.k may "
+                "be negative, and the sum that normalises the output zero; degree 1 is mixer.kind=linear"
             )
         if not 0.0 < self.gate_init < 1.0:
             raise ValueError(f"mixer.gate_init={self.gate_init}: must lie between 0 and 1, exclusive")

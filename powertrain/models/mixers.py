@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from powertrain.models.config import MixerConfig, ModelConfig
-from powertrain.ops import linear_attention, power_retention, softmax_attention, window_attention
+from powertrain.ops import linear_attention, softmax_attention, window_attention
+from powertrain.ops.api import power_retention_with_normalizer
 
 
 class LayerCache(Protocol):
@@ -92,7 +93,7 @@ class Mixer(nn.Module):
         cache: LayerCache | None = None,
         collect_stats: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mixed tokens, and for power layers with `collect_stats` `gate_half_life` and `min_normalizer`."""
+        """Mixed tokens; of power layers, with `collect_stats`, also what `GPTOutput.stats` holds of this layer."""
         B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, self.n_heads + 2 * self.n_kv_heads, self.head_dim)
         q, k, v = qkv.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=2)
@@ -100,13 +101,14 @@ class Mixer(nn.Module):
         q = apply_rotary(self.q_norm(q.float()), *rotary).to(v.dtype)
         k = apply_rotary(self.k_norm(k.float()), *rotary).to(v.dtype)
         log_G = self._log_gates(x)
-        out = self._mix(q, k, v, log_G, cu_seqlens) if cache is None else cache.attend(q, k, v, log_G)
+        out, normalizer = (
+            self._mix(q, k, v, log_G, cu_seqlens) if cache is None else (cache.attend(q, k, v, log_G), None)
+        )
         stats: dict[str, Tensor] = {}
-        if collect_stats and self.config.kind == "power":
-            with torch.no_grad():
-                stats["min_normalizer"] = smallest_normalizer(q, k, log_G, self.config.deg, cu_seqlens)
-                if log_G is not None:
-                    stats["gate_half_life"] = math.log(0.5) / log_G.mean()
+        if collect_stats and normalizer is not None:
+            stats["min_normalizer"] = normalizer.min()
+            if log_G is not None:
+                stats["gate_half_life"] = math.log(0.5) / log_G.detach().mean()
         return self.out(out.reshape(B, T, self.n_heads * self.head_dim)), stats
 
     def _log_gates(self, x: Tensor) -> Tensor | None:
@@ -116,11 +118,14 @@ class Mixer(nn.Module):
         # The bias (6.9 at init) joins in fp32: in bf16, steps of the sum would change the half-life by 3 %.
         return F.logsigmoid(F.linear(x, self.gate.weight).float() + self.gate.bias.float())
 
-    def _mix(self, q: Tensor, k: Tensor, v: Tensor, log_G: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    def _mix(
+        self, q: Tensor, k: Tensor, v: Tensor, log_G: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The op's output (B, T, Hq, D), and of power layers the normaliser (B, T, Hq), fp32 without gradient."""
         config = self.config
         match config.kind:
             case "power":
-                return power_retention(
+                out, normalizer, _, _ = power_retention_with_normalizer(
                     q,
                     k,
                     v,
@@ -130,43 +135,11 @@ class Mixer(nn.Module):
                     switch_over_seq_len=config.switch_over_seq_len,
                     cu_seqlens=cu_seqlens,
                 )
-            case "softmax":
-                return softmax_attention(q, k, v, log_G, cu_seqlens=cu_seqlens)
-            case "window":
-                return window_attention(q, k, v, log_G, window=config.window, cu_seqlens=cu_seqlens)
+                return out, normalizer
             case "linear":
-                return linear_attention(q, k, v, log_G, chunk_size=config.chunk_size, cu_seqlens=cu_seqlens)
+                return linear_attention(q, k, v, log_G, chunk_size=config.chunk_size, cu_seqlens=cu_seqlens), None
+            case "softmax":
+                return softmax_attention(q, k, v, log_G, cu_seqlens=cu_seqlens), None
+            case "window":
+                return window_attention(q, k, v, log_G, window=config.window, cu_seqlens=cu_seqlens), None
         raise AssertionError(f"MixerConfig let kind {config.kind!r} through")
-
-
-def smallest_normalizer(
-    q: Tensor,
-    k: Tensor,
-    log_G: Tensor | None,
-    deg: int,
-    cu_seqlens: Tensor | None = None,
-    n_samples: int = 16,
-) -> Tensor:
-    """Smallest normaliser d_i = sum_j (q_i.k_j / sqrt(D))^deg exp(G_i - G_j) over sampled query positions; fp32 scalar.
-
-    q (B, T, Hq, D), k (B, T, Hk, D), log_G (B, T, Hk) or None, cu_seqlens (M,) over the flattened B T tokens. A power
-    layer divides by d_i, so that a value near 0 announces a loss spike. The op divides inside and does not return d_i;
-    here the definition is evaluated at `n_samples` evenly spaced positions of each row, the first and the last among
-    them, which costs O(n_samples T) and is asked for only at steps that log.
-    """
-    B, T, Hq, D = q.shape
-    Hk = k.shape[2]
-    positions = torch.linspace(0, T - 1, min(n_samples, T), device=q.device).round().long()
-    q_sampled = q[:, positions].float().view(B, len(positions), Hk, Hq // Hk, D)
-    weights = (torch.einsum("brhgd,bthd->bhgrt", q_sampled, k.float()) / math.sqrt(D)).pow(deg)
-    index = torch.arange(T, device=q.device)
-    visible = index <= positions[:, None]
-    if cu_seqlens is not None:
-        document = torch.searchsorted(cu_seqlens, torch.arange(B * T, device=q.device), right=True).view(B, 1, T)
-        visible = visible & (document[:, 0, positions, None] == document)
-    visible = visible.expand(B, len(positions), T)[:, None, None]
-    if log_G is not None:
-        G = log_G.float().cumsum(1).transpose(1, 2)
-        decay = G[:, :, positions, None] - G[:, :, None, :]
-        weights = weights * decay.clamp(max=0.0).exp()[:, :, None]
-    return weights.masked_fill(~visible, 0.0).sum(-1).min()

@@ -1,0 +1,178 @@
+"""Generation: prefill the prompt once, then one token at a time from the cache; and `powertrain generate`."""
+
+import argparse
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import yaml
+from tokenizers.decoders import DecodeStream
+from torch import Tensor
+
+from powertrain.config import from_values
+from powertrain.data.tokenizers import Tokenizer, load_tokenizer
+from powertrain.inference.cache import DecodeCache
+from powertrain.models.gpt import GPT
+
+
+def generate_tokens(
+    model: GPT,
+    prompt: Tensor,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+) -> Iterator[Tensor]:
+    """Yield the next token of each row of `prompt`, (B,) int64 on the model's device, `max_new_tokens` times.
+
+    prompt (B, T) int64 with T >= 1. temperature 0 takes the likeliest token; top_k keeps the k likeliest, top_p the
+    fewest likeliest tokens whose probabilities reach p (Holtzman et al. 2020, arXiv:1904.09751); both apply after
+    the temperature.
+    Equal arguments give equal tokens on one device. The cost per token does not depend on the context for power,
+    linear and window layers. Errors: ValueError for an empty prompt, or a sampling argument out of range.
+    """
+    _check(prompt, max_new_tokens, temperature, top_k, top_p)
+    device = model.embedding.weight.device
+    generator = torch.Generator(device).manual_seed(seed)
+    cache = DecodeCache(model.config)
+    tokens = prompt.to(device)
+    for _ in range(max_new_tokens):
+        # Entered for each token: a generator must not leave inference mode switched on in its caller.
+        with torch.inference_mode():
+            logits = model(tokens, cache=cache, logits_to_keep=1).logits
+            next_token = sample(logits[:, -1].float(), temperature, top_k, top_p, generator)
+        yield next_token
+        tokens = next_token[:, None]
+
+
+def sample(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
+) -> Tensor:
+    """One token (B,) int64 from logits (B, vocab), fp32; see `generate_tokens` for the arguments."""
+    if temperature == 0.0:
+        return logits.argmax(dim=-1)
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[:, -1:], -torch.inf)
+    if top_p is not None:
+        ordered, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
+        # A token stays while the likelier ones before it have not reached p: at least one always does.
+        surplus = ordered.cumsum(dim=-1) - ordered >= top_p
+        logits = logits.masked_fill(surplus.scatter(-1, order, surplus), -torch.inf)
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(-1)
+
+
+def generate_text(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+) -> Iterator[str]:
+    """Yield the continuation of `prompt` piece by piece, until it ends its document or has `max_new_tokens` tokens.
+
+    An empty prompt starts a new document. A piece may be several tokens, because it never ends within a character.
+    """
+    # Documents are stored with this token before their first, see powertrain.data.shards.
+    ids = [tokenizer.eod_id, *tokenizer.encode(prompt).tolist()]
+    pieces = DecodeStream(skip_special_tokens=True)
+    for token in generate_tokens(
+        model,
+        torch.tensor([ids]),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+    ):
+        if token.item() == tokenizer.eod_id:
+            return
+        piece = pieces.step(tokenizer.backend, int(token.item()))
+        if piece is not None:
+            yield piece
+
+
+def load_run(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer]:
+    """The model, in evaluation mode on `device`, and the tokenizer of a run.
+
+    path: a run directory, whose best checkpoint is taken (the last where none was validated), or a checkpoint file
+    in one.
+    Errors: ValueError where there is no run, no checkpoint, or a checkpoint of another model.
+    """
+    path = Path(path)
+    run = path if path.is_dir() else path.parent.parent
+    config_file = run / "config.yaml"
+    if not path.exists() or not config_file.is_file():
+        raise ValueError(f"{path} is neither a run directory nor a checkpoint in one: there is no {config_file}")
+    tokenizer = load_tokenizer(run / "tokenizer")
+    config = from_values(yaml.safe_load(config_file.read_text())).model
+    config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
+    checkpoint = _best_checkpoint(run) if path.is_dir() else path
+    saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    with torch.device("meta"):
+        model = GPT(config)
+    prefix = "model."
+    weights = {name.removeprefix(prefix): value for name, value in saved.items() if name.startswith(prefix)}
+    try:
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"{checkpoint} does not hold the weights of the model in {config_file}: {error}") from error
+    return model.to(device).eval(), tokenizer
+
+
+def _best_checkpoint(run: Path) -> Path:
+    for name in ("best", "last"):
+        checkpoint = run / "checkpoints" / name
+        if checkpoint.exists():
+            return checkpoint
+    raise ValueError(f"{run} has no checkpoint yet: there is neither checkpoints/best nor checkpoints/last in it")
+
+
+def _check(prompt: Tensor, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+    if prompt.ndim != 2 or prompt.shape[1] == 0:
+        raise ValueError(f"prompt of shape {tuple(prompt.shape)}: must be (B, T) with T of at least 1")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens={max_new_tokens}: must be at least 0")
+    if not 0.0 <= temperature < float("inf"):
+        raise ValueError(f"temperature={temperature}: must be at least 0 and finite; 0 takes the likeliest token")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k={top_k}: must be at least 1, or None for all tokens")
+    if top_p is not None and not 0.0 < top_p <= 1.0:
+        raise ValueError(f"top_p={top_p}: must be above 0 and at most 1, or None for all tokens")
+
+
+def main(argv: list[str]) -> int:
+    """`powertrain generate RUN`: print the prompt and its continuation as it is generated; returns 0."""
+    parser = argparse.ArgumentParser(prog="powertrain generate", description="Continue a prompt with a trained run.")
+    parser.add_argument("run", help="a run directory (its best checkpoint is taken), or a checkpoint file in one")
+    parser.add_argument("--prompt", default="", help="the text to continue; none starts a new document")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="at most this many tokens (default: 256)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
+    parser.add_argument("--top-k", type=int, default=None, help="sample among the k likeliest tokens only")
+    parser.add_argument("--top-p", type=float, default=None, help="sample among the fewest tokens that reach p")
+    parser.add_argument("--seed", type=int, default=0, help="equal seeds give equal texts (default: 0)")
+    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    arguments = parser.parse_args(argv)
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer = load_run(arguments.run, device)
+    print(arguments.prompt, end="", flush=True)
+    for piece in generate_text(
+        model,
+        tokenizer,
+        arguments.prompt,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+    ):
+        print(piece, end="", flush=True)
+    print()
+    return 0
