@@ -8,7 +8,6 @@ from torch import Tensor
 
 from powertrain.ops import validation
 from powertrain.ops.library import power_retention_op
-from powertrain.ops.normalized import compute_dtype
 from powertrain.ops.plan import choose_chunk_size
 
 Implementation = Literal["torch", "cuda"]
@@ -96,9 +95,7 @@ def power_retention_with_normalizer(
     The normalizer `(B, T, Hq)`, sum_j w_ij in fp32 (fp64 for fp64 inputs), has no gradient: it is for monitoring. State and sum_of_keys have size 0 unless
     return_final_state. Arguments and errors are those of `power_retention`.
     """
-    device_type = Q.device.type if isinstance(Q, Tensor) else "cpu"
-    if torch.is_autocast_enabled(device_type):
-        Q, K, V = (x.to(torch.get_autocast_dtype(device_type)) for x in (Q, K, V))
+    Q, K, V = validation.autocast(Q, K, V)
     validation.check_qkv(Q, K, V)
     validation.check_log_gates(log_G, K)
     validation.check_deg(deg)

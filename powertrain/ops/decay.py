@@ -42,6 +42,16 @@ class Decay:
     def __getitem__(self, index: Any) -> "Decay":
         return Decay(None if self.G is None else self.G[index], None if self.document is None else self.document[index])
 
+    def opens(self, *, has_state: bool) -> Tensor:
+        """`(N, T)`: whether a token starts its sequence or document, for the positions of `make`; without an initial state before it, a gate there has no effect."""
+        positions = self.G if self.document is None else self.document
+        assert positions is not None
+        result = torch.zeros_like(positions[:, 1:], dtype=torch.bool)
+        result[:, 0] = not has_state
+        if self.document is not None:
+            result |= self.document[:, 1:] != self.document[:, :-1]
+        return result
+
     def flatten_chunks(self) -> "Decay":
         """`(N, chunks, chunk_size)` to `(N * chunks, chunk_size)`."""
         return Decay(*(None if x is None else x.flatten(0, 1) for x in (self.G, self.document)))

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from powertrain.ops.flops import OpPassFlops, power_retention_flops
-from powertrain.ops.normalized import compute_dtype, normalized_bwd, normalized_fwd
+from powertrain.ops.layout import compute_dtype
+from powertrain.ops.normalized import normalized_bwd, normalized_fwd
 from powertrain.ops.plan import make_plan
 from powertrain.ops.sympow import phi_dimension
 

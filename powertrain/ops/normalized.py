@@ -12,16 +12,12 @@ from torch import Tensor
 
 from powertrain.ops.chunked import chunked_bwd, chunked_fwd
 from powertrain.ops.decay import Decay, document_of_each_token
+from powertrain.ops.layout import by_query_head, by_sequence, compute_dtype, from_query_head, from_sequence
 from powertrain.ops.plan import Plan, make_plan
 
 # Below this the normaliser counts as zero (an all-zero query, say): y = n / floor, which is at most max |v|, and d has no gradient. Far below any normaliser that
 # carries information in fp32, and far enough above its smallest number that 1 / floor times a finite gradient is finite.
 NORMALIZER_FLOOR = 1e-20
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of the arithmetic and of the state for inputs of `dtype`: fp32, or fp64 for fp64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)
@@ -52,15 +48,15 @@ class _Sequences:
     ) -> "_Sequences":
         B, T, Hq, K = q.shape
         Hk, dtype = k.shape[2], compute_dtype(q.dtype)
-        values = _by_sequence(v).to(dtype)
+        values = by_sequence(v).to(dtype)
         document = None
         if cu_seqlens is not None:
             document = document_of_each_token(cu_seqlens, B, T).repeat_interleave(Hk, dim=0)
         return cls(
-            q=_by_query_head(q, Hk).to(dtype) * scale,
-            k=_by_sequence(k).to(dtype),
+            q=by_query_head(q, Hk).to(dtype) * scale,
+            k=by_sequence(k).to(dtype),
             u=torch.cat([values, values.new_ones(*values.shape[:2], 1)], dim=-1),
-            decay=Decay.make(None if log_g is None else log_g.transpose(1, 2).flatten(0, 1), document),
+            decay=Decay.make(None if log_g is None else by_sequence(log_g), document),
             state=None if state is None or sum_of_keys is None else _join_state(state, sum_of_keys, dtype),
             plan=make_plan(
                 sequences=B * Hk,
@@ -72,24 +68,6 @@ class _Sequences:
                 device_type=q.device.type,
             ),
         )
-
-
-def _by_sequence(x: Tensor) -> Tensor:
-    """`(B, T, Hk, D)` to `(B * Hk, T, D)`."""
-    return x.transpose(1, 2).flatten(0, 1)
-
-
-def _from_sequence(x: Tensor, B: int) -> Tensor:
-    return x.unflatten(0, (B, -1)).transpose(1, 2)
-
-
-def _by_query_head(x: Tensor, Hk: int) -> Tensor:
-    """`(B, T, Hq, D)` to `(B * Hk, R, T, D)`."""
-    return x.unflatten(2, (Hk, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)
-
-
-def _from_query_head(x: Tensor, B: int) -> Tensor:
-    return x.unflatten(0, (B, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
 def _join_state(state: Tensor, sum_of_keys: Tensor, dtype: torch.dtype) -> Tensor:
@@ -125,8 +103,8 @@ def normalized_fwd(
         joined = result.final_state.unflatten(0, (B, -1)).to(state_dtype)
         new_state, new_sum = joined[..., :V].contiguous(), joined[..., V].contiguous()
     return (
-        _from_query_head(out, B).to(q.dtype).contiguous(),
-        _from_query_head(normalizer[..., None], B)[..., 0].contiguous(),
+        from_query_head(out, B).to(q.dtype).contiguous(),
+        from_query_head(normalizer[..., None], B)[..., 0].contiguous(),
         new_state,
         new_sum,
         result.saved_states,
@@ -157,8 +135,8 @@ def normalized_bwd(
         q, k, v, log_g, state, sum_of_keys, cu_seqlens, scale=scale, deg=deg, chunk_size=chunk_size
     )  # fmt: skip
     dtype = x.q.dtype
-    grad_y, y = _by_query_head(grad_out, Hk).to(dtype), _by_query_head(out, Hk).to(dtype)
-    d = _by_query_head(normalizer[..., None], Hk)
+    grad_y, y = by_query_head(grad_out, Hk).to(dtype), by_query_head(out, Hk).to(dtype)
+    d = by_query_head(normalizer[..., None], Hk)
     is_floored = d.abs() < NORMALIZER_FLOOR
     grad_y_dot_y = (grad_y * y).sum(-1, keepdim=True)
     divisor = _guarded(d)
@@ -183,13 +161,8 @@ def normalized_bwd(
     if log_g is not None:
         assert grads.log_g is not None
         # A gate at the start of a sequence or document discounts nothing: exactly zero rather than the rounding of a sum that cancels.
-        opens = torch.zeros_like(grads.log_g, dtype=torch.bool)
-        opens[:, 0] = state is None
-        if x.decay.document is not None:
-            opens |= x.decay.document[:, 1:] != x.decay.document[:, :-1]
-        grad_log_g = (
-            grads.log_g.masked_fill(opens, 0.0).unflatten(0, (B, Hk)).transpose(1, 2).to(log_g.dtype).contiguous()
-        )
+        opens = x.decay.opens(has_state=state is not None)
+        grad_log_g = from_sequence(grads.log_g.masked_fill(opens, 0.0), B).to(log_g.dtype).contiguous()
     if state is not None and sum_of_keys is not None:
         assert grads.state is not None
         joined = grads.state.unflatten(0, (B, Hk))
@@ -198,9 +171,9 @@ def normalized_bwd(
             joined[..., V].to(sum_of_keys.dtype).contiguous(),
         )
     return (
-        _from_query_head(grads.q.mul_(scale), B).to(q.dtype).contiguous(),
-        _from_sequence(grads.k, B).to(k.dtype).contiguous(),
-        _from_sequence(grads.u[..., :V], B).to(v.dtype).contiguous(),
+        from_query_head(grads.q.mul_(scale), B).to(q.dtype).contiguous(),
+        from_sequence(grads.k, B).to(k.dtype).contiguous(),
+        from_sequence(grads.u[..., :V], B).to(v.dtype).contiguous(),
         grad_log_g,
         grad_initial,
         grad_initial_sum,

@@ -102,6 +102,18 @@ def make_plan(
     )
 
 
+def attention_block_size(device_type: str) -> int:
+    """Return the rows of one block of blocked softmax attention."""
+    return _BLOCK_SIZE.get(device_type, _BLOCK_SIZE["cuda"])
+
+
+def attention_sequences_per_group(*, tokens: int, window: int, query_heads_per_key_head: int, device_type: str) -> int:
+    """Return how many key heads blocked softmax attention takes at once, so that the scores of one block of rows fit a tile."""
+    rows = attention_block_size(device_type)
+    elements = query_heads_per_key_head * rows * min(tokens, window + rows)
+    return max(1, _TILE_ELEMENTS.get(device_type, _TILE_ELEMENTS["cuda"]) // elements)
+
+
 def choose_chunk_size(
     *, tokens: int, key_dim: int, value_dim: int, deg: int, query_heads_per_key_head: int = 1, has_state: bool = False
 ) -> int:

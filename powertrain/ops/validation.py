@@ -12,25 +12,34 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CHECK_VALUES_VARIABLE = "POWERTRAIN_CHECK_VALUES"
 
 
-def _checks_values(x: Tensor) -> bool:
+def checks_values(x: Tensor) -> bool:
     if torch.compiler.is_compiling() or isinstance(x, torch._subclasses.FakeTensor):
         return False
     return x.device.type == "cpu" or os.environ.get(CHECK_VALUES_VARIABLE) == "1"
 
 
-def _shape(x: Tensor) -> str:
+def shape_text(x: Tensor) -> str:
     return f"({', '.join(str(size) for size in x.shape)})"
+
+
+def autocast(Q: Tensor, K: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return Q, K and V in the autocast dtype under autocast, as they are otherwise."""
+    device_type = Q.device.type
+    if not torch.is_autocast_enabled(device_type):
+        return Q, K, V
+    dtype = torch.get_autocast_dtype(device_type)
+    return Q.to(dtype), K.to(dtype), V.to(dtype)
 
 
 def check_qkv(Q: Tensor, K: Tensor, V: Tensor, *, same_length: bool = True) -> None:
     """Raise `ValueError` unless Q `(B, T, Hq, K)`, K `(B, T, Hk, K)` and V `(B, T, Hk, V)` fit together."""
     for name, x, layout in (("Q", Q, "(B, T, Hq, K)"), ("K", K, "(B, T, Hk, K)"), ("V", V, "(B, T, Hk, V)")):
         if x.ndim != 4:
-            raise ValueError(f"{name} has {x.ndim} dimensions, shape {_shape(x)}; expected 4: {layout}")
+            raise ValueError(f"{name} has {x.ndim} dimensions, shape {shape_text(x)}; expected 4: {layout}")
         if x.dtype not in FLOAT_DTYPES:
             raise ValueError(f"{name} has dtype {x.dtype}; allowed are float16, bfloat16, float32 and float64")
         if 0 in x.shape:
-            raise ValueError(f"{name} has shape {_shape(x)}; every size must be at least 1")
+            raise ValueError(f"{name} has shape {shape_text(x)}; every size must be at least 1")
     if not Q.dtype == K.dtype == V.dtype:
         raise ValueError(f"Q, K and V must share a dtype; got {Q.dtype}, {K.dtype} and {V.dtype}")
     if not Q.device == K.device == V.device:
@@ -54,14 +63,14 @@ def check_log_gates(log_G: Tensor | None, K: Tensor) -> None:
     if log_G is None:
         return
     if log_G.shape != K.shape[:3]:
-        raise ValueError(f"log_G has shape {_shape(log_G)}; expected (B, T, Hk) = {_shape(K[..., 0])}")
+        raise ValueError(f"log_G has shape {shape_text(log_G)}; expected (B, T, Hk) = {shape_text(K[..., 0])}")
     if log_G.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"log_G has dtype {log_G.dtype}; expected float32, because sums of log gates over a sequence need it"
         )
     if log_G.device != K.device:
         raise ValueError(f"log_G is on {log_G.device}, Q, K and V on {K.device}; they must be on one device")
-    if _checks_values(log_G):
+    if checks_values(log_G):
         largest = log_G.detach().max().item()  # NaN where there is any
         if not largest <= 0:
             raise ValueError(f"log_G must be at most 0 (gates in [0, 1]); its maximum is {largest}")
@@ -117,7 +126,7 @@ def check_state(
         if tuple(x.shape) != shape:
             layout = "(B, Hk, F, V)" if len(shape) == 4 else "(B, Hk, F)"
             raise ValueError(
-                f"{name} has shape {_shape(x)}; expected {layout} = {shape} with F = binom(K + deg - 1, deg)"
+                f"{name} has shape {shape_text(x)}; expected {layout} = {shape} with F = binom(K + deg - 1, deg)"
             )
         if x.dtype not in FLOAT_DTYPES:
             raise ValueError(f"{name} has dtype {x.dtype}; allowed are float16, bfloat16, float32 and float64")
@@ -134,13 +143,13 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, Q: Tensor) -> None:
     B, T = Q.shape[:2]
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(
-            f"cu_seqlens has shape {_shape(cu_seqlens)}; expected (M,) with M of at least 2: document offsets from 0 to B*T = {B * T}"
+            f"cu_seqlens has shape {shape_text(cu_seqlens)}; expected (M,) with M of at least 2: document offsets from 0 to B*T = {B * T}"
         )
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"cu_seqlens has dtype {cu_seqlens.dtype}; allowed are int32 and int64")
     if cu_seqlens.device != Q.device:
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, Q on {Q.device}; they must be on one device")
-    if _checks_values(cu_seqlens):
+    if checks_values(cu_seqlens):
         offsets = cu_seqlens.tolist()
         if offsets[0] != 0 or offsets[-1] != B * T:
             raise ValueError(f"cu_seqlens runs from {offsets[0]} to {offsets[-1]}; it must run from 0 to B*T = {B * T}")

@@ -1,0 +1,76 @@
+"""Softmax baselines beside power retention: full and sliding-window causal attention, with documents and optional gates."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from powertrain.ops import validation
+from powertrain.ops.blocked_attention import blocked_attention_op
+
+
+def softmax_attention(
+    Q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    log_G: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Compute causal softmax attention, out_i = sum_j w_ij v_j / sum_j w_ij with w_ij = exp(scale q_i.k_j + G_i - G_j).
+
+    Args:
+        Q: queries `(B, T, Hq, K)`, fp16, bf16, fp32 or fp64; Hq is a multiple of Hk.
+        K: keys `(B, T, Hk, K)`, dtype of Q.
+        V: values `(B, T, Hk, V)`, dtype of Q.
+        log_G: log gates `(B, T, Hk)`, fp32, at most 0; G is their cumulative sum (as in the Forgetting Transformer, Lin et al. 2025, arXiv:2503.02130).
+        cu_seqlens: document offsets as in `power_retention`; nothing passes between documents.
+        scale: factor of the scores; None: 1 / sqrt(K).
+
+    Returns:
+        out `(B, T, Hq, V)` in the dtype of Q. Without gates and documents it is PyTorch's scaled_dot_product_attention.
+
+    Raises:
+        ValueError: for inputs that do not fit together, as in `power_retention`.
+    """
+    Q, K, V = _checked(Q, K, V, log_G, cu_seqlens, scale)
+    if log_G is None and cu_seqlens is None:
+        q, k, v = (x.transpose(1, 2) for x in (Q, K, V))
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scale, enable_gqa=Q.shape[2] != K.shape[2]
+        )
+        return out.transpose(1, 2)
+    return blocked_attention_op(Q, K, V, log_G, cu_seqlens, _scale(scale, Q), Q.shape[1])[0]
+
+
+def window_attention(
+    Q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    window: int,
+    log_G: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Compute `softmax_attention` in which token i sees tokens i - window < j <= i, in time and memory O(T * window).
+
+    Arguments, result and errors are those of `softmax_attention`; window, at least 1, counts the token itself.
+    """
+    validation.check_positive("window", window)
+    Q, K, V = _checked(Q, K, V, log_G, cu_seqlens, scale)
+    return blocked_attention_op(Q, K, V, log_G, cu_seqlens, _scale(scale, Q), min(window, Q.shape[1]))[0]
+
+
+def _checked(
+    Q: Tensor, K: Tensor, V: Tensor, log_G: Tensor | None, cu_seqlens: Tensor | None, scale: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    Q, K, V = validation.autocast(Q, K, V)
+    validation.check_qkv(Q, K, V)
+    validation.check_log_gates(log_G, K)
+    validation.check_cu_seqlens(cu_seqlens, Q)
+    validation.check_scale(scale)
+    return Q, K, V
+
+
+def _scale(scale: float | None, Q: Tensor) -> float:
+    return 1.0 / math.sqrt(Q.shape[3]) if scale is None else float(scale)

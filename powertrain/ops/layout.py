@@ -1,0 +1,29 @@
+"""Public `(B, T, H, D)` tensors as batches of sequences, one per key head and row, and back; and the dtype of the arithmetic."""
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the arithmetic and of the state for inputs of `dtype`: fp32, or fp64 for fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def by_sequence(x: Tensor) -> Tensor:
+    """`(B, T, Hk, ...)` to `(B * Hk, T, ...)`."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def from_sequence(x: Tensor, B: int) -> Tensor:
+    """`(B * Hk, T, ...)` to `(B, T, Hk, ...)`."""
+    return x.unflatten(0, (B, -1)).transpose(1, 2)
+
+
+def by_query_head(x: Tensor, Hk: int) -> Tensor:
+    """`(B, T, Hq, D)` to `(B * Hk, R, T, D)` with R = Hq / Hk query heads per key head."""
+    return x.unflatten(2, (Hk, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)
+
+
+def from_query_head(x: Tensor, B: int) -> Tensor:
+    """`(B * Hk, R, T, D)` to `(B, T, Hq, D)`."""
+    return x.unflatten(0, (B, -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)

@@ -1,0 +1,272 @@
+"""Cross entropy of a linear head, in chunks of tokens: the logits of all tokens never exist at once.
+
+For a sum or mean the gradients of hidden and weight are known up to one factor as soon as the logits of a chunk are, so the forward pass forms them and nothing is computed
+twice. Losses per token get their gradient by computing the logits again.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from powertrain.ops.validation import checks_values, shape_text
+
+# Logits of one chunk: on CPU they stay in the last-level cache; on a GPU they fill the chip at 256 MiB of fp32.
+_CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ignore_index: int = -100,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    chunk: int | None = None,
+) -> Tensor:
+    """Compute the cross entropy in nats of logits `hidden weight^T` against labels, without ever holding the logits of more than `chunk` tokens.
+
+    Args:
+        hidden: `(N, D)` floating point; cast to the autocast dtype under autocast, like weight.
+        weight: `(V, D)`, dtype of hidden.
+        labels: `(N,)` int64 in [0, V), or ignore_index for tokens that do not count.
+        ignore_index: the label of ignored tokens.
+        reduction: "mean" over the tokens that count (NaN if none does, as in `torch.nn.functional.cross_entropy`), "sum", or "none": `(N,)` with 0 for ignored tokens.
+        chunk: tokens whose logits exist at once; None: from V and the device.
+
+    Returns:
+        The loss in fp32 (fp64 for fp64 inputs): a scalar, or `(N,)` for reduction "none". Softmax and sums are in that dtype whatever the dtype of the inputs.
+
+    Raises:
+        ValueError: for shapes, dtypes or labels that do not fit (labels are checked where values are: see `power_retention`).
+    """
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    _check(hidden, weight, labels, ignore_index, reduction, chunk)
+    if chunk is None:
+        chunk = max(1, _CHUNK_ELEMENTS.get(hidden.device.type, _CHUNK_ELEMENTS["cuda"]) // weight.shape[0])
+    if reduction == "none":
+        return _loss_per_token(hidden, weight, labels, ignore_index, chunk)[0]
+    with_gradients = torch.is_grad_enabled()
+    loss, _, _ = _loss_sum(
+        hidden,
+        weight,
+        labels,
+        ignore_index,
+        chunk,
+        with_gradients and hidden.requires_grad,
+        with_gradients and weight.requires_grad,
+    )
+    return loss / (labels != ignore_index).sum() if reduction == "mean" else loss
+
+
+def _check(
+    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, reduction: str, chunk: int | None
+) -> None:
+    if hidden.ndim != 2 or weight.ndim != 2 or labels.ndim != 1:
+        raise ValueError(
+            f"expected hidden (N, D), weight (V, D) and labels (N,); got {shape_text(hidden)}, {shape_text(weight)} and {shape_text(labels)}"
+        )
+    if hidden.shape[1] != weight.shape[1] or hidden.shape[0] != labels.shape[0]:
+        raise ValueError(
+            f"hidden {shape_text(hidden)}, weight {shape_text(weight)} and labels {shape_text(labels)} do not fit; expected (N, D), (V, D) and (N,)"
+        )
+    if hidden.dtype != weight.dtype or not hidden.is_floating_point():
+        raise ValueError(f"hidden and weight must share a floating-point dtype; got {hidden.dtype} and {weight.dtype}")
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels have dtype {labels.dtype}; expected int64")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction={reduction!r} is unknown; allowed are 'mean', 'sum' and 'none'")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk={chunk} must be None or at least 1")
+    if checks_values(labels) and labels.numel():
+        counted = labels[labels != ignore_index]
+        if counted.numel() and not (0 <= counted.min().item() and counted.max().item() < weight.shape[0]):
+            raise ValueError(
+                f"labels lie in [{counted.min().item()}, {counted.max().item()}]; allowed are 0 to {weight.shape[0] - 1} and ignore_index={ignore_index}"
+            )
+
+
+def _loss_dtype(hidden: Tensor) -> torch.dtype:
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
+def _chunks(count: int, chunk: int) -> Iterator[slice]:
+    for start in range(0, count, chunk):
+        yield slice(start, min(start + chunk, count))
+
+
+def _losses(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Return per-token losses and log-sum-exp, both `(n,)`."""
+    lse = logits.logsumexp(-1)
+    counts = labels != ignore_index
+    target = logits.gather(-1, torch.where(counts, labels, 0)[:, None])[:, 0]
+    return torch.where(counts, lse - target, 0.0), lse
+
+
+def _logit_grads_(logits: Tensor, lse: Tensor, labels: Tensor, ignore_index: int, factor: Tensor | None) -> Tensor:
+    """Overwrite fp32 logits with the gradients of factor * loss, 0 for ignored tokens."""
+    grads = logits.sub_(lse[:, None]).exp_()
+    counts = labels != ignore_index
+    grads.scatter_add_(-1, torch.where(counts, labels, 0)[:, None], torch.full_like(lse, -1.0)[:, None])
+    row_factor = counts.to(lse.dtype) if factor is None else torch.where(counts, factor, 0.0)
+    return grads.mul_(row_factor[:, None])
+
+
+def _add_grads_(
+    grad_hidden: Tensor | None, grad_weight: Tensor | None, rows: slice, grads: Tensor, hidden: Tensor, weight: Tensor
+) -> None:
+    """Write the rows' gradient of hidden and add to that of weight, which is summed in the dtype of the loss."""
+    narrow = grads.to(hidden.dtype)
+    if grad_hidden is not None:
+        grad_hidden[rows] = narrow @ weight
+    if grad_weight is not None:
+        if grad_weight.dtype == hidden.dtype:
+            grad_weight.addmm_(narrow.T, hidden[rows])
+        else:
+            grad_weight += narrow.T @ hidden[rows]
+
+
+def _logits(hidden: Tensor, weight: Tensor, rows: slice) -> Tensor:
+    return (hidden[rows] @ weight.T).to(_loss_dtype(hidden))
+
+
+@torch.library.custom_op("powertrain::linear_cross_entropy_sum", mutates_args=())
+def _loss_sum(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    chunk: int,
+    grad_for_hidden: bool,
+    grad_for_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the summed loss and its gradients (of size 0 where not asked for)."""
+    dtype = _loss_dtype(hidden)
+    loss = hidden.new_zeros((), dtype=dtype)
+    grad_hidden = torch.empty_like(hidden) if grad_for_hidden else None
+    grad_weight = torch.zeros_like(weight, dtype=dtype) if grad_for_weight else None
+    for rows in _chunks(hidden.shape[0], chunk):
+        logits = _logits(hidden, weight, rows)
+        losses, lse = _losses(logits, labels[rows], ignore_index)
+        loss += losses.sum()
+        if grad_for_hidden or grad_for_weight:
+            grads = _logit_grads_(logits, lse, labels[rows], ignore_index, None)
+            _add_grads_(grad_hidden, grad_weight, rows, grads, hidden, weight)
+    return (
+        loss,
+        hidden.new_empty(0) if grad_hidden is None else grad_hidden,
+        weight.new_empty(0, dtype=dtype) if grad_weight is None else grad_weight,
+    )
+
+
+@_loss_sum.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    chunk: int,
+    grad_for_hidden: bool,
+    grad_for_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = _loss_dtype(hidden)
+    return (
+        hidden.new_empty((), dtype=dtype),
+        torch.empty_like(hidden) if grad_for_hidden else hidden.new_empty(0),
+        torch.empty_like(weight, dtype=dtype) if grad_for_weight else weight.new_empty(0, dtype=dtype),
+    )
+
+
+def _sum_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.dtypes = inputs[0].dtype, inputs[1].dtype
+    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.save_for_backward(output[1], output[2])
+
+
+def _sum_backward(ctx: Any, grad_loss: Tensor, _: Any, __: Any) -> tuple[Tensor | None, ...]:
+    grad_hidden, grad_weight = ctx.saved_tensors
+    hidden_dtype, weight_dtype = ctx.dtypes
+    return (
+        (grad_hidden * grad_loss).to(hidden_dtype) if ctx.needs_input_grad[0] else None,
+        (grad_weight * grad_loss).to(weight_dtype) if ctx.needs_input_grad[1] else None,
+        None, None, None, None, None,
+    )  # fmt: skip
+
+
+_loss_sum.register_autograd(_sum_backward, setup_context=_sum_setup_context)
+
+
+@torch.library.custom_op("powertrain::linear_cross_entropy_per_token", mutates_args=())
+def _loss_per_token(
+    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """Return the loss and the log-sum-exp of each token."""
+    losses, lse = (hidden.new_empty(hidden.shape[0], dtype=_loss_dtype(hidden)) for _ in range(2))
+    for rows in _chunks(hidden.shape[0], chunk):
+        losses[rows], lse[rows] = _losses(_logits(hidden, weight, rows), labels[rows], ignore_index)
+    return losses, lse
+
+
+@_loss_per_token.register_fake
+def _(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, chunk: int) -> tuple[Tensor, Tensor]:
+    return tuple(hidden.new_empty(hidden.shape[0], dtype=_loss_dtype(hidden)) for _ in range(2))  # type: ignore[return-value]
+
+
+@torch.library.custom_op("powertrain::linear_cross_entropy_per_token_bwd", mutates_args=())
+def _loss_per_token_bwd(
+    grad_losses: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, lse: Tensor, ignore_index: int, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of hidden and weight."""
+    grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=lse.dtype)
+    for rows in _chunks(hidden.shape[0], chunk):
+        grads = _logit_grads_(_logits(hidden, weight, rows), lse[rows], labels[rows], ignore_index, grad_losses[rows])
+        _add_grads_(grad_hidden, grad_weight, rows, grads, hidden, weight)
+    return grad_hidden, grad_weight.to(weight.dtype) if grad_weight.dtype != weight.dtype else grad_weight
+
+
+@_loss_per_token_bwd.register_fake
+def _(
+    grad_losses: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, lse: Tensor, ignore_index: int, chunk: int
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(hidden), torch.empty_like(weight)
+
+
+def _per_token_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, labels, ctx.ignore_index, ctx.chunk = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(hidden, weight, labels, output[1])
+
+
+def _per_token_backward(ctx: Any, grad_losses: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    return *_loss_per_token_bwd(grad_losses, *ctx.saved_tensors, ctx.ignore_index, ctx.chunk), None, None, None
+
+
+_loss_per_token.register_autograd(_per_token_backward, setup_context=_per_token_setup_context)
+
+
+@register_flop_formula(torch.ops.powertrain.linear_cross_entropy_sum)
+def _sum_formula(
+    hidden: Any,
+    weight: Any,
+    labels: Any,
+    ignore_index: int,
+    chunk: int,
+    grad_for_hidden: bool,
+    grad_for_weight: bool,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    return 2 * hidden[0] * hidden[1] * weight[0] * (1 + grad_for_hidden + grad_for_weight)
+
+
+@register_flop_formula(torch.ops.powertrain.linear_cross_entropy_per_token)
+def _per_token_formula(hidden: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * hidden[0] * hidden[1] * weight[0]
+
+
+@register_flop_formula(torch.ops.powertrain.linear_cross_entropy_per_token_bwd)
+def _per_token_bwd_formula(grad_losses: Any, hidden: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
+    return 6 * hidden[0] * hidden[1] * weight[0]
