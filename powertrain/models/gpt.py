@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from powertrain.models.config import MixerConfig, ModelConfig
-from powertrain.models.mixers import Cache, LayerCache, Linear, Mixer, RMSNorm, rotary_angles
+from powertrain.models.mixers import Cache, LayerCache, Linear, Mixer, RMSNorm, rotary_angles, token_positions
 from powertrain.ops import linear_cross_entropy
 
 IGNORE_INDEX = -100
@@ -109,9 +109,8 @@ class GPT(nn.Module):
         self.embedding = Embedding(rows, config.d_model)
         self.blocks = nn.ModuleList(Block(config, mixer) for mixer in config.layer_mixers)
         self.norm = RMSNorm(config.d_model, eps=config.norm_eps)
-        self.head = Linear(config.d_model, rows, bias=False)
-        if config.tied_embeddings:
-            self.head.weight = self.embedding.weight
+        # A shared parameter would come apart in `to_empty`; with a tied head there is only the embedding.
+        self.head = None if config.tied_embeddings else Linear(config.d_model, rows, bias=False)
         if not self.embedding.weight.is_meta:
             self.init_weights()
 
@@ -147,7 +146,6 @@ class GPT(nn.Module):
         rows, and small rows make large gradients in the first layers (OLMo 2, arXiv:2501.00656).
         """
         matrices = ("qkv.weight", "out.weight", "up.weight", "down.weight", "head.weight")
-        # named_parameters names a tied matrix once, as the embedding.
         return frozenset(name for name, _ in self.named_parameters() if name.endswith(matrices))
 
     def forward(
@@ -173,7 +171,8 @@ class GPT(nn.Module):
             raise ValueError("a cache continues one sequence per row: cu_seqlens and labels are not allowed with it")
         start = 0 if cache is None else cache.position
         x = self.embedding(input_ids)
-        rotary = rotary_angles(start, input_ids.shape[1], self.config.head_dim, self.config.rope_theta, x.device)
+        positions = token_positions(input_ids, start, cu_seqlens)
+        rotary = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
         stats: dict[str, Tensor] = {}
         for layer, block in enumerate(self.blocks):
             inputs = (x, rotary, cu_seqlens, None if cache is None else cache.layers[layer], collect_stats)
@@ -185,12 +184,13 @@ class GPT(nn.Module):
         if cache is not None:
             cache.position = start + input_ids.shape[1]
         x = self.norm(x)
+        head = self.embedding.weight if self.head is None else self.head.weight
         if labels is None:
             x = x if logits_to_keep is None else x[:, -logits_to_keep:]
-            return GPTOutput(None, self.head(x)[..., : self.config.vocab_size], stats)
+            return GPTOutput(None, F.linear(x, head)[..., : self.config.vocab_size], stats)
         loss = linear_cross_entropy(
             x,
-            self.head.weight,
+            head,
             labels,
             vocab_size=self.config.vocab_size,
             ignore_index=IGNORE_INDEX,

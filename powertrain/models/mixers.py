@@ -47,22 +47,33 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
 
 
-def rotary_angles(start: int, length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (T, D/2), fp32, of the rotary embedding at positions `start ... start + length - 1`.
+def token_positions(input_ids: Tensor, start: int, cu_seqlens: Tensor | None) -> Tensor:
+    """Position of each token in its document: (1, T) from `start` on, or (B, T) with documents; int64.
 
-    Computed in each forward rather than kept in a buffer: there is nothing to restore after a meta-device init, and
-    no longest context. Positions run through document boundaries, since only differences within a document matter.
+    Positions restart with each document, because the feature map of linear attention sees them absolutely.
     """
-    frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
-    positions = torch.arange(start, start + length, dtype=torch.float32, device=device)
-    angles = positions[:, None] * frequencies
+    B, T = input_ids.shape
+    if cu_seqlens is None:
+        return torch.arange(start, start + T, device=input_ids.device)[None]
+    index = torch.arange(B * T, device=input_ids.device)
+    first = cu_seqlens[torch.searchsorted(cu_seqlens, index.to(cu_seqlens.dtype), right=True) - 1]
+    return (index - first).view(B, T)
+
+
+def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (B or 1, T, 1, D/2), fp32, of the rotary embedding at positions (B or 1, T).
+
+    Computed in each forward rather than kept in a buffer: there is nothing to restore after a meta-device init, and no
+    longest context.
+    """
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim)
+    angles = positions[..., None, None].float() * frequencies
     return angles.cos(), angles.sin()
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn channel pairs (i, i + D/2) of x (B, T, H, D), fp32, by the angles of `rotary_angles` (Su et al. 2021)."""
     first, second = x.chunk(2, dim=-1)
-    cos, sin = cos[:, None, :], sin[:, None, :]
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
 
 

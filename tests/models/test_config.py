@@ -64,7 +64,7 @@ def test_gate_defaults(kind: str, gated: bool | None, expected: bool):
     ],
 )
 def test_model_refuses(arguments: dict, parts: list[str]):
-    with pytest.raises(ValueError, match="model|mixer") as error:
+    with pytest.raises(ValueError, match=r"model|mixer") as error:
         ModelConfig(**arguments)
     for part in parts:
         assert part in str(error.value)
