@@ -9,10 +9,13 @@ namespace powertrain {
 
 int fail(pt_status status, const char* format, ...) __attribute__((format(printf, 2, 3)));  // records pt_last_error, returns status
 int check_cuda(cudaError_t error, const char* what);                                        // PT_OK or PT_CUDA_ERROR with its message
+int validate(const pt_problem* problem);                                                    // PT_OK or what is wrong with it
 int multiprocessors();                                                                      // of the current device; cached
 
 // Lets one kernel use `bytes` of dynamic shared memory; once per device, then free.
 int allow_shared_memory(const void* kernel, int bytes);
+
+int64_t gate_grad_workspace(const pt_problem& problem);  // bytes, of pt_gate_grad (gates.cu)
 
 // Every kernel registers itself (a static object beside its instantiation), for pt_kernel_info.
 struct KernelEntry {

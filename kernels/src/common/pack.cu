@@ -1,0 +1,305 @@
+// pt_pack, pt_pack_grad, pt_power_scale: tensors with strides into tiles, once, so that every later read is a contiguous copy.
+#include <type_traits>
+
+#include "numeric.cuh"
+#include "stages.h"
+
+namespace powertrain {
+namespace {
+
+constexpr int kThreads = 256;
+
+template <typename T>
+struct Strided {
+  const T* data;
+  int64_t stride_b, stride_t, stride_h;
+  __device__ __forceinline__ const T* row(int b, int64_t t, int h) const { return data + b * stride_b + t * stride_t + h * stride_h; }
+};
+template <typename T>
+Strided<T> strided(const pt_tensor& x) {
+  return {(const T*)x.data, x.stride_b, x.stride_t, x.stride_h};
+}
+bool vectorizable(const pt_tensor& x) {  // rows of 16-byte loads
+  return ((uintptr_t)x.data % 16 == 0) && x.stride_b % 8 == 0 && x.stride_t % 8 == 0 && x.stride_h % 8 == 0;
+}
+
+// Eight consecutive elements of a row.
+template <typename T>
+__device__ __forceinline__ uint4 load8(const T* p, bool vector) {
+  if (vector) return *(const uint4*)p;
+  uint16_t e[8];
+#pragma unroll
+  for (int i = 0; i < 8; i++) e[i] = ((const uint16_t*)p)[i];
+  return make_uint4(e[0] | e[1] << 16, e[2] | e[3] << 16, e[4] | e[5] << 16, e[6] | e[7] << 16);
+}
+template <typename T>
+__device__ __forceinline__ uint32_t scaled(uint32_t w, float s) {
+  return Numeric<T>::pack(Numeric<T>::low(w) * s, Numeric<T>::high(w) * s);
+}
+template <typename T>
+__device__ __forceinline__ uint4 scaled(uint4 v, float s) {
+  return make_uint4(scaled<T>(v.x, s), scaled<T>(v.y, s), scaled<T>(v.z, s), scaled<T>(v.w, s));
+}
+
+struct BlockIndex {
+  int b, h;
+  int64_t block;
+};
+__device__ __forceinline__ BlockIndex block_index(int heads, int64_t blocks) {
+  const int64_t index = blockIdx.x, bh = index / blocks;
+  return {(int)(bh / heads), (int)(bh % heads), index % blocks};
+}
+
+// Features: 64 tokens x D are transposed through shared memory; the pad of 16 bytes keeps ldmatrix free of bank conflicts.
+template <typename T, int D>
+__global__ void __launch_bounds__(kThreads) pack_features(Strided<T> x, int heads, int64_t seq_len, int64_t blocks, const float* scale,
+                                                          T* packed, bool vector) {
+  constexpr int kRow = D * 2 + 16;
+  __shared__ __align__(16) uint8_t tile[kBlock * kRow];
+  const BlockIndex at = block_index(heads, blocks);
+  const float s = scale ? scale[at.b * heads + at.h] : 1.f;
+  for (int e = threadIdx.x; e < kBlock * D / 8; e += kThreads) {
+    const int token = e / (D / 8), group = e % (D / 8);
+    const int64_t t = at.block * kBlock + token;
+    uint4 v = make_uint4(0, 0, 0, 0);
+    if (t < seq_len) v = load8(x.row(at.b, t, at.h) + group * 8, vector);
+    if (scale) v = scaled<T>(v, s);
+    *(uint4*)(tile + token * kRow + group * 16) = v;
+  }
+  __syncthreads();
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  uint32_t* out = (uint32_t*)(packed + (int64_t)blockIdx.x * feature_block_elements(D));
+  for (int core = warp * 4; core < D; core += kThreads / 8) {  // D / 8 feature groups x 8 token groups, four a time
+    const int feature_group = core / 8, token_group = core % 8 + lane / 8;
+    const uint32_t address = (uint32_t)__cvta_generic_to_shared(tile + (token_group * 8 + lane % 8) * kRow + feature_group * 16);
+    uint32_t r[4];
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address));
+#pragma unroll
+    for (int i = 0; i < 4; i++) out[(core + i) * 32 + lane] = r[i];
+  }
+}
+
+template <typename T, int D>
+__global__ void __launch_bounds__(kThreads) pack_values(Strided<T> x, int heads, int64_t seq_len, int64_t blocks, const float* scale,
+                                                        T* packed, bool vector) {
+  const BlockIndex at = block_index(heads, blocks);
+  const float s = scale ? scale[at.b * heads + at.h] : 1.f;
+  T* out = packed + (int64_t)blockIdx.x * value_block_elements(D);
+  constexpr int kGroups = D / 8 + 1;
+  for (int e = threadIdx.x; e < kBlock * kGroups; e += kThreads) {
+    const int token = e / kGroups, group = e % kGroups;
+    const int64_t t = at.block * kBlock + token;
+    uint4 v = make_uint4(0, 0, 0, 0);
+    if (t < seq_len) {
+      if (group < D / 8) {
+        v = load8(x.row(at.b, t, at.h) + group * 8, vector);
+        if (scale) v = scaled<T>(v, s);
+      } else {
+        v.x = Numeric<T>::pack(1.f, 0.f);
+      }
+    }
+    *(uint4*)(out + value_index(group * 8, token)) = v;
+  }
+}
+
+// A group of D / 8 lanes holds one row of dn' = scale * [dy / d, -(dy . y) / d].
+template <typename T, int D>
+struct GradRow {
+  float value[8];
+  float last;
+  __device__ __forceinline__ GradRow(uint4 dy, uint4 y, float d, float value_scale, float scale) {
+    const uint32_t* dyw = &dy.x;
+    const uint32_t* yw = &y.x;
+    // A subnormal d would make dy / d infinite; such a row has no weights to speak of.
+    const float inverse = fabsf(d) < 0x1p-100f ? 0.f : scale / d;
+    float dot = 0.f;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      // The last column answers to the rounded values, so that dn' . o' vanishes for what is stored.
+      const uint32_t w = Numeric<T>::pack(Numeric<T>::low(dyw[i]) * inverse, Numeric<T>::high(dyw[i]) * inverse);
+      value[2 * i] = Numeric<T>::low(w);
+      value[2 * i + 1] = Numeric<T>::high(w);
+      dot += value[2 * i] * Numeric<T>::low(yw[i]) + value[2 * i + 1] * Numeric<T>::high(yw[i]);
+    }
+#pragma unroll
+    for (int step = 1; step < D / 8; step *= 2) dot += __shfl_xor_sync(~0u, dot, step);
+    last = -dot * value_scale;
+  }
+};
+
+template <typename T, int D, bool kOnlyMaximum>
+__global__ void __launch_bounds__(kThreads) pack_grad(Strided<T> dy, Strided<T> y, bool vector, const float* normalizer,
+                                                      const float* value_scale, float* dn_scale, int query_heads, int key_heads,
+                                                      int64_t seq_len, int64_t blocks, T* packed) {
+  constexpr int kLanes = D / 8, kRows = kThreads / kLanes;
+  const BlockIndex at = block_index(query_heads, blocks);
+  const int group = at.h / (query_heads / key_heads), lane = threadIdx.x % kLanes;
+  const float vs = value_scale ? value_scale[at.b * key_heads + group] : 1.f;
+  const float scale = !kOnlyMaximum && dn_scale ? dn_scale[at.b * key_heads + group] : 1.f;
+  T* out = kOnlyMaximum ? nullptr : packed + (int64_t)blockIdx.x * value_block_elements(D);
+  float largest = 0.f;
+  for (int token = threadIdx.x / kLanes; token < kBlock; token += kRows) {
+    const int64_t t = at.block * kBlock + token;
+    uint4 a = make_uint4(0, 0, 0, 0), b = a;
+    float d = 0.f;
+    if (t < seq_len) {
+      a = load8(dy.row(at.b, t, at.h) + lane * 8, vector);
+      b = load8(y.row(at.b, t, at.h) + lane * 8, vector);
+      d = normalizer[((int64_t)at.b * query_heads + at.h) * seq_len + t];
+    }
+    const GradRow<T, D> row(a, b, d, vs, scale);
+    if (kOnlyMaximum) {
+#pragma unroll
+      for (int i = 0; i < 8; i++) largest = fmaxf(largest, fabsf(row.value[i]));
+      largest = fmaxf(largest, fabsf(row.last));
+    } else {
+      *(uint4*)(out + value_index(lane * 8, token)) =
+          make_uint4(Numeric<T>::pack(row.value[0], row.value[1]), Numeric<T>::pack(row.value[2], row.value[3]),
+                     Numeric<T>::pack(row.value[4], row.value[5]), Numeric<T>::pack(row.value[6], row.value[7]));
+      if (lane == 0) {
+        const float high = Numeric<T>::to_float(Numeric<T>::from_float(row.last));
+        *(uint4*)(out + value_index(D, token)) = make_uint4(Numeric<T>::pack(high, row.last - high), 0, 0, 0);
+      }
+    }
+  }
+  if (kOnlyMaximum) {
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
+    // Non-negative floats order as their bits do, and a maximum does not depend on the order.
+    if (threadIdx.x % 32 == 0) atomicMax((unsigned*)dn_scale + at.b * key_heads + group, __float_as_uint(largest));
+  }
+}
+
+template <typename T, int D>
+__global__ void __launch_bounds__(kThreads) largest_magnitude(Strided<T> x, int heads, int groups, int64_t seq_len, int64_t blocks,
+                                                              float* scale, bool vector) {
+  const BlockIndex at = block_index(heads, blocks);
+  float largest = 0.f;
+  for (int e = threadIdx.x; e < kBlock * D / 8; e += kThreads) {
+    const int64_t t = at.block * kBlock + e / (D / 8);
+    if (t >= seq_len) break;
+    const uint4 v = load8(x.row(at.b, t, at.h) + e % (D / 8) * 8, vector);
+    const uint32_t* w = &v.x;
+#pragma unroll
+    for (int i = 0; i < 4; i++) largest = fmaxf(largest, fmaxf(fabsf(Numeric<T>::low(w[i])), fabsf(Numeric<T>::high(w[i]))));
+  }
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
+  if (threadIdx.x % 32 == 0)
+    atomicMax((unsigned*)scale + at.b * groups + at.h / (heads / groups), __float_as_uint(largest));
+}
+
+// Maxima into powers of two: largest * scale lies in (0.5, 1].
+__global__ void maxima_to_scales(float* scale, int count) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= count) return;
+  const float largest = scale[i];
+  float result = 1.f;
+  if (largest > 0.f && largest <= 3.0e38f) {
+    int exponent;
+    const float mantissa = frexpf(largest, &exponent);
+    exponent = mantissa == 0.5f ? exponent - 1 : exponent;
+    result = exp2f((float)-max(-126, min(126, exponent)));
+  }
+  scale[i] = result;
+}
+
+int finish_scales(float* scale, int count, cudaStream_t stream) {
+  maxima_to_scales<<<(count + 127) / 128, 128, 0, stream>>>(scale, count);
+  return check_cuda(cudaGetLastError(), "maxima_to_scales");
+}
+
+template <typename T, int D>
+int run_pack(const pt_problem& p, const pt_pack_params& a, cudaStream_t stream) {
+  const int64_t blocks = padded_blocks(p.seq_len);
+  const dim3 grid((unsigned)(blocks * p.batch * a.heads));
+  const bool vector = vectorizable(a.x);
+  if (a.kind == PT_PACK_FEATURES)
+    pack_features<T, D><<<grid, kThreads, 0, stream>>>(strided<T>(a.x), a.heads, p.seq_len, blocks, a.scale, (T*)a.packed, vector);
+  else
+    pack_values<T, D><<<grid, kThreads, 0, stream>>>(strided<T>(a.x), a.heads, p.seq_len, blocks, a.scale, (T*)a.packed, vector);
+  return check_cuda(cudaGetLastError(), "pt_pack");
+}
+
+template <typename T, int D>
+int run_pack_grad(const pt_problem& p, const pt_pack_grad_params& a, cudaStream_t stream) {
+  const int64_t blocks = padded_blocks(p.seq_len);
+  const dim3 grid((unsigned)(blocks * p.batch * p.query_heads));
+  const bool vector = vectorizable(a.dy) && vectorizable(a.y);
+  auto launch = [&](auto kernel) {
+    kernel<<<grid, kThreads, 0, stream>>>(strided<T>(a.dy), strided<T>(a.y), vector, a.normalizer, a.value_scale, a.dn_scale,
+                                         p.query_heads, p.key_heads, p.seq_len, blocks, (T*)a.packed_dn);
+    return check_cuda(cudaGetLastError(), "pt_pack_grad");
+  };
+  if (a.dn_scale) {
+    const int count = p.batch * p.key_heads;
+    if (int status = check_cuda(cudaMemsetAsync(a.dn_scale, 0, count * sizeof(float), stream), "cudaMemsetAsync")) return status;
+    if (int status = launch(pack_grad<T, D, true>)) return status;
+    if (int status = finish_scales(a.dn_scale, count, stream)) return status;
+  }
+  return launch(pack_grad<T, D, false>);
+}
+
+template <typename T, int D>
+int run_power_scale(const pt_problem& p, const pt_power_scale_params& a, cudaStream_t stream) {
+  const int64_t blocks = padded_blocks(p.seq_len);
+  const int count = p.batch * a.groups;
+  if (int status = check_cuda(cudaMemsetAsync(a.scale, 0, count * sizeof(float), stream), "cudaMemsetAsync")) return status;
+  largest_magnitude<T, D><<<(unsigned)(blocks * p.batch * a.heads), kThreads, 0, stream>>>(
+      strided<T>(a.x), a.heads, a.groups, p.seq_len, blocks, a.scale, vectorizable(a.x));
+  if (int status = check_cuda(cudaGetLastError(), "largest_magnitude")) return status;
+  return finish_scales(a.scale, count, stream);
+}
+
+// Calls f with the element type and the head dim of a validated problem.
+template <typename F>
+int with_type(const pt_problem& p, F f) {
+  auto with_dim = [&](auto element) {
+    switch (p.head_dim) {
+      case 32: return f(element, std::integral_constant<int, 32>());
+      case 64: return f(element, std::integral_constant<int, 64>());
+      default: return f(element, std::integral_constant<int, 128>());
+    }
+  };
+  return p.dtype == PT_BF16 ? with_dim(__nv_bfloat16()) : with_dim(__half());
+}
+
+}  // namespace
+}  // namespace powertrain
+
+using namespace powertrain;
+
+#define PT_REQUIRE(condition) \
+  if (!(condition)) return fail(PT_INVALID, "%s: %s does not hold", __func__, #condition)
+
+extern "C" {
+
+int pt_power_scale(const pt_problem* problem, const pt_power_scale_params* params, void* stream) {
+  if (int status = validate(problem)) return status;
+  PT_REQUIRE(params && params->x.data && params->scale && params->heads > 0 && params->groups > 0);
+  PT_REQUIRE(params->heads % params->groups == 0);
+  return with_type(*problem, [&](auto element, auto dim) {
+    return run_power_scale<decltype(element), dim.value>(*problem, *params, (cudaStream_t)stream);
+  });
+}
+
+int pt_pack(const pt_problem* problem, const pt_pack_params* params, void* stream) {
+  if (int status = validate(problem)) return status;
+  PT_REQUIRE(params && params->x.data && params->packed && params->heads > 0);
+  PT_REQUIRE(params->kind == PT_PACK_FEATURES || params->kind == PT_PACK_VALUES);
+  return with_type(*problem, [&](auto element, auto dim) {
+    return run_pack<decltype(element), dim.value>(*problem, *params, (cudaStream_t)stream);
+  });
+}
+
+int pt_pack_grad(const pt_problem* problem, const pt_pack_grad_params* params, void* stream) {
+  if (int status = validate(problem)) return status;
+  PT_REQUIRE(params && params->dy.data && params->y.data && params->normalizer && params->packed_dn);
+  return with_type(*problem, [&](auto element, auto dim) {
+    return run_pack_grad<decltype(element), dim.value>(*problem, *params, (cudaStream_t)stream);
+  });
+}
+
+}  // extern "C"

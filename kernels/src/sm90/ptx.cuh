@@ -1,0 +1,143 @@
+// The PTX that the Hopper kernels are made of: mbarriers, bulk copies, ldmatrix, 16-bit products. wgmma itself is in wgmma.cuh.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <stdint.h>
+
+namespace powertrain::sm90 {
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) { return (uint32_t)__cvta_generic_to_shared(pointer); }
+
+// mbarriers -----------------------------------------------------------------------------------------------------------------------
+__device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n"
+      "}\n" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+// Registers move from the producing warpgroup to two consuming ones: 24 + 2 * 240 <= 3 * 168, the cap of a block of 384 threads.
+constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+template <int kRegisters>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// A barrier among `threads` threads of the block, so that one warpgroup can synchronise without the others.
+__device__ __forceinline__ void named_barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
+// Contiguous global -> shared copy that completes on an mbarrier. Addresses and bytes are multiples of 16.
+__device__ __forceinline__ void bulk_load(uint32_t destination, const void* source, uint32_t bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(destination), "l"(source),
+               "r"(bytes), "r"(barrier)
+               : "memory");
+}
+
+// A ring of shared-memory stages between one producing thread and the consuming warps.
+template <int kStages>
+struct Ring {
+  uint32_t full, empty;  // addresses of kStages barriers each
+  int stage = 0;
+  uint32_t phase = 0;
+  __device__ Ring(uint32_t barriers) : full(barriers), empty(barriers + 8 * kStages) {}
+  __device__ static void init(uint32_t barriers, int consumers) {
+    for (int i = 0; i < kStages; i++) {
+      barrier_init(barriers + 8 * i, 1);
+      barrier_init(barriers + 8 * (kStages + i), consumers);
+    }
+  }
+  __device__ uint32_t full_barrier() const { return full + 8 * stage; }
+  __device__ void wait_full() const { barrier_wait(full + 8 * stage, phase); }
+  __device__ void wait_empty() const { barrier_wait(empty + 8 * stage, phase ^ 1); }
+  __device__ void release(int which) const { barrier_arrive(empty + 8 * which); }
+  __device__ int previous() const { return stage == 0 ? kStages - 1 : stage - 1; }
+  __device__ void advance() {
+    if (++stage == kStages) stage = 0, phase ^= 1;
+  }
+};
+
+// ldmatrix ------------------------------------------------------------------------------------------------------------------------
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+__device__ __forceinline__ float2 load_shared_float2(uint32_t address) {
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address) : "memory");
+  return v;
+}
+
+// Two 16-bit numbers in a register ------------------------------------------------------------------------------------------------
+template <typename T>
+struct Pair;
+template <>
+struct Pair<__nv_bfloat16> {
+  using Vector = __nv_bfloat162;
+  __device__ static float2 unpack(uint32_t r) { return make_float2(__uint_as_float(r << 16), __uint_as_float(r & 0xffff0000u)); }
+  __device__ static uint32_t pack(float low, float high) {
+    uint32_t r;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+  }
+  __device__ static uint32_t multiply(uint32_t a, uint32_t b) {
+    uint32_t r;
+    asm("mul.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+  }
+};
+template <>
+struct Pair<__half> {
+  using Vector = __half2;
+  __device__ static float2 unpack(uint32_t r) { return __half22float2(*reinterpret_cast<__half2*>(&r)); }
+  __device__ static uint32_t pack(float low, float high) {
+    uint32_t r;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+  }
+  __device__ static uint32_t multiply(uint32_t a, uint32_t b) {
+    uint32_t r;
+    asm("mul.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+  }
+};
+__device__ __forceinline__ uint32_t both_low(uint32_t r) { return __byte_perm(r, r, 0x1010); }
+__device__ __forceinline__ uint32_t both_high(uint32_t r) { return __byte_perm(r, r, 0x3232); }
+
+template <typename T>
+__device__ __forceinline__ float round_to(float x);
+template <>
+__device__ __forceinline__ float round_to<__nv_bfloat16>(float x) {
+  return __bfloat162float(__float2bfloat16_rn(x));
+}
+template <>
+__device__ __forceinline__ float round_to<__half>(float x) {
+  return __half2float(__float2half_rn(x));
+}
+
+}  // namespace powertrain::sm90
