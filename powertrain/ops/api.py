@@ -14,10 +14,11 @@ Implementation = Literal["torch", "cuda"]
 
 
 def positive_feature_map(x: Tensor) -> Tensor:
-    """Map `x (..., K)` to positive features elu(x) + 1 of the same shape and dtype: the field's standard for linear attention.
+    """Map `x (..., K)` to positive features elu(x) + 1 of the same shape and dtype: the field's standard for linear
+    attention.
 
-    Source: Katharopoulos et al. 2020, arXiv:2006.16236, equation 7. Degree 1 needs such a map, because q.k itself takes both signs: the weights would be no average, and
-    their sum could vanish.
+    Source: Katharopoulos et al. 2020, arXiv:2006.16236, equation 7. Degree 1 needs such a map, because q.k itself takes
+    both signs: the weights would be no average, and their sum could vanish.
     """
     return (torch.nn.functional.elu(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x) + 1).to(x.dtype)
 
@@ -38,34 +39,41 @@ def power_retention(
     cu_seqlens: Tensor | None = None,
     impl: Implementation | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """Compute causal power retention, out_i = sum_j w_ij v_j / sum_j w_ij with w_ij = (scale q_i.k_j)^deg exp(G_i - G_j), in time linear in T.
+    """Compute causal power retention, out_i = sum_j w_ij v_j / sum_j w_ij with w_ij = (scale q_i.k_j)^deg exp(G_i -
+    G_j), in time linear in T.
 
     Args:
         Q: queries `(B, T, Hq, K)`, fp16, bf16, fp32 or fp64; Hq is a multiple of Hk.
         K: keys `(B, T, Hk, K)`, dtype of Q.
         V: values `(B, T, Hk, V)`, dtype of Q.
         log_G: log gates `(B, T, Hk)`, fp32, at most 0; G is their cumulative sum. None: no decay.
-        initial_state: state `(B, Hk, F, V)` of the tokens before these, F = binom(K + deg - 1, deg); needs sum_of_keys, and excludes cu_seqlens.
-        return_final_state: also return the state and sum_of_keys after the last token (with cu_seqlens: of each row's last document).
-        deg: 2 or 4; or 1 for linear attention over the feature map elu + 1, where weights are scale (elu(q_i)+1).(elu(k_j)+1) exp(G_i - G_j).
+        initial_state: state `(B, Hk, F, V)` of the tokens before these, F = binom(K + deg - 1, deg); needs sum_of_keys,
+            and excludes cu_seqlens.
+        return_final_state: also return the state and sum_of_keys after the last token (with cu_seqlens: of each row's
+            last document).
+        deg: 2 or 4; or 1 for linear attention over the feature map elu + 1, where weights are scale
+            (elu(q_i)+1).(elu(k_j)+1) exp(G_i - G_j).
         scale: factor of the scores; None: 1 / sqrt(K).
         chunk_size: tokens per chunk, any T is allowed; None: the cheapest for these shapes.
-        switch_over_seq_len: sequences up to this length use the quadratic form (one chunk); None: whichever form is cheaper.
+        switch_over_seq_len: sequences up to this length use the quadratic form (one chunk); None: whichever form is
+            cheaper.
         sum_of_keys: normaliser's part of the initial state, `(B, Hk, F)`.
-        cu_seqlens: document offsets `(M,)` int32 or int64 over the flattened B*T tokens, from 0 to B*T, with every row start; equal neighbours are empty
-            documents. Nothing passes from one document to another.
+        cu_seqlens: document offsets `(M,)` int32 or int64 over the flattened B*T tokens, from 0 to B*T, with every row
+            start; equal neighbours are empty documents. Nothing passes from one document to another.
         impl: "torch" or "cuda"; None: the fastest that supports the inputs.
 
     Returns:
-        out `(B, T, Hq, V)` in the dtype of Q; with return_final_state `(out, state, sum_of_keys)`, in the dtype of initial_state, or fp32 (fp64 for fp64 inputs). Passing
-        them on continues the sequence exactly, with gradients. A row whose weights are all zero gives zeros.
+        out `(B, T, Hq, V)` in the dtype of Q; with return_final_state `(out, state, sum_of_keys)`, in the dtype of
+        initial_state, or fp32 (fp64 for fp64 inputs). Passing them on continues the sequence exactly, with gradients. A
+        row whose weights are all zero gives zeros.
 
     Raises:
-        ValueError: for inputs that do not fit together. Values (log_G > 0, offsets of cu_seqlens) are checked on CPU tensors, and on CUDA tensors, where the check
-            waits for the device, only if the environment variable POWERTRAIN_CHECK_VALUES is 1.
+        ValueError: for inputs that do not fit together. Values (log_G > 0, offsets of cu_seqlens) are checked on CPU
+            tensors, and on CUDA tensors, where the check waits for the device, only if the environment variable
+            POWERTRAIN_CHECK_VALUES is 1.
 
-    Source: Buckman, Gelada and Zhang, "Symmetric Power Transformers", 2024; Gelada, Buckman, Zhang and Bach, "Scaling Context Requires Rethinking Attention", 2025,
-    arXiv:2507.04239. docs/op.md has the mathematics.
+    Source: Buckman, Gelada and Zhang, "Symmetric Power Transformers", 2024; Gelada, Buckman, Zhang and Bach, "Scaling
+    Context Requires Rethinking Attention", 2025, arXiv:2507.04239. docs/op.md has the mathematics.
     """
     out, _, state, new_sum_of_keys = power_retention_with_normalizer(
         Q, K, V, log_G, initial_state, return_final_state, deg, scale, chunk_size, switch_over_seq_len,
@@ -92,8 +100,8 @@ def power_retention_with_normalizer(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute `power_retention` and return `(out, normalizer, state, sum_of_keys)`.
 
-    The normalizer `(B, T, Hq)`, sum_j w_ij in fp32 (fp64 for fp64 inputs), has no gradient: it is for monitoring. State and sum_of_keys have size 0 unless
-    return_final_state. Arguments and errors are those of `power_retention`.
+    The normalizer `(B, T, Hq)`, sum_j w_ij in fp32 (fp64 for fp64 inputs), has no gradient: it is for monitoring. State
+    and sum_of_keys have size 0 unless return_final_state. Arguments and errors are those of `power_retention`.
     """
     Q, K, V = validation.autocast(Q, K, V)
     validation.check_qkv(Q, K, V)
@@ -145,7 +153,8 @@ def linear_attention(
     chunk_size: int | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """Compute causal linear attention over the feature map elu + 1, gated or not: `power_retention` of degree 1 (its shapes, dtypes and errors).
+    """Compute causal linear attention over the feature map elu + 1, gated or not: `power_retention` of degree 1 (its
+    shapes, dtypes and errors).
 
     Returns out `(B, T, Hq, V)`. Source: Katharopoulos et al. 2020, arXiv:2006.16236.
     """

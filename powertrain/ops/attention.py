@@ -1,12 +1,17 @@
-"""Softmax baselines beside power retention: full and sliding-window causal attention, with documents and optional gates."""
+"""Softmax baselines beside power retention: full and sliding-window causal attention, with documents and optional
+gates.
+"""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from powertrain.ops import validation
 from powertrain.ops.blocked_attention import blocked_attention_op
+from powertrain.ops.flops import softmax_attention_flops
 
 
 def softmax_attention(
@@ -23,7 +28,8 @@ def softmax_attention(
         Q: queries `(B, T, Hq, K)`, fp16, bf16, fp32 or fp64; Hq is a multiple of Hk.
         K: keys `(B, T, Hk, K)`, dtype of Q.
         V: values `(B, T, Hk, V)`, dtype of Q.
-        log_G: log gates `(B, T, Hk)`, fp32, at most 0; G is their cumulative sum (as in the Forgetting Transformer, Lin et al. 2025, arXiv:2503.02130).
+        log_G: log gates `(B, T, Hk)`, fp32, at most 0; G is their cumulative sum (as in the Forgetting Transformer, Lin
+            et al. 2025, arXiv:2503.02130).
         cu_seqlens: document offsets as in `power_retention`; nothing passes between documents.
         scale: factor of the scores; None: 1 / sqrt(K).
 
@@ -74,3 +80,27 @@ def _checked(
 
 def _scale(scale: float | None, Q: Tensor) -> float:
     return 1.0 / math.sqrt(Q.shape[3]) if scale is None else float(scale)
+
+
+def _sdpa_formula(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
+    return _sdpa_flops(q, v).forward.total
+
+
+def _sdpa_bwd_formula(grad_out: Any, q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
+    return _sdpa_flops(q, v).backward.total
+
+
+def _sdpa_flops(q: Any, v: Any) -> Any:
+    B, H, T, K = q
+    return softmax_attention_flops(
+        batch=B, tokens=T, query_heads=H, key_dim=K, value_dim=v[3], executed=True, blocked=False
+    )
+
+
+# FlopCounterMode has formulas for SDPA's CUDA kernels and counts its CPU kernel as 0.
+for _op, _count in (
+    (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, _sdpa_formula),
+    (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, _sdpa_bwd_formula),
+):
+    if _op not in flop_registry:
+        register_flop_formula(_op)(_count)

@@ -1,4 +1,5 @@
-"""Causal softmax attention in blocks of rows with a window, documents and gates: time O(T * window), memory linear in T, explicit forward and backward.
+"""Causal softmax attention in blocks of rows with a window, documents and gates: time O(T * window), memory linear in
+T, explicit forward and backward.
 
     w_ij = exp(scale q_i.k_j + G_i - G_j)   for i - window < j <= i in one document,   out_i = sum_j w_ij v_j / sum_j w_ij
 
@@ -6,7 +7,6 @@ Shape legend: N = B * Hk sequences, R query heads per key head, T tokens, K key 
 """
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,26 +14,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from powertrain.ops.decay import Decay, document_of_each_token, scan_documents_from_end
+from powertrain.ops.flops import OpPassFlops, softmax_attention_flops
 from powertrain.ops.layout import by_query_head, by_sequence, compute_dtype, from_query_head, from_sequence
-from powertrain.ops.plan import attention_block_size, attention_sequences_per_group
-
-
-def _row_blocks(
-    tokens: int, window: int, block_size: int, first_column: list[int] | None
-) -> Iterator[tuple[slice, slice]]:
-    """Yield (rows, columns): the columns that some row of the block can see."""
-    for start in range(0, tokens, block_size):
-        first = max(0, start - window + 1)
-        if first_column is not None:
-            first = max(first, first_column[start])
-        stop = min(start + block_size, tokens)
-        yield slice(start, stop), slice(first, stop)
-
-
-def executed_pairs(tokens: int, window: int, device_type: str) -> int:
-    """Return the number of (row, column) pairs that are computed for one sequence without documents."""
-    blocks = _row_blocks(tokens, window, attention_block_size(device_type), None)
-    return sum((rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns in blocks)
+from powertrain.ops.plan import attention_row_blocks, attention_sequences_per_group
 
 
 class _Problem:
@@ -60,10 +43,12 @@ class _Problem:
             tokens=T, window=window, query_heads_per_key_head=Hq // Hk, device_type=q.device.type
         )
         self.groups = [slice(n, n + per_group) for n in range(0, B * Hk, per_group)]
-        self.row_blocks = list(_row_blocks(T, window, attention_block_size(q.device.type), self._first_column()))
+        self.row_blocks = list(attention_row_blocks(T, window, q.device.type, self._first_column()))
 
     def _first_column(self) -> list[int] | None:
-        """Return for each token the start of its document, the earliest over rows; None on a GPU, where reading it would wait."""
+        """Return for each token the start of its document, the earliest over rows; None on a GPU, where reading it
+        would wait.
+        """
         if self.decay.document is None or self.decay.document.device.type != "cpu":
             return None
         opens = self.decay.opens(has_state=False)
@@ -76,8 +61,9 @@ class _Problem:
         by_head = scores.unflatten(1, (self.q.shape[1], -1))
         tokens = self.tokens[group]
         if tokens.G is not None:
-            # Before the block, the row's and the column's distances to its start add up, and what fp32 loses is small against a gate that is closed anyway. Inside
-            # the block they could cancel: there the difference is taken in fp64.
+            # Before the block, the row's and the column's distances to its start add up, and what fp32 loses is small
+            # against a gate that is closed anyway. Inside the block they could cancel: there the difference is taken in
+            # fp64.
             start, near = tokens.G[:, rows.start, None], rows.start - columns.start
             before = tokens.G[:, columns.start : rows.start]
             by_head[..., :near] += (tokens.G[:, rows] - start).to(scores.dtype)[:, None, :, None]
@@ -151,7 +137,8 @@ def blocked_attention_bwd_op(
             grad_scores = torch.bmm(grad_rows, problem.v[group, columns].mT)
             grad_scores.sub_(delta[group, :, rows].flatten(1, 2)[..., None]).mul_(weights)
             if log_g is not None:
-                # Row sums vanish but for rounding (of `out`, above all), and are kept because the sum over later tokens would pile that up.
+                # Row sums vanish but for rounding (of `out`, above all), and are kept because the sum over later tokens
+                # would pile that up.
                 grad_G[group, rows] += grad_scores.sum(-1).unflatten(1, (problem.q.shape[1], -1)).sum(1)
                 grad_G[group, columns] -= grad_scores.sum(1)
             grad_k[group, columns].baddbmm_(grad_scores.mT, q_rows)
@@ -204,33 +191,22 @@ def _backward(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Tensor | None, ...]:
 blocked_attention_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _pair_flops(q: Any, v: Any, window: int) -> tuple[int, int, int]:
-    """Return computed pairs over all heads, K and V."""
-    return q[0] * q[2] * executed_pairs(q[1], window, "cpu"), q[3], v[3]
+def _call_flops(q: Any, v: Any, window: int) -> OpPassFlops:
+    return softmax_attention_flops(
+        batch=q[0], tokens=q[1], query_heads=q[2], key_dim=q[3], value_dim=v[3], window=window, executed=True
+    )
 
 
 @register_flop_formula(torch.ops.powertrain.blocked_attention)
 def _formula(
     q: Any, k: Any, v: Any, log_g: Any, cu_seqlens: Any, scale: float, window: int, *args: Any, **kwargs: Any
 ) -> int:
-    pairs, key_dim, value_dim = _pair_flops(q, v, window)
-    return 2 * pairs * (key_dim + value_dim)
+    return _call_flops(q, v, window).forward.total
 
 
 @register_flop_formula(torch.ops.powertrain.blocked_attention_bwd)
 def _bwd_formula(
-    grad_out: Any,
-    q: Any,
-    k: Any,
-    v: Any,
-    log_g: Any,
-    cu_seqlens: Any,
-    out: Any,
-    lse: Any,
-    scale: float,
-    window: int,
-    *args: Any,
-    **kwargs: Any,
-) -> int:
-    pairs, key_dim, value_dim = _pair_flops(q, v, window)
-    return 2 * pairs * (3 * key_dim + 2 * value_dim)
+    grad_out: Any, q: Any, k: Any, v: Any, log_g: Any, cu_seqlens: Any, out: Any, lse: Any, scale: float, window: int,
+    *args: Any, **kwargs: Any,
+) -> int:  # fmt: skip
+    return _call_flops(q, v, window).backward.total

@@ -1,18 +1,22 @@
-"""The chunked implementation: power retention in time and memory linear in T, as explicit forward and backward in PyTorch, on any device.
+"""The chunked implementation: power retention in time and memory linear in T, as explicit forward and backward in
+PyTorch, on any device.
 
-It works on bilinear causal attention without a division, o[t] = sum_{s <= t} (q[t] . k[s])^deg * decay(s -> t) * u[s], where u = [v, 1] has a column of ones whose
-result is the normaliser; `normalized.py` divides. One chunk that spans the sequence is the quadratic form.
+It works on bilinear causal attention without a division, o[t] = sum_{s <= t} (q[t] . k[s])^deg * decay(s -> t) * u[s],
+where u = [v, 1] has a column of ones whose result is the normaliser; `normalized.py` divides. One chunk that spans the
+sequence is the quadratic form.
 
-Between chunks, content travels in a state. Three functions serve both directions, with the roles of q and k exchanged (names as in Mamba-2, arXiv:2405.21060):
+Between chunks, content travels in a state. Three functions serve both directions, with the roles of q and k exchanged
+(names as in Mamba-2, arXiv:2405.21060):
 
     chunk_state(x, y)            sum over a chunk of phi(x)^T y                        forward: (k, u)      backward: (q, grad_o)
     chunk_scan(x, S)             phi(x) S                                              forward: (q, S)      backward: (k, dS)
     chunk_scan_grad(x, S, y)     gradient of x through phi(x) S for the gradient y     backward: (q, S, grad_o) and (k, dS, u)
 
-Internally a state multiplies *monomials*, and carries the whole multinomial weight: S = weight^2 * sum monomial(k) u^T, so that phi is formed without weights on
-either side. The public state has the weight once.
+Internally a state multiplies *monomials*, and carries the whole multinomial weight: S = weight^2 * sum monomial(k) u^T,
+so that phi is formed without weights on either side. The public state has the weight once.
 
-Shape legend: N sequences (one key head of one row each), R query heads per key head, T tokens, G chunks in a segment, C chunk, F dim phi, K key dim, W = V + 1.
+Shape legend: N sequences (one key head of one row each), R query heads per key head, T tokens, G chunks in a segment, C
+chunk, F dim phi, K key dim, W = V + 1.
 """
 
 from collections.abc import Iterator
@@ -61,7 +65,9 @@ def _row_blocks(x: Tensor, plan: Plan) -> Iterator[slice]:
 
 @dataclass(frozen=True)
 class _SegmentInputs:
-    """The inputs of one segment of one group of sequences, cut into chunks; `*_before` and `*_after` are decay factors to the chunk's ends."""
+    """The inputs of one segment of one group of sequences, cut into chunks; `*_before` and `*_after` are decay factors
+    to the chunk's ends.
+    """
 
     q: Tensor  # (N, G, R, C, K)
     k: Tensor  # (N, G, C, K)
@@ -93,7 +99,9 @@ class _SegmentInputs:
         )
 
     def states(self, state: Tensor | None, *, deg: int, plan: Plan) -> list[Tensor]:
-        """Return the internal states `(N, F, W)` before each chunk from `first_read` on, and after the last chunk where it is written."""
+        """Return the internal states `(N, F, W)` before each chunk from `first_read` on, and after the last chunk where
+        it is written.
+        """
         states = [] if state is None else [state]
         if self.end_written > 0:
             u = self.u[:, : self.end_written]
@@ -135,7 +143,9 @@ class ChunkedForward:
 def chunked_fwd(
     q: Tensor, k: Tensor, u: Tensor, decay: Decay, state: Tensor | None, *, deg: int, plan: Plan, final_state: bool
 ) -> ChunkedForward:
-    """Return o, and where asked the state after the last token, for q `(N, R, T, K)`, k `(N, T, K)`, u `(N, T, W)`, state `(N, F, W)` or None."""
+    """Return o, and where asked the state after the last token, for q `(N, R, T, K)`, k `(N, T, K)`, u `(N, T, W)`,
+    state `(N, F, W)` or None.
+    """
     N, R, _, K = q.shape
     F, W = phi_dimension(K, deg), u.shape[-1]
     segments = plan.segments()
@@ -204,7 +214,8 @@ def chunked_bwd(
 ) -> ChunkedBackward:
     """Return the gradients of `chunked_fwd` for `grad_out (N, R, T, W)` and `grad_final_state (N, F, W)`.
 
-    `grad_out_dot_out (N, T)` is the sum of grad_out * out over columns and query heads: all that the gates need of the output.
+    `grad_out_dot_out (N, T)` is the sum of grad_out * out over columns and query heads: all that the gates need of the
+    output.
     """
     K, W = q.shape[-1], u.shape[-1]
     segments = plan.segments()
@@ -239,7 +250,8 @@ def chunked_bwd(
             dq, dk, du = dq.unflatten(0, (-1, G)), dk.unflatten(0, (-1, G)), du.unflatten(0, (-1, G))
 
             states = inputs.states(carried, deg=deg, plan=plan)
-            # state_grads[c]: the gradient of the state after chunk c, for c from first - 1 (the state before the first reader) to end - 1.
+            # state_grads[c]: the gradient of the state after chunk c, for c from first - 1 (the state before the first
+            # reader) to end - 1.
             state_grads: dict[int, Tensor] = {} if carried_grad is None else {G - 1: carried_grad}
             if first < G:
                 y = grad_chunks[:, first:]
@@ -284,9 +296,11 @@ def chunked_bwd(
 
 
 def _grad_log_gates(grad_G: Tensor, boundary: Tensor | None, tokens: Decay) -> Tensor:
-    """Return the gradient of log_G, `(N, G*C)`, from that of its cumulative sum `(N, G, C)` and the product of state and state gradient at chunk ends.
+    """Return the gradient of log_G, `(N, G*C)`, from that of its cumulative sum `(N, G, C)` and the product of state
+    and state gradient at chunk ends.
 
-    The sum over later tokens restarts at each chunk, where it equals that product: rounding does not pile up over the sequence.
+    The sum over later tokens restarts at each chunk, where it equals that product: rounding does not pile up over the
+    sequence.
     """
     N, G, C = grad_G.shape
     document = None if tokens.document is None else tokens.document.view(N, G, C)

@@ -1,8 +1,8 @@
 """Gates and document boundaries as factors in [0, 1], accurate however strong the gates are.
 
-Every factor is exp(G_i - G_j) for two positions of one sequence, G the inclusive cumulative sum of log_G, and 0 where a document starts in (j, i]. G is kept in
-fp64 and only differences are rounded: in fp32 a run of strong gates (log_G = -50 over 512 tokens) would leave an absolute error of 2e-3 in the exponent of
-every later pair.
+Every factor is exp(G_i - G_j) for two positions of one sequence, G the inclusive cumulative sum of log_G, and 0 where a
+document starts in (j, i]. G is kept in fp64 and only differences are rounded: in fp32 a run of strong gates (log_G =
+-50 over 512 tokens) would leave an absolute error of 2e-3 in the exponent of every later pair.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,9 @@ _MIN_LOG_GATE = -1000.0
 
 @dataclass(frozen=True)
 class Decay:
-    """Cumulative log gates `G` (fp64) and document numbers `document` (int64) at some positions, of one shape; None where there are none."""
+    """Cumulative log gates `G` (fp64) and document numbers `document` (int64) at some positions, of one shape; None
+    where there are none.
+    """
 
     G: Tensor | None
     document: Tensor | None
@@ -43,7 +45,9 @@ class Decay:
         return Decay(None if self.G is None else self.G[index], None if self.document is None else self.document[index])
 
     def opens(self, *, has_state: bool) -> Tensor:
-        """`(N, T)`: whether a token starts its sequence or document, for the positions of `make`; without an initial state before it, a gate there has no effect."""
+        """`(N, T)`: whether a token starts its sequence or document, for the positions of `make`; without an initial
+        state before it, a gate there has no effect.
+        """
         positions = self.G if self.document is None else self.document
         assert positions is not None
         result = torch.zeros_like(positions[:, 1:], dtype=torch.bool)
@@ -57,7 +61,9 @@ class Decay:
         return Decay(*(None if x is None else x.flatten(0, 1) for x in (self.G, self.document)))
 
     def chunks(self, start: int, chunks: int, chunk_size: int) -> "ChunkDecay":
-        """Return the positions of `chunks` chunks from token `start` on: tokens `(N, chunks, chunk_size)` and the places before them `(N, chunks, 1)`."""
+        """Return the positions of `chunks` chunks from token `start` on: tokens `(N, chunks, chunk_size)` and the
+        places before them `(N, chunks, 1)`.
+        """
         stop = start + chunks * chunk_size
 
         def tokens(x: Tensor | None) -> Tensor | None:
@@ -91,10 +97,13 @@ class ChunkDecay:
 
 
 def factor(later: Decay, earlier: Decay, dtype: torch.dtype) -> Tensor | None:
-    """Return exp(G_later - G_earlier), 0 across a document boundary, for positions that broadcast; None where there are neither gates nor documents."""
+    """Return exp(G_later - G_earlier), 0 across a document boundary, for positions that broadcast; None where there are
+    neither gates nor documents.
+    """
     result = None
     if later.G is not None and earlier.G is not None:
-        # A masked (acausal) pair may have a positive difference; the bound keeps it finite, because 0 times infinity is not 0.
+        # A masked (acausal) pair may have a positive difference; the bound keeps it finite, because 0 times infinity is
+        # not 0.
         result = (later.G - earlier.G).clamp_(max=0.0).to(dtype).exp_()
     if later.document is not None and earlier.document is not None:
         same = later.document == earlier.document
@@ -105,7 +114,8 @@ def factor(later: Decay, earlier: Decay, dtype: torch.dtype) -> Tensor | None:
 def scan_documents_from_end(x: Tensor, document: Tensor | None) -> Tensor:
     """Return, for `x (..., T)`, the sum of x over each token and all later tokens of its document.
 
-    Pairwise doubling: log2(T) passes in which values of different documents never meet, so that zero stays exactly zero beside any other document.
+    Pairwise doubling: log2(T) passes in which values of different documents never meet, so that zero stays exactly zero
+    beside any other document.
     """
     x = x.clone()
     length, shift = x.shape[-1], 1
@@ -113,7 +123,8 @@ def scan_documents_from_end(x: Tensor, document: Tensor | None) -> Tensor:
         later = x[..., shift:]
         if document is not None:
             later = torch.where(document[..., shift:] == document[..., :-shift], later, 0.0)
-        # The right-hand side reads the values of the last pass only: adding in place would let a step read what it has already written.
+        # The right-hand side reads the values of the last pass only: adding in place would let a step read what it has
+        # already written.
         x = torch.cat([x[..., :-shift] + later, x[..., -shift:]], dim=-1)
         shift *= 2
     return x

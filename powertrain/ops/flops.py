@@ -1,12 +1,13 @@
 """FLOPs of one call of each op, by part: the counts that `models/flops.py` adds up and that `FlopCounterMode` reports.
 
-A multiply-add is 2 FLOPs and only matrix products count, as in `torch.utils.flop_counter`. *Algorithmic* counts what the mathematics needs (exact F, causal pairs
-only, nothing computed twice); *executed* counts the products that the PyTorch implementation runs: whole diagonal blocks, states recomputed in the backward pass.
+A multiply-add is 2 FLOPs and only matrix products count, as in `torch.utils.flop_counter`. *Algorithmic* counts what
+the mathematics needs (exact F, causal pairs only, nothing computed twice); *executed* counts the products that the
+PyTorch implementation runs: whole diagonal blocks, states recomputed in the backward pass.
 """
 
 from dataclasses import dataclass, fields
 
-from powertrain.ops.plan import Plan, make_plan
+from powertrain.ops.plan import Plan, attention_row_blocks, make_plan
 from powertrain.ops.sympow import phi_dimension
 
 
@@ -28,7 +29,9 @@ class OpFlops:
 
 @dataclass(frozen=True)
 class OpPassFlops:
-    """Forward and backward FLOPs of one op call; the backward pass does not include a recomputation of the forward by the caller."""
+    """Forward and backward FLOPs of one op call; the backward pass does not include a recomputation of the forward by
+    the caller.
+    """
 
     forward: OpFlops
     backward: OpFlops
@@ -49,10 +52,12 @@ def power_retention_flops(
     final_state: bool = False,
     device_type: str = "cpu",
 ) -> OpPassFlops:
-    """Return the FLOPs of `power_retention` (or of `linear_attention`, with deg 1) on `(batch, tokens, heads, dim)` inputs with `chunk_size` resolved.
+    """Return the FLOPs of `power_retention` (or of `linear_attention`, with deg 1) on `(batch, tokens, heads, dim)`
+    inputs with `chunk_size` resolved.
 
-    Per token and query head, algorithmic and for one key head per query head: forward 4 F (V+1) + (chunk_size + 1)(K + V + 1), backward twice and 2.5 times
-    those; the first chunk reads no state unless there is an initial one, the last writes none unless it is asked for.
+    Per token and query head, algorithmic and for one key head per query head: forward 4 F (V+1) + (chunk_size + 1)(K +
+    V + 1), backward twice and 2.5 times those; the first chunk reads no state unless there is an initial one, the last
+    writes none unless it is asked for.
     """
     W, F = value_dim + 1, phi_dimension(key_dim, deg)
     plan = make_plan(
@@ -72,7 +77,8 @@ def power_retention_flops(
     update, query = 2 * F * W * writing * key_rows, 2 * F * W * reading * query_rows
     recomputed = 0
     if executed:
-        # States inside a segment are formed again; the last segment's final chunk only if the gradient of a final state asks for it.
+        # States inside a segment are formed again; the last segment's final chunk only if the gradient of a final state
+        # asks for it.
         recomputed = update
     return OpPassFlops(
         forward=OpFlops(intra_chunk=2 * (key_dim + W) * pairs * query_rows, state_update=update, state_query=query),
@@ -85,5 +91,44 @@ def power_retention_flops(
     )
 
 
+def softmax_attention_flops(
+    *,
+    batch: int,
+    tokens: int,
+    query_heads: int,
+    key_dim: int,
+    value_dim: int,
+    executed: bool,
+    window: int | None = None,
+    blocked: bool = True,
+    device_type: str = "cpu",
+) -> OpPassFlops:
+    """Return the FLOPs of `softmax_attention` or, with a window, of `window_attention`, all of them under
+    `intra_chunk`.
+
+    `blocked` says that our blocked implementation runs (windows, documents, gates); otherwise PyTorch's SDPA does,
+    whose registered formula counts all pairs, masked or not. Executed counts take no credit for columns of other
+    documents.
+    """
+    window = tokens if window is None else min(window, tokens)
+    if not executed:
+        pairs = window * (window + 1) // 2 + (tokens - window) * window
+    elif blocked:
+        pairs = _attention_pairs(tokens, window, device_type)
+    else:
+        pairs = tokens * tokens
+    rows = batch * query_heads
+    return OpPassFlops(
+        forward=OpFlops(intra_chunk=2 * pairs * rows * (key_dim + value_dim)),
+        # Scores again, then the gradients of weights, v, q and k.
+        backward=OpFlops(intra_chunk=2 * pairs * rows * (3 * key_dim + 2 * value_dim)),
+    )
+
+
 def _executed_pairs(chunk_size: int, plan: Plan) -> int:
     return sum((rows.stop - rows.start) * rows.stop for rows in plan.blocks(chunk_size))
+
+
+def _attention_pairs(tokens: int, window: int, device_type: str) -> int:
+    blocks = attention_row_blocks(tokens, window, device_type)
+    return sum((rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns in blocks)

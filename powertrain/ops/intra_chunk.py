@@ -1,7 +1,8 @@
 """The quadratic part: causal power attention inside each chunk, in blocks of rows, without normalisation.
 
-o[t] = sum_{s <= t} (q[t] . k[s])^deg * decay(s -> t) * v[s]. Columns before the diagonal block take their decay as a factor of the row times a factor of the
-column, so that gates cost no exponential per pair; both factors refer to the start of the row block, which keeps them at most 1.
+o[t] = sum_{s <= t} (q[t] . k[s])^deg * decay(s -> t) * v[s]. Columns before the diagonal block take their decay as a
+factor of the row times a factor of the column, so that gates cost no exponential per pair; both factors refer to the
+start of the row block, which keeps them at most 1.
 
 Shape legend: M chunks in a batch, R query heads per key head, C chunk, K key dim, W columns of v.
 """
@@ -16,7 +17,9 @@ from powertrain.ops.plan import Plan
 
 
 def intra_chunk_fwd(q: Tensor, k: Tensor, v: Tensor, decay: Decay, *, deg: int, plan: Plan) -> Tensor:
-    """Return o `(M, R, C, W)` for q `(M, R, C, K)`, k `(M, C, K)`, v `(M, C, W)` and the decay's token positions `(M, C)`."""
+    """Return o `(M, R, C, W)` for q `(M, R, C, K)`, k `(M, C, K)`, v `(M, C, W)` and the decay's token positions `(M,
+    C)`.
+    """
     out = v.new_empty(*q.shape[:3], v.shape[-1])
     for rows in plan.blocks(q.shape[2]):
         q_rows = _flatten_rows(q, rows)

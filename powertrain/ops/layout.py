@@ -1,4 +1,6 @@
-"""Public `(B, T, H, D)` tensors as batches of sequences, one per key head and row, and back; and the dtype of the arithmetic."""
+"""Public `(B, T, H, D)` tensors as batches of sequences, one per key head and row, and back; and the dtype of the
+arithmetic.
+"""
 
 import torch
 from torch import Tensor

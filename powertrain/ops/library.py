@@ -1,4 +1,6 @@
-"""Registration with `torch.library`: fake kernels, autograd and FLOP formulas, so that `torch.compile`, `opcheck`, activation checkpointing and `FlopCounterMode` see ops."""
+"""Registration with `torch.library`: fake kernels, autograd and FLOP formulas, so that `torch.compile`, `opcheck`,
+activation checkpointing and `FlopCounterMode` see ops.
+"""
 
 from typing import Any
 

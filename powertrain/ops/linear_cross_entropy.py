@@ -1,7 +1,8 @@
 """Cross entropy of a linear head, in chunks of tokens: the logits of all tokens never exist at once.
 
-For a sum or mean the gradients of hidden and weight are known up to one factor as soon as the logits of a chunk are, so the forward pass forms them and nothing is computed
-twice. Losses per token get their gradient by computing the logits again.
+For a sum or mean the gradients of hidden and weight are known up to one factor as soon as the logits of a chunk are, so
+the forward pass forms them and nothing is computed twice. Losses per token get their gradient by computing the logits
+again.
 """
 
 from collections.abc import Iterator
@@ -25,21 +26,25 @@ def linear_cross_entropy(
     reduction: Literal["mean", "sum", "none"] = "mean",
     chunk: int | None = None,
 ) -> Tensor:
-    """Compute the cross entropy in nats of logits `hidden weight^T` against labels, without ever holding the logits of more than `chunk` tokens.
+    """Compute the cross entropy in nats of logits `hidden weight^T` against labels, without ever holding the logits of
+    more than `chunk` tokens.
 
     Args:
         hidden: `(N, D)` floating point; cast to the autocast dtype under autocast, like weight.
         weight: `(V, D)`, dtype of hidden.
         labels: `(N,)` int64 in [0, V), or ignore_index for tokens that do not count.
         ignore_index: the label of ignored tokens.
-        reduction: "mean" over the tokens that count (NaN if none does, as in `torch.nn.functional.cross_entropy`), "sum", or "none": `(N,)` with 0 for ignored tokens.
+        reduction: "mean" over the tokens that count (NaN if none does, as in `torch.nn.functional.cross_entropy`),
+            "sum", or "none": `(N,)` with 0 for ignored tokens.
         chunk: tokens whose logits exist at once; None: from V and the device.
 
     Returns:
-        The loss in fp32 (fp64 for fp64 inputs): a scalar, or `(N,)` for reduction "none". Softmax and sums are in that dtype whatever the dtype of the inputs.
+        The loss in fp32 (fp64 for fp64 inputs): a scalar, or `(N,)` for reduction "none". Softmax and sums are in that
+        dtype whatever the dtype of the inputs.
 
     Raises:
-        ValueError: for shapes, dtypes or labels that do not fit (labels are checked where values are: see `power_retention`).
+        ValueError: for shapes, dtypes or labels that do not fit (labels are checked where values are: see
+            `power_retention`).
     """
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)

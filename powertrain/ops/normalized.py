@@ -1,6 +1,8 @@
-"""The edges of power retention: from public tensors to sequences with a column of ones, and the division by the normaliser, forward and backward.
+"""The edges of power retention: from public tensors to sequences with a column of ones, and the division by the
+normaliser, forward and backward.
 
-With u = [v, 1] the bilinear attention returns o = [n, d] and y = n / d. Its gradient is the only place where the division appears:
+With u = [v, 1] the bilinear attention returns o = [n, d] and y = n / d. Its gradient is the only place where the
+division appears:
 
     grad_o = [grad_y / d, -(grad_y . y) / d],   so that grad_o . o = 0: gates get no gradient from the query side
 """
@@ -15,8 +17,9 @@ from powertrain.ops.decay import Decay, document_of_each_token
 from powertrain.ops.layout import by_query_head, by_sequence, compute_dtype, from_query_head, from_sequence
 from powertrain.ops.plan import Plan, make_plan
 
-# Below this the normaliser counts as zero (an all-zero query, say): y = n / floor, which is at most max |v|, and d has no gradient. Far below any normaliser that
-# carries information in fp32, and far enough above its smallest number that 1 / floor times a finite gradient is finite.
+# Below this the normaliser counts as zero (an all-zero query, say): y = n / floor, which is at most max |v|, and d has
+# no gradient. Far below any normaliser that carries information in fp32, and far enough above its smallest number that
+# 1 / floor times a finite gradient is finite.
 NORMALIZER_FLOOR = 1e-20
 
 
@@ -88,14 +91,16 @@ def normalized_fwd(
     chunk_size: int,
     final_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return out `(B, T, Hq, V)`, its normaliser `(B, T, Hq)`, state, sum_of_keys (both of size 0 unless asked for) and the states saved for the backward pass."""
+    """Return out `(B, T, Hq, V)`, its normaliser `(B, T, Hq)`, state, sum_of_keys (both of size 0 unless asked for) and
+    the states saved for the backward pass.
+    """
     B, V = q.shape[0], v.shape[-1]
     x = _Sequences.make(
         q, k, v, log_g, state, sum_of_keys, cu_seqlens, scale=scale, deg=deg, chunk_size=chunk_size
     )  # fmt: skip
     result = chunked_fwd(x.q, x.k, x.u, x.decay, x.state, deg=deg, plan=x.plan, final_state=final_state)
     normalizer = result.out[..., V]
-    out = result.out[..., :V] / _guarded(normalizer)[..., None]
+    out = result.out[..., :V] / guarded(normalizer)[..., None]
     state_dtype = compute_dtype(q.dtype) if state is None else state.dtype
     if result.final_state is None:
         new_state, new_sum = q.new_empty(0, dtype=state_dtype), q.new_empty(0, dtype=state_dtype)
@@ -139,7 +144,7 @@ def normalized_bwd(
     d = by_query_head(normalizer[..., None], Hk)
     is_floored = d.abs() < NORMALIZER_FLOOR
     grad_y_dot_y = (grad_y * y).sum(-1, keepdim=True)
-    divisor = _guarded(d)
+    divisor = guarded(d)
     grad_o = torch.cat([grad_y / divisor, torch.where(is_floored, 0.0, -grad_y_dot_y / divisor)], dim=-1)
     grad_final = None
     if grad_state is not None and grad_sum_of_keys is not None:
@@ -160,7 +165,8 @@ def normalized_bwd(
     grad_log_g, grad_initial, grad_initial_sum = (q.new_empty(0) for _ in range(3))
     if log_g is not None:
         assert grads.log_g is not None
-        # A gate at the start of a sequence or document discounts nothing: exactly zero rather than the rounding of a sum that cancels.
+        # A gate at the start of a sequence or document discounts nothing: exactly zero rather than the rounding of a
+        # sum that cancels.
         opens = x.decay.opens(has_state=state is not None)
         grad_log_g = from_sequence(grads.log_g.masked_fill(opens, 0.0), B).to(log_g.dtype).contiguous()
     if state is not None and sum_of_keys is not None:
@@ -180,5 +186,6 @@ def normalized_bwd(
     )
 
 
-def _guarded(normalizer: Tensor) -> Tensor:
+def guarded(normalizer: Tensor) -> Tensor:
+    """Return the normaliser with values that count as zero replaced by NORMALIZER_FLOOR."""
     return torch.where(normalizer.abs() < NORMALIZER_FLOOR, NORMALIZER_FLOOR, normalizer)

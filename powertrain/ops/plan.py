@@ -1,19 +1,22 @@
-"""How the chunked PyTorch implementation cuts its work: a function of shapes alone, shared by the implementation and by its FLOP count."""
+"""How the chunked PyTorch implementation cuts its work: a function of shapes alone, shared by the implementation and by
+its FLOP count.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from powertrain.ops.sympow import phi_dimension
 
-# Tokens of the diagonal blocks inside a chunk, of whose work half is masked out. On CPU 128 is the smallest at which the matrix products run at full
-# speed; on a GPU fewer, larger launches win.
+# Tokens of the diagonal blocks inside a chunk, of whose work half is masked out. On CPU 128 is the smallest at which
+# the matrix products run at full speed; on a GPU fewer, larger launches win.
 _BLOCK_SIZE = {"cpu": 128, "cuda": 256}
-# Elements of one working buffer: a tile of attention weights, or the monomials of a segment. CPU: the last-level cache; GPU: enough to fill the chip.
+# Elements of one working buffer: a tile of attention weights, or the monomials of a segment. CPU: the last-level cache;
+# GPU: enough to fill the chip.
 _TILE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 _PHI_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
 _CHUNK_SIZES = (64, 128, 256, 512, 1024)
-# Passes over a chunk's state (weighting, decay, scan, boundary terms; forward and backward) are bound by memory: their cost per state element in FLOPs of a
-# matrix product, fitted to `powertrain bench op` on two CPU cores.
+# Passes over a chunk's state (weighting, decay, scan, boundary terms; forward and backward) are bound by memory: their
+# cost per state element in FLOPs of a matrix product, fitted to `powertrain bench op` on two CPU cores.
 _STATE_PASS_FLOPS = 400.0
 # A FLOP of the state path costs this many of the quadratic path: it also forms and contracts phi. Fitted likewise.
 _STATE_PATH_COST = 1.5
@@ -36,7 +39,8 @@ class Segment:
 class Plan:
     """The cut of `sequences` x `tokens` into groups of sequences, segments of chunks, and blocks inside a chunk.
 
-    One sequence is one key head of one batch row. A state is saved for the backward pass at each segment start, so memory falls with `chunks_per_segment`.
+    One sequence is one key head of one batch row. A state is saved for the backward pass at each segment start, so
+    memory falls with `chunks_per_segment`.
     """
 
     sequences: int
@@ -77,7 +81,9 @@ def make_plan(
     chunk_size: int,
     device_type: str,
 ) -> Plan:
-    """Return the plan for `sequences` key heads over all rows, cut at `chunk_size`; buffers are bounded whatever the shapes."""
+    """Return the plan for `sequences` key heads over all rows, cut at `chunk_size`; buffers are bounded whatever the
+    shapes.
+    """
     device_type = device_type if device_type in _BLOCK_SIZE else "cuda"
     chunk_size = min(chunk_size, max(tokens, 1))
     phi_columns = max(1, _PHI_ELEMENTS[device_type] // phi_dimension(key_dim, deg))
@@ -102,14 +108,27 @@ def make_plan(
     )
 
 
-def attention_block_size(device_type: str) -> int:
-    """Return the rows of one block of blocked softmax attention."""
-    return _BLOCK_SIZE.get(device_type, _BLOCK_SIZE["cuda"])
+def attention_row_blocks(
+    tokens: int, window: int, device_type: str, first_column: list[int] | None = None
+) -> Iterator[tuple[slice, slice]]:
+    """Yield (rows, columns) of blocked softmax attention: the columns that some row of the block can see.
+
+    `first_column` optionally holds, for each token, the first token of its document.
+    """
+    block_size = _BLOCK_SIZE.get(device_type, _BLOCK_SIZE["cuda"])
+    for start in range(0, tokens, block_size):
+        first = max(0, start - window + 1)
+        if first_column is not None:
+            first = max(first, first_column[start])
+        stop = min(start + block_size, tokens)
+        yield slice(start, stop), slice(first, stop)
 
 
 def attention_sequences_per_group(*, tokens: int, window: int, query_heads_per_key_head: int, device_type: str) -> int:
-    """Return how many key heads blocked softmax attention takes at once, so that the scores of one block of rows fit a tile."""
-    rows = attention_block_size(device_type)
+    """Return how many key heads blocked softmax attention takes at once, so that the scores of one block of rows fit a
+    tile.
+    """
+    rows = _BLOCK_SIZE.get(device_type, _BLOCK_SIZE["cuda"])
     elements = query_heads_per_key_head * rows * min(tokens, window + rows)
     return max(1, _TILE_ELEMENTS.get(device_type, _TILE_ELEMENTS["cuda"]) // elements)
 
@@ -117,7 +136,9 @@ def attention_sequences_per_group(*, tokens: int, window: int, query_heads_per_k
 def choose_chunk_size(
     *, tokens: int, key_dim: int, value_dim: int, deg: int, query_heads_per_key_head: int = 1, has_state: bool = False
 ) -> int:
-    """Return the chunk size of least cost for these shapes; `tokens` (one chunk: the quadratic form) where no state pays."""
+    """Return the chunk size of least cost for these shapes; `tokens` (one chunk: the quadratic form) where no state
+    pays.
+    """
     state_elements = phi_dimension(key_dim, deg) * (value_dim + 1)
 
     def cost(chunk_size: int) -> float:

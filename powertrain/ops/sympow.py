@@ -1,12 +1,14 @@
-"""The symmetric power embedding phi, with phi(q) . phi(k) = (q . k)^deg, and its monomials in a layout that is fast to form.
+"""The symmetric power embedding phi, with phi(q) . phi(k) = (q . k)^deg, and its monomials in a layout that is fast to
+form.
 
-For x of size K the embedding holds one entry for each multiset of `deg` indices, in lexicographic order of the sorted indices:
+For x of size K the embedding holds one entry for each multiset of `deg` indices, in lexicographic order of the sorted
+indices:
 
     phi(x)[i1 <= ... <= ip] = sqrt(p! / prod(multiplicities!)) * x[i1] * ... * x[ip]        F = binom(K + p - 1, p) entries
 
-In that order the degree-p monomials whose first index is i are x[i] times a contiguous *suffix* of the degree-(p-1) monomials: those whose first index
-is at least i. Forming them is therefore K products of contiguous arrays, and the gradient is the same walk backwards. Tokens lie along the last axis, so
-that every product is one long vector operation.
+In that order the degree-p monomials whose first index is i are x[i] times a contiguous *suffix* of the degree-(p-1)
+monomials: those whose first index is at least i. Forming them is therefore K products of contiguous arrays, and the
+gradient is the same walk backwards. Tokens lie along the last axis, so that every product is one long vector operation.
 """
 
 import functools
@@ -32,7 +34,8 @@ def _blocks(dim: int, deg: int) -> Iterator[tuple[int, slice, slice]]:
         yield i, rows, slice(lower_total - phi_dimension(dim - i, deg - 1), lower_total)
 
 
-# The caches hold NumPy arrays: a tensor would remember the mode (inference, fake, device) under which it happened to be made first.
+# The caches hold NumPy arrays: a tensor would remember the mode (inference, fake, device) under which it happened to be
+# made first.
 @functools.cache
 def _sorted_indices(dim: int, deg: int) -> np.ndarray:
     """Return the `(deg, F)` index multisets i1 <= ... <= ip in phi's order."""
@@ -64,7 +67,9 @@ def phi_weights(dim: int, deg: int, like: Tensor) -> Tensor:
 
 
 def phi(x: Tensor, deg: int) -> Tensor:
-    """Map `x (..., K)` to its symmetric power embedding `(..., F)`, so that phi(q) . phi(k) = (q . k)^deg; differentiable, in x's dtype."""
+    """Map `x (..., K)` to its symmetric power embedding `(..., F)`, so that phi(q) . phi(k) = (q . k)^deg;
+    differentiable, in x's dtype.
+    """
     indices = torch.tensor(_sorted_indices(x.shape[-1], deg), device=x.device)
     return functools.reduce(torch.mul, [x[..., row] for row in indices]) * phi_weights(x.shape[-1], deg, x)
 
@@ -86,7 +91,9 @@ def _monomials_by_degree(x: Tensor, deg: int) -> list[Tensor]:
 
 
 def monomials_backward(x: Tensor, grad: Tensor, deg: int) -> Tensor:
-    """Return the gradient `(M, K, C)` of `monomials(x, deg)` for the gradient `grad (M, F, C)` of its result; overwrites `grad`."""
+    """Return the gradient `(M, K, C)` of `monomials(x, deg)` for the gradient `grad (M, F, C)` of its result;
+    overwrites `grad`.
+    """
     by_degree = _monomials_by_degree(x, deg - 1)
     grad_x = torch.zeros_like(x)
     for degree in range(deg, 1, -1):

@@ -59,7 +59,9 @@ def check_qkv(Q: Tensor, K: Tensor, V: Tensor, *, same_length: bool = True) -> N
 
 
 def check_log_gates(log_G: Tensor | None, K: Tensor) -> None:
-    """Raise `ValueError` unless log_G is fp32 (or fp64) `(B, T, Hk)` on K's device and, where values are checked, at most 0 and not NaN."""
+    """Raise `ValueError` unless log_G is fp32 (or fp64) `(B, T, Hk)` on K's device and, where values are checked, at
+    most 0 and not NaN.
+    """
     if log_G is None:
         return
     if log_G.shape != K.shape[:3]:
@@ -115,7 +117,9 @@ def check_state(
     deg: int,
     device: torch.device,
 ) -> None:
-    """Raise `ValueError` unless initial_state `(B, Hk, F, V)` and sum_of_keys `(B, Hk, F)` are both given and fit, or neither is."""
+    """Raise `ValueError` unless initial_state `(B, Hk, F, V)` and sum_of_keys `(B, Hk, F)` are both given and fit, or
+    neither is.
+    """
     if (state is None) != (sum_of_keys is None):
         missing = "sum_of_keys" if sum_of_keys is None else "initial_state"
         raise ValueError(f"initial_state and sum_of_keys belong together; {missing} is None")
@@ -137,7 +141,9 @@ def check_state(
 
 
 def check_cu_seqlens(cu_seqlens: Tensor | None, Q: Tensor) -> None:
-    """Raise `ValueError` unless cu_seqlens `(M,)` int32 or int64 runs from 0 to B*T without decreasing and contains every row start."""
+    """Raise `ValueError` unless cu_seqlens `(M,)` int32 or int64 runs from 0 to B*T without decreasing and contains
+    every row start.
+    """
     if cu_seqlens is None:
         return
     B, T = Q.shape[:2]
