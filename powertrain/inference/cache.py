@@ -97,7 +97,7 @@ class AttentionCache:
         """Output (B, T, Hq, D) for q (B, T, Hq, D) and its own k, v (B, T, Hk, D) and log_G (B, T, Hk)."""
         if q.shape[1] > 1:
             k, v, log_G = _prepend(self._tokens, k, v, log_G)
-            out = self._attention(_align(q, k), k, v, log_G)[:, -q.shape[1] :]
+            out = self._attention(_align(q, k), k, v, log_G=log_G)[:, -q.shape[1] :]
             self._tokens.clear()
             self._tokens.append(k, v, log_G)
             return out

@@ -22,7 +22,7 @@ sharded model starts from the same weights as a whole one, on every device.
 
 import hashlib
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -155,7 +155,7 @@ class GPT(nn.Module):
         labels: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         cache: Cache | None = None,
-        loss_reduction: str = "mean",
+        loss_reduction: Literal["mean", "none"] = "mean",
         logits_to_keep: int | None = None,
         collect_stats: bool = False,
     ) -> GPTOutput:
@@ -188,14 +188,12 @@ class GPT(nn.Module):
         if labels is None:
             x = x if logits_to_keep is None else x[:, -logits_to_keep:]
             return GPTOutput(None, F.linear(x, head)[..., : self.config.vocab_size], stats)
+        # Rows of the padding are no token: they get no probability, and no gradient.
         loss = linear_cross_entropy(
-            x,
-            head,
-            labels,
-            vocab_size=self.config.vocab_size,
-            ignore_index=IGNORE_INDEX,
-            reduction=loss_reduction,
+            x.flatten(0, 1), head[: self.config.vocab_size], labels.flatten(), IGNORE_INDEX, loss_reduction
         )
+        if loss_reduction == "none":
+            loss = loss.view_as(labels)
         return GPTOutput(loss, None, stats)
 
 

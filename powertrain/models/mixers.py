@@ -150,7 +150,7 @@ class Mixer(nn.Module):
             case "linear":
                 return linear_attention(q, k, v, log_G, chunk_size=config.chunk_size, cu_seqlens=cu_seqlens), None
             case "softmax":
-                return softmax_attention(q, k, v, log_G, cu_seqlens=cu_seqlens), None
+                return softmax_attention(q, k, v, log_G=log_G, cu_seqlens=cu_seqlens), None
             case "window":
-                return window_attention(q, k, v, log_G, window=config.window, cu_seqlens=cu_seqlens), None
+                return window_attention(q, k, v, config.window, log_G=log_G, cu_seqlens=cu_seqlens), None
         raise AssertionError(f"MixerConfig let kind {config.kind!r} through")

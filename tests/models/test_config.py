@@ -75,7 +75,7 @@ def test_model_refuses(arguments: dict, parts: list[str]):
     [
         ({"kind": "power,atention"}, ["'atention'", "power, softmax, window, linear"]),
         ({"kind": ""}, ["power, softmax, window, linear"]),
-        ({"deg": 3}, ["deg=3", "even"]),
+        ({"deg": 3}, ["deg=3", "2 and 4"]),
         ({"deg": 1}, ["deg=1", "linear"]),
         ({"gate_init": 1.0}, ["gate_init=1.0"]),
         ({"chunk_size": 0}, ["chunk_size=0"]),
