@@ -1,0 +1,133 @@
+"""How a global batch is cut: devices, sequences of one forward pass, and micro-batches of one step."""
+
+from __future__ import annotations
+
+import gc
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from powertrain.training.config import TrainerConfig
+from powertrain.training.nonfinite import autocast
+
+# On a CPU more tokens in a pass only spend memory: the matrix products are large enough.
+CPU_MICRO_BATCH_TOKENS = 8192
+# Share of the GPU's memory left to the optimizer's temporaries, NCCL and fragmentation by the probe below.
+GPU_RESERVE = 0.1
+
+
+@dataclass(frozen=True)
+class Devices:
+    """Where a run executes."""
+
+    accelerator: str  # cpu or gpu, as Lightning names them
+    per_node: int  # processes on each node
+    num_nodes: int
+
+    @property
+    def world_size(self) -> int:
+        """Processes that train together."""
+        return self.per_node * self.num_nodes
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device of this process, as far as its local rank is known from the environment."""
+        if self.accelerator == "cpu":
+            return torch.device("cpu")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def resolve_devices(config: TrainerConfig) -> Devices:
+    """Decide accelerator and number of processes from the configuration and the machine.
+
+    Errors:
+        ValueError: more GPUs are asked for than there are, or the global batch cannot be shared equally.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    accelerator = config.accelerator if config.accelerator != "auto" else ("gpu" if gpus else "cpu")
+    if accelerator == "gpu":
+        per_node = gpus if config.devices == "auto" else int(config.devices)
+        if per_node < 1 or per_node > gpus:
+            raise ValueError(
+                f"trainer.accelerator={config.accelerator} with trainer.devices={config.devices} needs"
+                f" {max(1, per_node)} GPUs on this machine, which has {gpus}."
+            )
+    else:
+        per_node = 1 if config.devices == "auto" else int(config.devices)
+    devices = Devices(accelerator, per_node, config.num_nodes)
+    rows = config.global_batch_tokens // config.context_length
+    if rows % devices.world_size:
+        raise ValueError(
+            f"trainer.global_batch_tokens={config.global_batch_tokens} is {rows} sequences of"
+            f" {config.context_length} tokens, which {devices.world_size} processes cannot share equally;"
+            f" give a multiple of {config.context_length * devices.world_size}."
+        )
+    return devices
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(number, 0, -1) if number % n == 0]
+
+
+def _fits(model: nn.Module, rows: int, context: int, precision: str, device: torch.device) -> bool:
+    """Whether a forward and backward pass leaves room for the optimizer's two moments and the reserve."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    ids = torch.zeros(rows, context, dtype=torch.int64, device=device)
+    cu_seqlens = torch.arange(0, rows * context + 1, context, dtype=torch.int32, device=device)
+    try:
+        with autocast(precision, "cuda"):
+            loss = model(ids, labels=ids, cu_seqlens=cu_seqlens, loss_reduction="sum").loss
+        loss.backward()
+        torch.cuda.synchronize(device)
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        loss = None
+        model.zero_grad(set_to_none=True)
+    moments = 2 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    total = torch.cuda.get_device_properties(device).total_memory
+    return torch.cuda.max_memory_allocated(device) + moments <= (1 - GPU_RESERVE) * total
+
+
+def choose_micro_batch_size(model: nn.Module, config: TrainerConfig, devices: Devices) -> int:
+    """Return the sequences of one forward pass on one device.
+
+    The configured number, else the largest divisor of a device's share of the global batch that fits: on a GPU the
+    largest whose forward and backward pass fit its memory, on a CPU the largest of at most 8192 tokens.
+
+    Errors:
+        ValueError: the configured number does not divide the share, or one sequence does not fit the GPU.
+    """
+    share = config.global_batch_tokens // config.context_length // devices.world_size
+    candidates = _divisors(share)
+    if config.micro_batch_size is not None:
+        if config.micro_batch_size not in candidates:
+            raise ValueError(
+                f"trainer.micro_batch_size={config.micro_batch_size} does not divide the {share} sequences that each"
+                f" of {devices.world_size} processes has in a global batch; allowed are {sorted(candidates)}."
+            )
+        return config.micro_batch_size
+    if devices.accelerator == "cpu":
+        limit = max(1, CPU_MICRO_BATCH_TOKENS // config.context_length)
+        return next(n for n in candidates if n <= limit)
+    device = devices.torch_device
+    model.to(device)
+    # From small to large: a pass that runs out of memory costs more than all that fit.
+    best = None
+    for rows in reversed(candidates):
+        if not _fits(model, rows, config.context_length, config.precision, device):
+            break
+        best = rows
+    gc.collect()
+    torch.cuda.empty_cache()
+    if best is None:
+        raise ValueError(
+            f"one sequence of trainer.context_length={config.context_length} does not fit the memory of"
+            f" {torch.cuda.get_device_name(device)}; shorten it, take a smaller model, or set"
+            " model.activation_checkpointing=true."
+        )
+    return best

@@ -1,0 +1,127 @@
+"""The callback that saves a run at its steps, and ends it cleanly on a signal."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from powertrain.training.checkpoint import CheckpointError, CheckpointStore
+from powertrain.training.module import PowertrainModule
+from powertrain.training.state import collect_state
+
+
+class TrainingInterrupted(Exception):
+    """A signal ended training after a whole step, which is saved."""
+
+    def __init__(self, signum: int, step: int) -> None:
+        super().__init__(f"{signal.Signals(signum).name}: saved at step {step}")
+        self.signum = signum
+        self.step = step
+
+
+class StopSignals:
+    """Turns signals into a flag that is looked at between steps; a second one ends the process at once.
+
+    Saving inside a handler would interrupt collectives of the step, and deadlock against the other ranks.
+    """
+
+    def __init__(self, signals: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)) -> None:
+        self.signals = signals
+        self.received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        # Python allows handlers in the main thread only; elsewhere the caller owns the signals.
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {signum: signal.signal(signum, self._handle) for signum in self.signals}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+        self._previous = {}
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            raise SystemExit(128 + signum)
+        self.received = signum
+
+    def agreed(self, trainer: pl.Trainer) -> int | None:
+        """Return the signal that any rank has received, the same on all ranks; a collective."""
+        if trainer.world_size == 1:
+            return self.received
+        flag = torch.tensor(self.received or 0, device=trainer.strategy.root_device)
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+        return int(flag) or None
+
+
+class Checkpointing(pl.Callback):
+    """Saves every so many steps, with each new lowest validation loss, at the end, and before a signal ends the run.
+
+    A step that is followed by a validation is saved after it, so that a resumed run neither misses nor repeats it.
+    """
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        *,
+        every_steps: int,
+        run_config: dict[str, Any],
+        signals: StopSignals,
+    ) -> None:
+        self.store = store
+        self.every_steps = every_steps
+        self.run_config = run_config
+        self.signals = signals
+        self._saved_step: int | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, PowertrainModule)
+        self._saved_step = pl_module.step or None
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        assert isinstance(pl_module, PowertrainModule)
+        if not pl_module.at_step_end or pl_module.validates_after(pl_module.step):
+            return
+        pl_module.clock.pause()
+        if pl_module.step % self.every_steps == 0:
+            self._save(trainer, pl_module, val_loss=None)
+        self._stop_if_asked(trainer, pl_module, val_loss=None)
+        pl_module.clock.resume()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, PowertrainModule)
+        counters = pl_module.counters
+        due = counters.step % self.every_steps == 0 or counters.step == pl_module.last_step
+        if due or counters.best_step == counters.step:
+            self._save(trainer, pl_module, val_loss=counters.val_loss)
+        if counters.step < pl_module.last_step:
+            self._stop_if_asked(trainer, pl_module, val_loss=counters.val_loss)
+
+    def _save(self, trainer: pl.Trainer, module: PowertrainModule, *, val_loss: float | None) -> None:
+        if self._saved_step == module.step:
+            return
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        state = collect_state(trainer, module, datamodule, self.run_config)
+        error = None
+        if trainer.is_global_zero:
+            try:
+                self.store.save(module.step, state, val_loss=val_loss)
+            except CheckpointError as caught:
+                error = str(caught)
+        # Every rank ends with the writer's sentence, instead of waiting for it in the next step.
+        error = trainer.strategy.broadcast(error)
+        if error is not None:
+            raise CheckpointError(error)
+        self._saved_step = module.step
+
+    def _stop_if_asked(self, trainer: pl.Trainer, module: PowertrainModule, *, val_loss: float | None) -> None:
+        signum = self.signals.agreed(trainer)
+        if signum is not None:
+            self._save(trainer, module, val_loss=val_loss)
+            raise TrainingInterrupted(signum, module.step)

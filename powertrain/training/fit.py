@@ -1,0 +1,261 @@
+"""One call that trains a model on a datamodule in a run directory, resuming what is there."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.utilities import rank_zero_only
+from torch import nn
+
+from powertrain.training.batching import choose_micro_batch_size, resolve_devices
+from powertrain.training.checkpoint import CheckpointStore
+from powertrain.training.checkpointing import Checkpointing, StopSignals, TrainingInterrupted
+from powertrain.training.config import DebugConfig, LoggerConfig, OptimConfig, ScheduleConfig, TrainerConfig
+from powertrain.training.hardware import peak_flops
+from powertrain.training.length import TrainingLength
+from powertrain.training.loggers import build_loggers, truncate_metrics
+from powertrain.training.module import Counters, PowertrainModule
+from powertrain.training.progress import ProgressReport
+from powertrain.training.schedules import Schedule
+from powertrain.training.state import RestoreTraining, restore_before_fit, seed_loop_counters
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """How a call of `fit` ended."""
+
+    counters: Counters  # of the whole run
+    resumed_step: int  # step at which this call began; 0 for a new run
+    finished: bool  # whether the run has all its steps
+    interrupted_by: int | None  # number of the signal that ended it early
+    checkpoint: Path | None  # the newest
+
+
+class RunLockedError(RuntimeError):
+    """Another process trains in this run directory."""
+
+
+def _is_main_process() -> bool:
+    # Before the process group exists: Lightning reads it from the launcher's environment.
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+@contextlib.contextmanager
+def _sole_writer(run_dir: Path) -> Iterator[None]:
+    """Hold the run directory's lock on the main process; the operating system frees it however the process ends."""
+    if not _is_main_process():
+        yield
+        return
+    with (run_dir / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise RunLockedError(
+                f"the run in {run_dir} is being trained by another process ({file.read().strip() or 'unknown'});"
+                " stop that one, or give this run another run_id"
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+        file.flush()
+        yield
+
+
+@contextlib.contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Silence what Lightning says about choices that were made on purpose here."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        for message in (
+            ".*does not have many workers.*",
+            ".*`IterableDataset` has `__len__` defined.*",
+            ".*GPU available but not used.*",
+            ".*no value for `max_epochs`.*",
+            ".*Checkpoint directory.*exists and is not empty.*",
+            ".*`srun` command is available.*",
+            ".*LeafSpec.*is deprecated.*",
+        ):
+            warnings.filterwarnings("ignore", message)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+def _strategy(config: TrainerConfig, world_size: int) -> Strategy | str:
+    if world_size == 1 and config.strategy == "auto":
+        return "auto"
+    # Gradients alias the communication buckets: one copy less of all gradients.
+    return DDPStrategy(gradient_as_bucket_view=True)
+
+
+def _profiler(debug: DebugConfig, run_dir: Path) -> Any:
+    if debug.profiler is None:
+        return None
+    from lightning.pytorch.profilers import PyTorchProfiler, SimpleProfiler
+
+    kind = SimpleProfiler if debug.profiler == "simple" else PyTorchProfiler
+    directory = run_dir / "profile"
+    directory.mkdir(exist_ok=True)
+    return kind(dirpath=directory, filename=debug.profiler)
+
+
+def build_trainer(
+    config: TrainerConfig,
+    debug: DebugConfig,
+    *,
+    run_dir: Path,
+    max_steps: int,
+    accumulation: int,
+    callbacks: list[pl.Callback],
+    loggers: list[Any],
+) -> pl.Trainer:
+    """Return Lightning's Trainer for a run; what Lightning would do by epoch or on its own is switched off."""
+    devices = resolve_devices(config)
+    # Every kernel here writes the whole of its outputs; filling them before would only cost time.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    return pl.Trainer(
+        accelerator=devices.accelerator,
+        devices=devices.per_node,
+        num_nodes=devices.num_nodes,
+        strategy=_strategy(config, devices.world_size),
+        precision=config.precision,  # type: ignore[arg-type]
+        logger=loggers,
+        callbacks=callbacks,
+        max_steps=max_steps,
+        max_epochs=-1,
+        accumulate_grad_batches=accumulation,
+        val_check_interval=config.val_every_steps * accumulation,
+        check_val_every_n_epoch=None,
+        limit_val_batches=debug.val_batches,
+        num_sanity_val_steps=0,
+        # Inference tensors are another kind for torch.compile, which would compile the model again.
+        inference_mode=False,
+        use_distributed_sampler=False,
+        deterministic="warn" if config.deterministic else False,
+        detect_anomaly=debug.detect_anomaly,
+        profiler=_profiler(debug, run_dir),
+        default_root_dir=run_dir,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def fit(
+    model: nn.Module,
+    datamodule: pl.LightningDataModule,
+    *,
+    optim: OptimConfig,
+    schedule: ScheduleConfig,
+    trainer: TrainerConfig,
+    length: TrainingLength,
+    run_dir: str | Path,
+    run_id: str,
+    logger: LoggerConfig | None = None,
+    debug: DebugConfig | None = None,
+    run_config: dict[str, Any] | None = None,
+    callbacks: list[pl.Callback] | None = None,
+    progress: ProgressReport | None = None,
+) -> FitResult:
+    """Train to the end of `length`, or to a signal; where the run directory has a checkpoint, continue from it.
+
+    Args:
+        model: see `PowertrainModule`; its weights are replaced by those of the checkpoint where there is one.
+        datamodule: `powertrain.data.TokenDataModule`, or what has its attributes; its micro-batch size is set here.
+        run_dir: exists, or is made.
+        run_config: plain values of the whole configuration, for checkpoints and W&B.
+        callbacks: of the caller, besides those of a run.
+    Returns:
+        How it ended; the process's exit code after a signal is 128 plus its number (130 for Ctrl-C).
+    Errors:
+        NonFiniteError: a loss or gradient was not finite, by policy.
+        CheckpointError: a checkpoint could not be written, or none of several could be read.
+        RunLockedError: another process trains in this run directory.
+        ValueError: the configuration contradicts the machine, the data or the checkpoint.
+    """
+    logger, debug, run_dir, run_config = (
+        logger or LoggerConfig(),
+        debug or DebugConfig(),
+        Path(run_dir),
+        run_config or {},
+    )
+    run_dir.mkdir(parents=True, exist_ok=True)
+    plan = Schedule(schedule, length)
+    devices = resolve_devices(trainer)
+    store = CheckpointStore(run_dir / "checkpoints", keep=trainer.keep_checkpoints)
+    with _sole_writer(run_dir), _quiet_lightning():
+        loaded = store.load_latest()
+        state, start = loaded if loaded is not None else (None, 0)
+        micro_batch_size = choose_micro_batch_size(model, trainer, devices)
+        rows = trainer.global_batch_tokens // trainer.context_length
+        accumulation = rows // (micro_batch_size * devices.world_size)
+        datamodule.micro_batch_size = micro_batch_size  # type: ignore[attr-defined]
+        datamodule.global_batch_size = rows  # type: ignore[attr-defined]
+        on_gpu = devices.accelerator == "gpu"
+        device_name = torch.cuda.get_device_name(devices.torch_device) if on_gpu else "cpu"
+        module = PowertrainModule(
+            model,
+            optim=optim,
+            schedule=plan,
+            trainer=trainer,
+            run_dir=run_dir,
+            peak_flops=trainer.peak_flops or peak_flops(device_name, trainer.precision),
+            bytes_per_token=getattr(datamodule, "bytes_per_token", None),
+            overfit=debug.overfit,
+        )
+        if state is not None:
+            restore_before_fit(state, module, datamodule)
+            assert module.step == start
+        if _is_main_process():
+            truncate_metrics(run_dir, start)
+        if start >= length.steps:
+            return FitResult(module.counters, start, True, None, store.path(start))
+        if trainer.compile:
+            # In place: the keys of the state stay those of the model.
+            model.compile()
+        signals = StopSignals()
+        lightning = build_trainer(
+            trainer,
+            debug,
+            run_dir=run_dir,
+            max_steps=length.steps,
+            accumulation=accumulation,
+            callbacks=[
+                RestoreTraining(state),
+                Checkpointing(
+                    store,
+                    every_steps=trainer.checkpoint_every_steps or trainer.val_every_steps,
+                    run_config=run_config,
+                    signals=signals,
+                ),
+                progress or ProgressReport(),
+                *(callbacks or []),
+            ],
+            loggers=build_loggers(logger, run_dir, run_id, run_config, start_step=start),
+        )
+        seed_loop_counters(lightning, start, accumulation)
+        interrupted = None
+        with signals:
+            try:
+                lightning.fit(module, datamodule=datamodule)
+            except TrainingInterrupted as stop:
+                interrupted = stop.signum
+        module.counters.seconds = module.clock.seconds
+    newest = store.path(module.step)
+    return FitResult(
+        module.counters, start, module.step >= length.steps, interrupted, newest if newest.exists() else None
+    )
