@@ -15,11 +15,11 @@ MIN_NVCC = (12, 4)
 """The first release whose ptxas knows everything that src/sm90 uses."""
 
 ARCHITECTURES: dict[str, tuple[str, ...]] = {
-    # PTX beside the machine code lets every later GPU run the sm80 path; the driver compiles it on first use.
-    "sm80": ("arch=compute_80,code=[sm_80,compute_80]",),
+    # PTX beside the machine code lets every later GPU run these; Hopper has machine code too and does not wait for the
+    # driver's compiler.
+    "sm80": ("arch=compute_80,code=[sm_80,compute_80]", "arch=compute_90,code=sm_90"),
     # wgmma exists in the architecture-specific target alone, which has no forward-compatible PTX.
     "sm90": ("arch=compute_90a,code=sm_90a",),
-    # Small kernels that every path launches: machine code for both, so that Hopper does not wait for the driver.
     "common": ("arch=compute_80,code=[sm_80,compute_80]", "arch=compute_90,code=sm_90"),
 }
 """`-gencode` values by the folder under `src/` that a file is in."""
@@ -92,7 +92,11 @@ def units(root: Path) -> list[Unit]:
 
 
 def include_flags(root: Path) -> tuple[str, ...]:
-    return (f"-I{root / 'include'}", f"-I{root / 'src'}")
+    return tuple(f"-I{folder}" for folder in _include_folders(root))
+
+
+def _include_folders(root: Path) -> tuple[Path, ...]:
+    return (root / "include", root / "src" / "common")
 
 
 def library_key(root: Path) -> str:
@@ -170,7 +174,7 @@ def _digest_with_includes(source: Path, root: Path) -> str:
         content = path.read_bytes()
         digest.update(f"{path.name}\0{len(content)}\0".encode() + content)
         for name in _QUOTED_INCLUDE.findall(content):
-            for folder in (path.parent, root / "include", root / "src"):
+            for folder in (path.parent, *_include_folders(root)):
                 candidate = (folder / name.decode()).resolve()
                 if candidate.is_file():
                     pending.append(candidate)

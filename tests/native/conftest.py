@@ -8,7 +8,7 @@ from powertrain.native import build, loader, toolchain
 
 KERNEL = """
 #include "powertrain_kernels.h"
-#include "common/scale.h"
+#include "scale.h"
 __global__ void scale(float* x) { x[threadIdx.x] *= SCALE; }
 extern "C" __attribute__((visibility("default"))) int pt_abi_version(void) { return PT_ABI_VERSION; }
 extern "C" __attribute__((visibility("default"))) int launch(float* x) {
