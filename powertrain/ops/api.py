@@ -109,12 +109,20 @@ def power_retention_with_normalizer(
     validation.check_deg(deg)
     validation.check_scale(scale)
     validation.check_positive("chunk_size", chunk_size)
+    validation.check_positive("switch_over_seq_len", switch_over_seq_len)
     validation.check_cu_seqlens(cu_seqlens, Q)
     _, T, _, key_dim = Q.shape
     B, _, Hk, value_dim = V.shape
     validation.check_state(
-        initial_state, sum_of_keys, batch=B, key_heads=Hk, key_dim=key_dim, value_dim=value_dim, deg=deg, device=Q.device
-    )  # fmt: skip
+        initial_state,
+        sum_of_keys,
+        batch=B,
+        key_heads=Hk,
+        key_dim=key_dim,
+        value_dim=value_dim,
+        deg=deg,
+        device=Q.device,
+    )
     if initial_state is not None and cu_seqlens is not None:
         raise ValueError("initial_state and cu_seqlens exclude each other: every document starts from an empty state")
     _check_implementation(impl)
@@ -122,12 +130,17 @@ def power_retention_with_normalizer(
         scale = 1.0 / math.sqrt(key_dim)
     if deg == 1:
         Q, K = positive_feature_map(Q), positive_feature_map(K)
-    if switch_over_seq_len is not None and T <= switch_over_seq_len:
+    if switch_over_seq_len is not None and switch_over_seq_len >= T:
         chunk_size = T
     elif chunk_size is None:
         chunk_size = choose_chunk_size(
-            tokens=T, key_dim=key_dim, value_dim=value_dim, deg=deg, query_heads_per_key_head=Q.shape[2] // Hk, has_state=initial_state is not None
-        )  # fmt: skip
+            tokens=T,
+            key_dim=key_dim,
+            value_dim=value_dim,
+            deg=deg,
+            query_heads_per_key_head=Q.shape[2] // Hk,
+            has_state=initial_state is not None,
+        )
     out, normalizer, state, new_sum_of_keys, _ = power_retention_op(
         Q,
         K,

@@ -1,7 +1,8 @@
 """Causal softmax attention in blocks of rows with a window, documents and gates: time O(T * window), memory linear in
 T, explicit forward and backward.
 
-    w_ij = exp(scale q_i.k_j + G_i - G_j)   for i - window < j <= i in one document,   out_i = sum_j w_ij v_j / sum_j w_ij
+    w_ij = exp(scale q_i.k_j + G_i - G_j)  for i - window < j <= i in one document
+    out_i = sum_j w_ij v_j / sum_j w_ij
 
 Shape legend: N = B * Hk sequences, R query heads per key head, T tokens, K key dim, V value dim.
 """

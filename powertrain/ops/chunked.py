@@ -8,9 +8,9 @@ sequence is the quadratic form.
 Between chunks, content travels in a state. Three functions serve both directions, with the roles of q and k exchanged
 (names as in Mamba-2, arXiv:2405.21060):
 
-    chunk_state(x, y)            sum over a chunk of phi(x)^T y                        forward: (k, u)      backward: (q, grad_o)
-    chunk_scan(x, S)             phi(x) S                                              forward: (q, S)      backward: (k, dS)
-    chunk_scan_grad(x, S, y)     gradient of x through phi(x) S for the gradient y     backward: (q, S, grad_o) and (k, dS, u)
+    chunk_state(x, y)         sum over a chunk of phi(x)^T y                   forward (k, u), backward (q, grad_o)
+    chunk_scan(x, S)          phi(x) S                                         forward (q, S), backward (k, dS)
+    chunk_scan_grad(x, S, y)  gradient of x through phi(x) S for y, its own    backward (q, S, grad_o) and (k, dS, u)
 
 Internally a state multiplies *monomials*, and carries the whole multinomial weight: S = weight^2 * sum monomial(k) u^T,
 so that phi is formed without weights on either side. The public state has the weight once.
@@ -217,7 +217,7 @@ def chunked_bwd(
     `grad_out_dot_out (N, T)` is the sum of grad_out * out over columns and query heads: all that the gates need of the
     output.
     """
-    K, W = q.shape[-1], u.shape[-1]
+    K = q.shape[-1]
     segments = plan.segments()
     weight = phi_weights(K, deg, q)[:, None]
     grad_q, grad_k, grad_u = torch.empty_like(q), torch.empty_like(k), torch.empty_like(u)
@@ -245,7 +245,8 @@ def chunked_bwd(
             first, end = inputs.first_read, inputs.end_written
             grad_chunks = _chunk_rows(grad_out[group], segment)
             dq, dk, du = intra_chunk_bwd(
-                inputs.q.flatten(0, 1), inputs.k.flatten(0, 1), inputs.u.flatten(0, 1), inputs.tokens, grad_chunks.flatten(0, 1), deg=deg, plan=plan
+                inputs.q.flatten(0, 1), inputs.k.flatten(0, 1), inputs.u.flatten(0, 1), inputs.tokens,
+                grad_chunks.flatten(0, 1), deg=deg, plan=plan,
             )  # fmt: skip
             dq, dk, du = dq.unflatten(0, (-1, G)), dk.unflatten(0, (-1, G)), du.unflatten(0, (-1, G))
 

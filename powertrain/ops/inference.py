@@ -116,7 +116,7 @@ def _check(
         validation.check_qkv(Q, K, V, same_length=False)
         if K.shape[1] < Q.shape[1]:
             raise ValueError(
-                f"Q has {Q.shape[1]} tokens, K {K.shape[1]}; the queries are the last tokens of the keys, so K needs as many"
+                f"Q has {Q.shape[1]} tokens, K {K.shape[1]}; queries are the last tokens of the keys: K needs as many"
             )
         validation.check_log_gates(log_G, K)
     validation.check_state(

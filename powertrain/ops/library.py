@@ -91,8 +91,8 @@ def power_retention_bwd_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The backward of `normalized.normalized_bwd` as an op."""
     return normalized_bwd(
-        grad_out, grad_state, grad_sum_of_keys, q, k, v, log_g, state, sum_of_keys, cu_seqlens, out, normalizer, saved_states,
-        scale, deg, chunk_size,
+        grad_out, grad_state, grad_sum_of_keys, q, k, v, log_g, state, sum_of_keys, cu_seqlens,
+        out, normalizer, saved_states, scale, deg, chunk_size,
     )  # fmt: skip
 
 
@@ -145,8 +145,8 @@ def _backward(
         if grad_sum_of_keys is None:
             grad_sum_of_keys = grad_state.new_zeros(B, Hk, F)
     grads = power_retention_bwd_op(
-        grad_out, grad_state, grad_sum_of_keys, q, k, v, log_g, state, sum_of_keys, cu_seqlens, out, normalizer, saved_states,
-        ctx.scale, ctx.deg, ctx.chunk_size,
+        grad_out, grad_state, grad_sum_of_keys, q, k, v, log_g, state, sum_of_keys, cu_seqlens,
+        out, normalizer, saved_states, ctx.scale, ctx.deg, ctx.chunk_size,
     )  # fmt: skip
     given = (q, k, v, log_g, state, sum_of_keys)
     return *(None if x is None else grad for x, grad in zip(given, grads, strict=True)), None, None, None, None, None
@@ -183,7 +183,8 @@ def _power_retention_formula(
 
 @register_flop_formula(torch.ops.powertrain.power_retention_bwd)
 def _power_retention_bwd_formula(
-    grad_out: Any, grad_state: Any, grad_sum_of_keys: Any, q: Any, k: Any, v: Any, log_g: Any, state: Any, sum_of_keys: Any,
-    cu_seqlens: Any, out: Any, normalizer: Any, saved_states: Any, scale: float, deg: int, chunk_size: int, *args: Any, **kwargs: Any,
+    grad_out: Any, grad_state: Any, grad_sum_of_keys: Any, q: Any, k: Any, v: Any, log_g: Any, state: Any,
+    sum_of_keys: Any, cu_seqlens: Any, out: Any, normalizer: Any, saved_states: Any,
+    scale: float, deg: int, chunk_size: int, *args: Any, **kwargs: Any,
 ) -> int:  # fmt: skip
     return _call_flops(q, k, v, deg, chunk_size, state is not None, grad_state is not None).backward.total

@@ -72,11 +72,13 @@ def _check(
 ) -> None:
     if hidden.ndim != 2 or weight.ndim != 2 or labels.ndim != 1:
         raise ValueError(
-            f"expected hidden (N, D), weight (V, D) and labels (N,); got {shape_text(hidden)}, {shape_text(weight)} and {shape_text(labels)}"
+            "expected hidden (N, D), weight (V, D) and labels (N,); "
+            f"got {shape_text(hidden)}, {shape_text(weight)} and {shape_text(labels)}"
         )
     if hidden.shape[1] != weight.shape[1] or hidden.shape[0] != labels.shape[0]:
         raise ValueError(
-            f"hidden {shape_text(hidden)}, weight {shape_text(weight)} and labels {shape_text(labels)} do not fit; expected (N, D), (V, D) and (N,)"
+            f"hidden {shape_text(hidden)}, weight {shape_text(weight)} and labels {shape_text(labels)} do not fit; "
+            "expected (N, D), (V, D) and (N,)"
         )
     if hidden.dtype != weight.dtype or not hidden.is_floating_point():
         raise ValueError(f"hidden and weight must share a floating-point dtype; got {hidden.dtype} and {weight.dtype}")
@@ -88,9 +90,10 @@ def _check(
         raise ValueError(f"chunk={chunk} must be None or at least 1")
     if checks_values(labels) and labels.numel():
         counted = labels[labels != ignore_index]
-        if counted.numel() and not (0 <= counted.min().item() and counted.max().item() < weight.shape[0]):
+        if counted.numel() and (counted.min().item() < 0 or counted.max().item() >= weight.shape[0]):
             raise ValueError(
-                f"labels lie in [{counted.min().item()}, {counted.max().item()}]; allowed are 0 to {weight.shape[0] - 1} and ignore_index={ignore_index}"
+                f"labels lie in [{counted.min().item()}, {counted.max().item()}]; "
+                f"allowed are 0 to {weight.shape[0] - 1} and ignore_index={ignore_index}"
             )
 
 

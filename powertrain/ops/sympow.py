@@ -4,7 +4,7 @@ form.
 For x of size K the embedding holds one entry for each multiset of `deg` indices, in lexicographic order of the sorted
 indices:
 
-    phi(x)[i1 <= ... <= ip] = sqrt(p! / prod(multiplicities!)) * x[i1] * ... * x[ip]        F = binom(K + p - 1, p) entries
+    phi(x)[i1 <= ... <= ip] = sqrt(p! / prod(multiplicities!)) * x[i1] * ... * x[ip]    F = binom(K + p - 1, p)
 
 In that order the degree-p monomials whose first index is i are x[i] times a contiguous *suffix* of the degree-(p-1)
 monomials: those whose first index is at least i. Forming them is therefore K products of contiguous arrays, and the
@@ -22,12 +22,12 @@ from torch import Tensor
 
 
 def phi_dimension(dim: int, deg: int) -> int:
-    """Return F = binom(dim + deg - 1, deg), the size of the degree-`deg` symmetric power of a `dim`-dimensional vector."""
+    """Return F = binom(dim + deg - 1, deg), the size of the symmetric power `deg` of a `dim`-dimensional vector."""
     return math.comb(dim + deg - 1, deg)
 
 
 def _blocks(dim: int, deg: int) -> Iterator[tuple[int, slice, slice]]:
-    """Yield (i, rows of degree `deg` whose first index is i, rows of degree `deg - 1` whose first index is at least i)."""
+    """Yield (i, rows of degree `deg` that start with i, rows of degree `deg - 1` that start with i or more)."""
     total, lower_total = phi_dimension(dim, deg), phi_dimension(dim, deg - 1)
     for i in range(dim):
         rows = slice(total - phi_dimension(dim - i, deg), total - phi_dimension(dim - i - 1, deg))

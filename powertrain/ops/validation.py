@@ -1,5 +1,6 @@
 """Checks of user input: every message states the offending values and what is allowed."""
 
+import itertools
 import os
 
 import torch
@@ -82,11 +83,12 @@ def check_deg(deg: int) -> None:
     """Raise `ValueError` unless deg is 1, 2 or 4."""
     if isinstance(deg, bool) or not isinstance(deg, int):
         raise ValueError(
-            f"deg must be an integer; got {deg!r}; allowed are 1 (linear attention over a positive feature map), 2 and 4"
+            f"deg={deg!r} must be an integer; allowed are 1 (linear attention over a positive map), 2 and 4"
         )
     if deg > 1 and deg % 2:
         raise ValueError(
-            f"deg={deg} is odd: (q.k)^{deg} is negative for half of all pairs, so the weights are no average and their sum can vanish; allowed are 1, 2 and 4"
+            f"deg={deg} is odd: (q.k)^{deg} takes both signs, so the weights form no average and their sum can vanish; "
+            "allowed are 1 (over a positive feature map), 2 and 4"
         )
     if deg not in (1, 2, 4):
         raise ValueError(
@@ -149,7 +151,8 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, Q: Tensor) -> None:
     B, T = Q.shape[:2]
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(
-            f"cu_seqlens has shape {shape_text(cu_seqlens)}; expected (M,) with M of at least 2: document offsets from 0 to B*T = {B * T}"
+            f"cu_seqlens has shape {shape_text(cu_seqlens)}; expected (M,), M at least 2: "
+            f"document offsets from 0 to B*T = {B * T}"
         )
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"cu_seqlens has dtype {cu_seqlens.dtype}; allowed are int32 and int64")
@@ -159,11 +162,12 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, Q: Tensor) -> None:
         offsets = cu_seqlens.tolist()
         if offsets[0] != 0 or offsets[-1] != B * T:
             raise ValueError(f"cu_seqlens runs from {offsets[0]} to {offsets[-1]}; it must run from 0 to B*T = {B * T}")
-        for before, after in zip(offsets[:-1], offsets[1:], strict=True):
+        for before, after in itertools.pairwise(offsets):
             if after < before:
                 raise ValueError(f"cu_seqlens decreases from {before} to {after}; offsets must not decrease")
         missing = sorted(set(range(0, B * T, T)) - set(offsets))
         if missing:
             raise ValueError(
-                f"cu_seqlens lacks the row start {missing[0]}; with B={B} rows of T={T} tokens every multiple of T must be an offset"
+                f"cu_seqlens lacks the row start {missing[0]}; with B={B} rows of T={T} tokens "
+                "every multiple of T must be an offset"
             )
