@@ -135,14 +135,22 @@ def _write(config: DataConfig, source: Source, directory: Path) -> Counter[str]:
     """Write the whole corpus into `directory`; return how many documents were left out, by reason."""
     with Progress(source.total_bytes) as progress:
         tokenizer = _make_tokenizer(config, source, progress)
+        lengths = tokenizer.token_bytes
+        text_bytes = token_bytes = 0
         writer = ShardWriter(directory, tokenizer, config.shard_tokens)
-        text_bytes = 0
         for batch in _batches(progress.watch(_pieces(config, source), "tokenizing")):
             for (split, text), tokens in zip(batch, tokenizer.encode_batch([t for _, t in batch]), strict=True):
                 data = text.encode()
-                text_bytes += len(data)
                 digest = hashlib.blake2b(data, digest_size=16).digest()
+                text_bytes += len(data)
+                token_bytes += int(lengths[tokens].sum())
                 writer.add(split, digest, tokens, len(data))
+        _check_splits(config, source, writer.num_documents)
+        if token_bytes != text_bytes:
+            say(
+                f"the tokenizer changes text: its tokens stand for {token_bytes:,} of {text_bytes:,} bytes, "
+                "so bits per byte is not that of the original text"
+            )
         progress.describe("finishing")
         record = {
             "config": asdict(config),
@@ -151,6 +159,19 @@ def _write(config: DataConfig, source: Source, directory: Path) -> Counter[str]:
         }
         writer.finish(deduplicate=config.deduplicate, record=record)
     return source.skipped
+
+
+def _check_splits(config: DataConfig, source: Source, documents: dict[str, int]) -> None:
+    total = sum(documents.values())
+    if total == 0:
+        left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(source.skipped.items())) or "none left out"
+        raise ValueError(f"data.source={config.source} has no document with text ({left_out})")
+    for split, count in documents.items():
+        if count == 0:
+            raise ValueError(
+                f"the {split} split is empty: {total} document(s) with data.val_fraction={config.val_fraction:g}; "
+                "choose another share, or data.split=tail to validate on the end of each document"
+            )
 
 
 def _make_tokenizer(config: DataConfig, source: Source, progress: Progress) -> Tokenizer:

@@ -70,7 +70,6 @@ class ShardWriter:
         self.tokenizer = tokenizer
         self.shard_tokens = shard_tokens
         self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-        self.num_tokens = 0
         self._eod = np.array([tokenizer.eod_id], dtype=self.dtype).tobytes()
         self._columns = {split: _SplitColumns(bytearray(), *(array("q") for _ in range(4))) for split in SPLITS}
         self._shard = -1
@@ -93,7 +92,10 @@ class ShardWriter:
         columns.length.append(len(tokens) + 1)
         columns.num_bytes.append(num_bytes)
         self._used += len(tokens) + 1
-        self.num_tokens += len(tokens) + 1
+
+    @property
+    def num_documents(self) -> dict[str, int]:
+        return {split: len(columns.length) for split, columns in self._columns.items()}
 
     def _close_shard(self) -> None:
         if self._file is not None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import DataConfig
+from .progress import is_rank_zero
 
 _NOT_SOURCES = frozenset({"__pycache__", "site-packages", "dist-packages"})
 
@@ -233,10 +234,15 @@ def _read_dataset(path: str, **options: Any) -> Iterator[Any]:
     """Yield the rows of `datasets.load_dataset(path, **options)`; its failures become one sentence."""
     import datasets
 
+    if not is_rank_zero():
+        datasets.disable_progress_bars()
     try:
         yield from datasets.load_dataset(path, **options)
     except Exception as error:  # datasets has no common base class for what can go wrong
-        first = next(iter(str(error).splitlines()), type(error).__name__)
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # the outermost often says no more than that there was an error
+            cause = cause.__cause__
+        first = next(iter(str(cause).splitlines()), type(cause).__name__)
         raise ValueError(f"`datasets` cannot read {path!r} with {_set_options(options)}: {first}") from error
 
 

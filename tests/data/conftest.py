@@ -8,7 +8,23 @@ import pytest
 
 from powertrain.data.config import DataConfig, TokenizerConfig
 
-WORDS = "the state of a power layer is wide and exact über 日本語 🙂 naïve = self.x + 1\n return {} \t#".split(" ")
+WORDS = [
+    "the",
+    "state",
+    "of",
+    "power",
+    "wide",
+    "exact",
+    "über",
+    "日本語",
+    "🙂",
+    "naïve",
+    "=",
+    "self.x",
+    "1\n",
+    "{}",
+    "\t#",
+]
 
 
 def make_texts(count: int, seed: int = 0, longest: int = 120) -> list[str]:

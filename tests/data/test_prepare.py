@@ -1,0 +1,372 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from powertrain.data.config import DataConfig, TokenizerConfig
+from powertrain.data.prepare import default_cache_dir, prepare, split_of
+from powertrain.data.shards import SPLITS, ShardError, ShardWriter, TokenStore
+
+from .conftest import make_texts, write_texts
+
+Build = Callable[..., DataConfig]
+BPE = TokenizerConfig(kind="bpe", vocab_size=300)
+
+
+def texts_of(store: TokenStore, split: str) -> list[str]:
+    stream, tokenizer = store.split(split), store.tokenizer()
+    return [tokenizer.decode(stream.document(number)) for number in range(stream.num_documents)]
+
+
+def prepare_texts(directory: Path, texts: list[str], **options: object) -> TokenStore:
+    settings = {"tokenizer": TokenizerConfig(kind="bytes"), "val_fraction": 0.2, **options}
+    return prepare(DataConfig(source="text", files=write_texts(directory, texts), **settings))  # type: ignore[arg-type]
+
+
+# What is prepared
+
+
+@pytest.mark.parametrize("tokenizer", [TokenizerConfig(kind="bytes"), BPE], ids=["bytes", "bpe"])
+def test_every_document_comes_back(text_config: Build, tokenizer: TokenizerConfig) -> None:
+    store = prepare(text_config(tokenizer=tokenizer))
+    expected = make_texts(60)
+    found = {split: texts_of(store, split) for split in SPLITS}
+    assert sorted(found["train"] + found["validation"]) == sorted(expected)
+    for split in SPLITS:
+        assert all(split_of(text, 0.2, 0) == split for text in found[split])
+        assert len(found[split]) > 3
+        stream = store.split(split)
+        assert stream.num_bytes == sum(len(text.encode()) for text in found[split])
+        tokens, begins = stream.read(0, stream.num_tokens + 1)
+        lengths = store.tokenizer().token_bytes
+        assert lengths[tokens].sum() == stream.num_bytes
+        assert (np.flatnonzero(tokens[:-1] == store.eod_id) == begins).all()
+        assert tokens[-1] == store.eod_id
+
+
+def test_pretrained_tokenizer_is_not_trained_again(text_config: Build, tmp_path: Path) -> None:
+    trained = prepare(text_config(tokenizer=BPE))
+    trained.tokenizer().save(tmp_path / "tokenizer")
+    other = prepare(text_config(tokenizer=TokenizerConfig(kind="pretrained", path=str(tmp_path / "tokenizer"))))
+    assert other.directory != trained.directory
+    assert other.fingerprint == trained.fingerprint
+
+
+def another_validation_text(text: str) -> str:
+    longer = (f"{text} {'Q' * count}" for count in range(1, 1000))
+    return next(candidate for candidate in longer if split_of(candidate, 0.2, 0) == "validation")
+
+
+def test_bpe_sees_the_training_split_only(tmp_path: Path) -> None:
+    texts = make_texts(40)
+    store = prepare_texts(tmp_path / "a", texts, tokenizer=BPE)
+    changed = [text if split_of(text, 0.2, 0) == "train" else another_validation_text(text) for text in texts]
+    other = prepare_texts(tmp_path / "b", changed, tokenizer=BPE)
+    assert other.tokenizer().fingerprint == store.tokenizer().fingerprint
+    assert other.fingerprint != store.fingerprint
+
+
+def test_large_vocabularies_take_four_bytes(text_config: Build, tmp_path: Path) -> None:
+    base = prepare(text_config(tokenizer=BPE)).tokenizer()
+    base.backend.add_tokens([f"<extra {i}>" for i in range(1 << 16)])
+    base.save(tmp_path / "large")
+    store = prepare(text_config(tokenizer=TokenizerConfig(kind="pretrained", path=str(tmp_path / "large"))))
+    assert store.manifest["dtype"] == "uint32"
+    assert prepare(text_config()).manifest["dtype"] == "uint16"
+    assert sorted(texts_of(store, "train") + texts_of(store, "validation")) == sorted(make_texts(60))
+
+
+def test_shards_are_closed_at_their_size(text_config: Build) -> None:
+    whole, parts = prepare(text_config()), prepare(text_config(shard_tokens=1000))
+    assert whole.manifest["num_shards"] == 1
+    assert parts.manifest["num_shards"] > 5
+    assert parts.fingerprint == whole.fingerprint
+    for split in SPLITS:
+        a, b = whole.split(split), parts.split(split)
+        assert (a.read(0, a.num_tokens)[0] == b.read(0, b.num_tokens)[0]).all()
+
+
+def test_order_of_the_source_does_not_matter(tmp_path: Path) -> None:
+    texts = make_texts(50)
+    first = prepare_texts(tmp_path / "a", texts)
+    random.Random(1).shuffle(texts)
+    second = prepare_texts(tmp_path / "b", texts)
+    assert second.directory != first.directory
+    assert second.fingerprint == first.fingerprint
+    assert texts_of(second, "train") == texts_of(first, "train")
+    third = prepare_texts(tmp_path / "c", [*texts, "one more"])
+    assert third.fingerprint != first.fingerprint
+    for split in SPLITS:
+        assert set(texts_of(first, split)) <= set(texts_of(third, split))
+
+
+def test_split_is_of_the_words() -> None:
+    texts = make_texts(2000, longest=10)
+    share = sum(split_of(text, 0.1, 0) == "validation" for text in texts) / len(texts)
+    assert abs(share - 0.1) < 4 * (0.1 * 0.9 / 2000) ** 0.5
+    assert any(split_of(text, 0.5, 0) != split_of(text, 0.5, 1) for text in texts)
+    for text in texts[:100]:
+        copy = "\n" + text.replace(" ", "\r\n") + "  "
+        assert split_of(copy, 0.5, 0) == split_of(text, 0.5, 0)
+        # A larger share keeps what validated already.
+        if split_of(text, 0.1, 0) == "validation":
+            assert split_of(text, 0.3, 0) == "validation"
+
+
+def test_duplicates_and_empty_documents(tmp_path: Path) -> None:
+    texts = [*make_texts(30), *make_texts(30), "", ""]
+    store = prepare_texts(tmp_path / "a", texts)
+    assert sum(split["documents"] for split in store.manifest["splits"].values()) == 30
+    assert sum(split["duplicates"] for split in store.manifest["splits"].values()) == 30
+    assert store.manifest["skipped"] == {"empty": 2}
+    assert store.fingerprint == prepare_texts(tmp_path / "b", make_texts(30)).fingerprint
+    kept = prepare_texts(tmp_path / "c", texts, deduplicate=False)
+    assert sorted(texts_of(kept, "train") + texts_of(kept, "validation")) == sorted(texts[:-2])
+
+
+def test_tail_split(tmp_path: Path) -> None:
+    text = " ".join(make_texts(30))
+    store = prepare_texts(tmp_path / "a", [text], split="tail")
+    (train,), (validation,) = texts_of(store, "train"), texts_of(store, "validation")
+    assert train + validation == text
+    assert abs(len(validation) / len(text) - 0.2) < 0.01
+
+
+def test_corpora_that_cannot_be_split(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no document with text"):
+        prepare_texts(tmp_path / "a", ["", ""])
+    with pytest.raises(ValueError, match=r"data\.split=tail"):
+        prepare_texts(tmp_path / "b", ["only one document"])
+    assert not [p for p in (default_cache_dir() / "data").iterdir() if p.is_dir()]
+
+
+def test_lossy_tokenizer_warns(text_config: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import tokenizers as hf
+
+    base = prepare(text_config(tokenizer=BPE)).tokenizer()
+    base.backend.normalizer = hf.normalizers.Lowercase()
+    base.backend.normalizer = hf.normalizers.Replace("the ", "")
+    base.save(tmp_path / "lossy")
+    capsys.readouterr()
+    prepare(text_config(tokenizer=TokenizerConfig(kind="pretrained", path=str(tmp_path / "lossy"))))
+    assert "bits per byte" in capsys.readouterr().err
+
+
+# The cache
+
+
+def test_prepared_once(text_config: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = prepare(text_config())
+    monkeypatch.setattr(ShardWriter, "add", None)
+    assert prepare(text_config()).directory == store.directory
+    assert prepare(text_config(num_workers=3, max_val_tokens=7, document_mask=False)).directory == store.directory
+
+
+def test_whatever_decides_the_content_decides_the_directory(text_config: Build, corpus: str) -> None:
+    configs = [
+        text_config(),
+        text_config(tokenizer=BPE),
+        text_config(tokenizer=TokenizerConfig(kind="bpe", vocab_size=301)),
+        text_config(val_fraction=0.3),
+        text_config(split_seed=1),
+        text_config(split="tail"),
+        text_config(deduplicate=False),
+        text_config(max_documents=50),
+    ]
+    assert len({prepare(config).directory for config in configs}) == len(configs)
+    first = next(Path(corpus).parent.glob("*.txt"))
+    first.write_text("changed")
+    assert prepare(configs[0]).directory not in {prepare(config).directory for config in configs[1:]}
+    assert "changed" in texts_of(prepare(configs[0]), split_of("changed", 0.2, 0))
+
+
+def test_default_cache_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("POWERTRAIN_CACHE", str(tmp_path / "x"))
+    assert default_cache_dir() == tmp_path / "x"
+    monkeypatch.delenv("POWERTRAIN_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "y"))
+    assert default_cache_dir() == tmp_path / "y" / "powertrain"
+
+
+# Damage
+
+
+def damage(path: Path, how: str) -> None:
+    if how == "truncated":
+        os.truncate(path, path.stat().st_size // 2)
+    elif how == "missing":
+        path.unlink()
+    else:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 0x55
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["truncated", "missing", "flipped"])
+@pytest.mark.parametrize("name", ["tokens-00000.bin", "train.index.npy", "tokenizer.json"])
+def test_damaged_files_are_named(text_config: Build, name: str, how: str) -> None:
+    store = prepare(text_config())
+    damage(store.directory / name, how)
+    with pytest.raises(ShardError, match=f"prepared tokens are damaged: .*{name} .*; delete ") as error:
+        prepare(text_config())
+    assert "\n" not in str(error.value)
+
+
+def test_damaged_manifest(text_config: Build) -> None:
+    store = prepare(text_config())
+    damage(store.directory / "manifest.json", "truncated")
+    with pytest.raises(ShardError, match=r"manifest\.json cannot be read"):
+        prepare(text_config())
+
+
+def test_other_format(text_config: Build) -> None:
+    store = prepare(text_config())
+    manifest = json.loads((store.directory / "manifest.json").read_text())
+    (store.directory / "manifest.json").write_text(json.dumps({**manifest, "format": 0}))
+    with pytest.raises(ShardError, match="format 0, this version reads 1"):
+        prepare(text_config())
+
+
+def test_shard_truncated_while_in_use(text_config: Build) -> None:
+    """Not a crash of the process, as reading a map beyond its file's end would be."""
+    stream = prepare(text_config()).split("train")
+    stream.read(0, 10)
+    os.truncate(stream.directory / "tokens-00000.bin", 2)
+    with pytest.raises(ShardError, match=r"tokens-00000\.bin changed from \d+ to 2 bytes while in use"):
+        stream.read(0, 10)
+
+
+def test_tokens_outside_the_vocabulary(text_config: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large corpora are not compared with their checksums on opening; an impossible token still has a name."""
+    monkeypatch.setattr("powertrain.data.shards._VERIFY_BYTES", 0)
+    stream = prepare(text_config()).split("train")
+    path = stream.directory / "tokens-00000.bin"
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    with pytest.raises(ShardError, match="token 65535 for a vocabulary of 257"):
+        stream.read(0, 10)
+
+
+def test_streams_travel_to_other_processes(text_config: Build) -> None:
+    stream = prepare(text_config()).split("train")
+    expected = stream.read(5, 500)
+    for a, b in zip(pickle.loads(pickle.dumps(stream)).read(5, 500), expected, strict=True):
+        assert (a == b).all()
+
+
+def test_full_disk(text_config: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ShardWriter, "add", full)
+    with pytest.raises(OSError, match=r"no space is left for prepared tokens in .*; set paths\.cache"):
+        prepare(text_config())
+    assert not [p for p in (default_cache_dir() / "data").iterdir() if p.is_dir()]
+    monkeypatch.undo()
+
+
+# Several processes, and their deaths
+
+# A preparation that stops at a chosen place, says so, and waits to be killed (or goes on after a while).
+CHILD = """
+import sys, time
+from pathlib import Path
+import powertrain.data.prepare as module
+from powertrain.data.config import DataConfig, TokenizerConfig
+
+pattern, place, seconds = sys.argv[1], sys.argv[2], float(sys.argv[3])
+
+def pause_before(owner, name, count=1):
+    original, calls = getattr(owner, name), [0]
+    def wrapper(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == count:
+            print("paused", flush=True)
+            time.sleep(seconds)
+        return original(*args, **kwargs)
+    setattr(owner, name, wrapper)
+
+if place == "tokens":
+    pause_before(module.ShardWriter, "add", count=30)
+elif place == "finish":
+    pause_before(module.ShardWriter, "finish")
+elif place == "rename":
+    pause_before(module.os, "replace")
+tokenizer = TokenizerConfig(kind="bytes")
+config = DataConfig(source="text", files=pattern, val_fraction=0.2, num_workers=0, tokenizer=tokenizer)
+print("fingerprint", module.prepare(config).fingerprint, flush=True)
+"""
+
+
+def start(corpus: str, place: str, seconds: float, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", CHILD, corpus, place, str(seconds)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
+
+
+@pytest.mark.parametrize("place", ["tokens", "finish", "rename"])
+def test_killed_preparation_leaves_nothing_that_looks_whole(text_config: Build, corpus: str, place: str) -> None:
+    with start(corpus, place, 60) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "paused\n"
+        child.send_signal(signal.SIGKILL)
+    root = default_cache_dir() / "data"
+    (left,) = [path for path in root.iterdir() if path.is_dir()]
+    assert ".tmp-" in left.name
+    assert list(left.iterdir())
+
+    store = prepare(text_config())
+    assert [path for path in root.iterdir() if path.is_dir()] == [store.directory]
+    assert sorted(texts_of(store, "train") + texts_of(store, "validation")) == sorted(make_texts(60))
+
+
+def test_one_prepares_and_the_others_wait(text_config: Build, corpus: str) -> None:
+    with start(corpus, "tokens", 1.5) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "paused\n"
+        with start(corpus, "none", 0) as second, start(corpus, "none", 0, RANK="1", LOCAL_RANK="1") as third:
+            outputs = [child.communicate(timeout=60) for child in (first, second, third)]
+            assert [child.returncode for child in (first, second, third)] == [0, 0, 0]
+    store = prepare(text_config())
+    assert {output for output, _ in outputs} == {f"fingerprint {store.fingerprint}\n"}
+    errors = [error for _, error in outputs]
+    assert "prepared 60 documents" in errors[0]
+    assert "waiting for another process" in errors[1]
+    assert "prepared" not in errors[1].replace("prepares", "")
+    # Only rank 0 talks.
+    assert errors[2] == ""
+
+
+def test_the_next_in_line_takes_over_from_the_dead(text_config: Build, corpus: str) -> None:
+    with start(corpus, "tokens", 60) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "paused\n"
+        with start(corpus, "none", 0) as second:
+            assert second.stderr is not None
+            assert "waiting for another process" in second.stderr.readline()
+            first.kill()
+            output, _ = second.communicate(timeout=60)
+    assert output == f"fingerprint {prepare(text_config()).fingerprint}\n"
+
+
+def test_other_local_ranks_wait_for_the_lock_only_so_long(text_config: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr("powertrain.data.prepare._HEAD_START_SECONDS", 0.2)
+    begin = time.monotonic()
+    prepare(text_config())
+    assert 0.2 <= time.monotonic() - begin < 30

@@ -1,0 +1,253 @@
+from __future__ import annotations
+
+import json
+import os
+import sys
+import sysconfig
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from powertrain.data.config import DataConfig
+from powertrain.data.sources import PythonFiles, open_source
+
+from .conftest import make_texts, write_texts
+
+
+def documents(**options: object) -> list[str]:
+    return list(open_source(DataConfig(**options)))  # type: ignore[arg-type]
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+# Python sources
+
+
+def test_stdlib_is_the_running_interpreters() -> None:
+    source = open_source(DataConfig())
+    assert isinstance(source, PythonFiles)
+    root = Path(sysconfig.get_paths()["stdlib"])
+    assert root / "argparse.py" in source.files
+    assert all(file.is_relative_to(root) and file.suffix == ".py" for file in source.files)
+    parts = {part for file in source.files for part in file.relative_to(root).parts}
+    assert not parts & {"site-packages", "dist-packages", "__pycache__"}
+    assert source.files == sorted(source.files)
+    assert source.total_bytes is not None
+    assert source.total_bytes > 5e6
+
+
+def test_packages_are_the_installed_ones() -> None:
+    source = open_source(DataConfig(source="python_packages"))
+    assert isinstance(source, PythonFiles)
+    import torch
+
+    assert Path(torch.__file__).resolve() in source.files
+    assert not any("__pycache__" in file.parts for file in source.files)
+    assert Path(sysconfig.get_paths()["stdlib"]) / "argparse.py" not in source.files
+
+
+def test_undecodable_python_is_counted(tmp_path: Path) -> None:
+    (tmp_path / "pkg" / "__pycache__").mkdir(parents=True)
+    (tmp_path / "pkg" / "good.py").write_text("x = 'é'\n", encoding="utf-8")
+    (tmp_path / "pkg" / "windows.py").write_bytes(b"\xef\xbb\xbfa = 1\r\nb = 2\r\n")
+    (tmp_path / "pkg" / "latin.py").write_bytes(b"# -*- coding: latin-1 -*-\nx = '\xe9'\n")
+    (tmp_path / "pkg" / "__pycache__" / "no.py").write_text("cached")
+    (tmp_path / "pkg" / "notes.txt").write_text("text")
+    (tmp_path / "pkg" / "dangling.py").symlink_to(tmp_path / "absent.py")
+    source = PythonFiles([tmp_path])
+    for _ in range(2):  # counts start anew
+        assert list(source) == ["x = 'é'\n", "a = 1\nb = 2\n"]
+        assert source.skipped == {"undecodable": 1}
+
+
+def test_no_python_files(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no Python sources below"):
+        PythonFiles([tmp_path])
+
+
+# Files by glob
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_text_files_are_whole_documents(tmp_path: Path, streaming: bool) -> None:
+    texts = ["one\n\ntwo\n", "日本語 🙂", "no newline at the end", "", "  \n"]
+    pattern = write_texts(tmp_path / "a", texts)
+    assert documents(source="text", files=pattern, streaming=streaming) == texts
+
+
+def test_text_files_with_windows_line_ends(tmp_path: Path) -> None:
+    pattern = write_texts(tmp_path / "a", ["a\r\nb\r\n", "a\nb\n"])
+    assert documents(source="text", files=pattern) == ["a\nb\n", "a\nb\n"]
+
+
+def test_globs_recurse_sort_and_do_not_repeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_texts(tmp_path / "b" / "deep", ["3", "4"])
+    write_texts(tmp_path / "a", ["1", "2"])
+    monkeypatch.chdir(tmp_path)
+    assert documents(source="text", files="**/*.txt") == ["1", "2", "3", "4"]
+    assert documents(source="text", files=("b/**/*.txt", "**/*.txt")) == ["3", "4", "1", "2"]
+    assert documents(source="text", files="**/*.txt", max_documents=3) == ["1", "2", "3"]
+
+
+def test_undecodable_text_file_is_named(tmp_path: Path) -> None:
+    pattern = write_texts(tmp_path / "a", ["good"])
+    bad = tmp_path / "a" / "zz.txt"
+    bad.write_bytes("é".encode("latin-1"))
+    for streaming in (True, False):
+        with pytest.raises(ValueError, match=r"zz\.txt is not utf-8 text .*set data\.encoding"):
+            documents(source="text", files=pattern, streaming=streaming)
+    assert documents(source="text", files=str(bad), encoding="latin-1") == ["é"]
+
+
+def test_no_file_matches(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no file matches data\.files='.*\*\.txt' \(looked from "):
+        documents(source="text", files=f"{tmp_path}/*.txt")
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_json_rows(tmp_path: Path, streaming: bool) -> None:
+    texts = ["a\r\nb", "日本語 🙂 \u2028", "", 'tab\t "quoted"']
+    write_jsonl(tmp_path / "x.jsonl", [{"id": i, "content": text} for i, text in enumerate(texts)])
+    write_jsonl(tmp_path / "y.jsonl", [{"id": 9, "content": None}])
+    options = {"source": "json", "field": "content", "streaming": streaming}
+    # Strings of rows are taken as they stand, carriage returns too.
+    assert documents(files=str(tmp_path / "x.jsonl"), **options) == texts
+    source = open_source(DataConfig(files=f"{tmp_path}/*.jsonl", **options))  # type: ignore[arg-type]
+    assert list(source) == texts
+    assert source.skipped == {"empty": 1}
+
+
+def test_json_array(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(json.dumps([{"text": "a"}, {"text": "b"}]))
+    assert documents(source="json", files=str(tmp_path / "x.json")) == ["a", "b"]
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_parquet_rows(tmp_path: Path, streaming: bool) -> None:
+    texts = make_texts(20)
+    pq.write_table(pa.table({"text": texts[:9], "n": list(range(9))}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"text": texts[9:], "n": list(range(11))}), tmp_path / "b.parquet")
+    assert documents(source="parquet", files=f"{tmp_path}/*.parquet", streaming=streaming) == texts
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_missing_field_names_the_others(tmp_path: Path, streaming: bool) -> None:
+    write_jsonl(tmp_path / "x.jsonl", [{"id": 1, "body": "a"}])
+    with pytest.raises(ValueError, match=r"data\.field='text' is not in the data, whose fields are id, body"):
+        documents(source="json", files=str(tmp_path / "x.jsonl"), streaming=streaming)
+
+
+def test_field_that_is_no_text(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "x.jsonl", [{"id": 1, "text": "a"}])
+    with pytest.raises(ValueError, match=r"data\.field='id' holds int values instead of text"):
+        documents(source="json", files=str(tmp_path / "x.jsonl"), field="id")
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_broken_file_is_one_sentence(tmp_path: Path, streaming: bool) -> None:
+    (tmp_path / "x.parquet").write_bytes(b"PAR1 but not for long")
+    with pytest.raises(ValueError, match=r"`datasets` cannot read 'parquet'") as error:
+        documents(source="parquet", files=str(tmp_path / "x.parquet"), streaming=streaming)
+    assert "\n" not in str(error.value)
+
+
+# Hub, on local dataset directories
+
+
+@pytest.fixture
+def dataset_directory(tmp_path: Path) -> tuple[Path, list[str]]:
+    """A dataset repository as on the Hub: a card that names two subsets, one of them with a test split."""
+    directory = tmp_path / "dataset"
+    texts = make_texts(10)
+    write_jsonl(directory / "small" / "train.jsonl", [{"text": text} for text in texts[:6]])
+    write_jsonl(directory / "small" / "test.jsonl", [{"text": text} for text in texts[6:8]])
+    write_jsonl(directory / "large" / "a.jsonl", [{"text": text} for text in texts[:5]])
+    write_jsonl(directory / "large" / "b.jsonl", [{"text": text} for text in texts[5:]])
+    (directory / "README.md").write_text(
+        "---\nconfigs:\n"
+        "- config_name: small\n  data_files:\n"
+        "  - {split: train, path: small/train.jsonl}\n  - {split: test, path: small/test.jsonl}\n"
+        "- config_name: large\n  data_files:\n  - {split: train, path: large/*.jsonl}\n"
+        "---\n"
+    )
+    return directory, texts
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_hub_subsets_and_splits(dataset_directory: tuple[Path, list[str]], streaming: bool) -> None:
+    directory, texts = dataset_directory
+    options = {"source": "hub", "hub_path": str(directory), "streaming": streaming}
+    assert documents(hub_name="small", **options) == texts[:6]
+    assert documents(hub_name="small", hub_split="test", **options) == texts[6:8]
+    assert documents(hub_name="large", **options) == texts
+    assert documents(files="large/b.jsonl", **options) == texts[5:]
+    with pytest.raises(ValueError, match=r"`datasets` cannot read .*name='medium'.*small"):
+        documents(hub_name="medium", **options)
+    with pytest.raises(ValueError, match=r"`datasets` cannot read .*split='validation'"):
+        documents(hub_name="small", hub_split="validation", **options)
+    with pytest.raises(ValueError, match=r"data\.field='body' is not in the data, whose fields are text"):
+        documents(hub_name="small", field="body", **options)
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_hub_parquet_directory(tmp_path: Path, streaming: bool) -> None:
+    texts = make_texts(10)
+    directory = tmp_path / "dataset"
+    directory.mkdir()
+    pq.write_table(pa.table({"text": texts[:4], "n": list(range(4))}), directory / "train-00000-of-00002.parquet")
+    pq.write_table(pa.table({"text": texts[4:], "n": list(range(6))}), directory / "train-00001-of-00002.parquet")
+    assert documents(source="hub", hub_path=str(directory), streaming=streaming) == texts
+
+
+def test_code_in_a_dataset_is_never_run(tmp_path: Path) -> None:
+    """A directory with a loading script is refused, with or without data files; the script does not run."""
+    directory = tmp_path / "scripted"
+    write_jsonl(directory / "train.jsonl", [{"text": "a"}])
+    witness = tmp_path / "witness"
+    script = directory / "scripted.py"
+    script.write_text(f"open({str(witness)!r}, 'w').close()\n")
+    for path in (script, directory):
+        with pytest.raises(ValueError, match="Dataset scripts are no longer supported"):
+            documents(source="hub", hub_path=str(path))
+    assert not witness.exists()
+
+
+# Identity
+
+
+def test_identity_follows_the_files(tmp_path: Path) -> None:
+    pattern = write_texts(tmp_path / "a", ["one", "two"])
+
+    def identity(**options: object) -> dict:
+        return open_source(DataConfig(source="text", files=pattern, **options)).identity  # type: ignore[arg-type]
+
+    first = identity()
+    assert identity() == first
+    assert identity(max_documents=1) != first
+    assert identity(encoding="latin-1") != first
+    os.utime(tmp_path / "a" / "0001.txt", ns=(1, 1))
+    assert identity() != first
+
+
+def test_editing_a_dataset_directory_changes_its_identity(dataset_directory: tuple[Path, list[str]]) -> None:
+    directory, _ = dataset_directory
+    config = DataConfig(source="hub", hub_path=str(directory), hub_name="small")
+    first = open_source(config).identity
+    assert open_source(config).identity == first
+    write_jsonl(directory / "small" / "train.jsonl", [{"text": "other"}])
+    assert open_source(config).identity != first
+
+
+def test_sources_are_imported_lazily() -> None:
+    import subprocess
+
+    code = (
+        "import sys, powertrain.data.sources, powertrain.data.prepare; "
+        "heavy = {'torch', 'lightning', 'datasets', 'tokenizers'} & set(sys.modules); assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
