@@ -174,8 +174,7 @@ def make_cell(
 def least_memory(cell: Cell) -> float:
     """Return a lower bound of a device's memory in bytes: weights, gradients, optimizer, one sequence's blocks."""
     model = cell.config.model
-    checkpointed = model.activation_checkpointing or cell.config.trainer.activation_checkpointing
-    per_channel = CHECKPOINTED_BYTES if checkpointed else BLOCK_BYTES
+    per_channel = CHECKPOINTED_BYTES if model.activation_checkpointing else BLOCK_BYTES
     activations = per_channel * model.d_model * model.n_layers * cell.context
     return BYTES_PER_PARAMETER * cell.cost.parameters_total + activations
 

@@ -22,8 +22,8 @@ Outcome = Literal["wins", "loses", "inconclusive"]
 EXTRAPOLATION = 10**0.5
 # Cells end on a whole step, so their FLOPs differ from the budget by up to 1 / (2 min_steps).
 SAME_BUDGET = 1.02
-# Training losses are averaged within bins of this ratio in FLOPs, the same for all mixers: an envelope follows the lowest
-# point, and would otherwise reward the noisier curve.
+# Training losses are averaged within bins of this ratio in FLOPs, the same for all mixers: an envelope follows the
+# lowest point, and would otherwise reward the noisier curve.
 ENVELOPE_BIN = 1.1
 
 
@@ -37,7 +37,7 @@ class Frontier:
     points: tuple[Point, ...]
 
     def weights(self, compute: float) -> Array | None:
-        """Return (P,) weights of the points that give the loss at `compute`; None too far outside the measured range."""
+        """Return (P,) weights of the points that give the loss at `compute`; None too far outside the range."""
         x, at = np.log(self.compute), math.log(compute)
         if x.size == 1:
             return np.ones(1) if abs(at - x[0]) <= math.log(SAME_BUDGET) else None

@@ -23,7 +23,7 @@ MIN_POINTS = 10
 
 @dataclass(frozen=True)
 class Law:
-    """L(N, D) = E + A / N^alpha + B / D^beta, in nats per token (Hoffmann et al. 2022, arXiv:2203.15556, equation 2)."""
+    """L(N, D) = E + A / N^alpha + B / D^beta, in nats per token (Hoffmann et al. 2022, arXiv:2203.15556, eq. 2)."""
 
     E: float
     A: float
@@ -152,8 +152,8 @@ def fit_law(
         tokens: (P,) training tokens.
         loss: (P,) nats per token.
         delta: where the Huber loss turns linear, in log loss.
-        replicates: R, bootstrap fits. A replicate adds resampled, centred residuals, scaled by sqrt(P / (P - 5)) for the
-            fitted parameters, so that it holds what the seeds and the law's own misfit contribute.
+        replicates: R, bootstrap fits. A replicate adds resampled, centred residuals, scaled by sqrt(P / (P - 5)) for
+            the fitted parameters, so that it holds what the seeds and the law's own misfit contribute.
         shifts: (R, P) changes of log loss under resampled evaluation documents, added to the replicates; None: none.
         seed: of the bootstrap.
     Returns:
@@ -182,15 +182,11 @@ def fit_law(
         noise = rng.choice(spread, size=points)
         replicate = fitted + noise + (0.0 if shifts is None else shifts[r])
         drawn[r] = problem.law(problem.minimise(replicate, [theta])[0]).as_array()
-    names = ("E", "A", "alpha", "B", "beta")
-    low, high = np.exp(SMALLEST_LOG) * 1.01, MAX_EXPONENT - 1e-6
-    undetermined = [
-        name
-        for name, value in zip(
-            names, (np.exp(theta[0]), np.exp(theta[1]), law.alpha, np.exp(theta[3]), law.beta), strict=True
-        )
-        if value <= low or (name in ("alpha", "beta") and not 1e-6 < value < high)
-    ]
+    # On a bound a term has vanished or turned into a constant: the data do not tell it from the others.
+    coefficients = {"E": theta[0], "A": theta[1], "B": theta[3]}
+    undetermined = [name for name, log in coefficients.items() if log <= SMALLEST_LOG + 0.01]
+    exponents = {"alpha": law.alpha, "beta": law.beta}
+    undetermined += [name for name, value in exponents.items() if not 1e-6 < value < MAX_EXPONENT - 1e-6]
     return LawFit(law, drawn, points, objective, float(np.sqrt(np.mean(residuals**2))), tuple(undetermined))
 
 
@@ -241,7 +237,7 @@ def fit_parabola(parameters: Array, loss: Array, reach: int = 2) -> Parabola | N
     Args:
         parameters: (P,) distinct model sizes at one budget.
         loss: (P,) nats per token.
-        reach: sizes used on each side of the lowest; further away the valley is no parabola, and would move its minimum.
+        reach: sizes used on each side of the lowest; further away the valley is no parabola and would move its minimum.
     Returns:
         The parabola; None for fewer than three sizes, or where the curve does not bend upwards.
     """

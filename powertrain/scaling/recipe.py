@@ -176,12 +176,12 @@ class Recipe:
                 tuned_at = [b for s in before if s.learning_rates == "grid" for b in s.budgets]
                 if stage.learning_rates == "tuned" and not any(b <= budget for b in tuned_at):
                     raise ValueError(
-                        f"stages[{index}]: learning_rates=tuned at {budget:g} FLOPs needs a grid at that or a smaller budget"
+                        f"stages[{index}]: learning_rates=tuned at {budget:g} FLOPs needs a grid there or below"
                     )
         if not 0 < self.decay_fraction < 1:
             raise ValueError(f"decay_fraction={self.decay_fraction} must lie between 0 and 1, both excluded")
         if self.warmup_steps < 2:
-            # The schedule reads amounts up to 1 as fractions of the run, which would differ between the budgets of a trunk.
+            # The schedule reads amounts up to 1 as fractions of the run, which differ between the budgets of a trunk.
             raise ValueError(f"warmup_steps={self.warmup_steps} must be at least 2")
         if (1 - self.decay_fraction) * self.limits.min_steps <= self.warmup_steps:
             raise ValueError(

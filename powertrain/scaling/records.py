@@ -76,6 +76,11 @@ class CellRecord:
             raise ValueError(
                 f"document_loss has {len(self.document_loss)} entries and document_tokens {len(self.document_tokens)}"
             )
+        total = sum(self.document_tokens)
+        if total and abs(sum(self.document_loss) / total - self.loss) > 1e-5 * self.loss:
+            raise ValueError(
+                f"loss={self.loss:g} is not the mean {sum(self.document_loss) / total:g} over the documents' tokens"
+            )
         if len(self.position_loss) != len(self.position_tokens):
             raise ValueError(
                 f"position_loss has {len(self.position_loss)} rows and position_tokens {len(self.position_tokens)}"
@@ -118,8 +123,8 @@ def from_json(text: str) -> CellRecord:
 class RecordStore:
     """The records of one sweep in a directory: `<cell>.json`, created once and never changed.
 
-    One file per cell, so that two machines' records merge by copying (or by git), and so that creation is exclusive on any
-    file system, network ones included.
+    One file per cell, so that two machines' records merge by copying (or by git), and so that creation is exclusive on
+    any file system, network ones included.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -180,10 +185,10 @@ class RecordStore:
 
 # One row per cell; what `table.parquet` holds.
 _COLUMNS = (
-    "cell", "sweep", "mixer", "size", "context", "budget", "seed", "learning_rate", "learning_rate_factor", "batch_tokens",
-    "batch_factor", "steps", "tokens", "parameters", "parameters_total", "state_size", "annealed", "loss", "bits_per_byte",
-    "seconds", "device", "devices",
-)  # fmt: skip
+    *("cell", "sweep", "mixer", "size", "context", "budget", "seed", "learning_rate", "learning_rate_factor"),
+    *("batch_tokens", "batch_factor", "steps", "tokens", "parameters", "parameters_total", "state_size", "annealed"),
+    *("loss", "bits_per_byte", "seconds", "device", "devices"),
+)
 
 
 def table(records: Iterable[CellRecord]) -> Any:

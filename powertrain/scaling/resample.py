@@ -1,4 +1,4 @@
-"""The bootstrap over evaluation documents and seeds: every mixer is resampled together, so that comparisons are paired."""
+"""The bootstrap over evaluation documents and seeds: all mixers are resampled together, so comparisons are paired."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ def resample(records: Sequence[CellRecord], replicates: int, seed: int = 0) -> S
     """Group annealed records by configuration and resample documents and seeds.
 
     Documents: each replicate draws as many documents as there are, with replacement, the *same* ones for every cell.
-    Seeds: a handful cannot be resampled (two seeds have three distinct means), so each replicate adds Student-t noise with
-    the pooled deviation and degrees of freedom, divided by the root of the number of seeds, independently per configuration.
+    Seeds: a handful cannot be resampled (two seeds have three distinct means), so each replicate adds Student-t noise
+    with the pooled deviation and degrees of freedom, over the root of the number of seeds, per configuration.
 
     Args:
         records: of one context; unannealed ones are ignored.

@@ -1,0 +1,162 @@
+"""What makes a comparison unfair or a minimum doubtful, judged from the records alone."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from powertrain.scaling.recipe import Recipe
+from powertrain.scaling.records import CellRecord
+from powertrain.scaling.resample import Sample
+
+if TYPE_CHECKING:
+    from powertrain.scaling.analysis import IsoFlop
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A choice that the data do not bound: the true optimum may lie beyond what was tried."""
+
+    mixer: str
+    budget: float
+    kind: str  # learning rate, batch or size
+    text: str
+
+
+@dataclass(frozen=True)
+class Check:
+    """One condition of a fair comparison, and whether the records meet it; None: they cannot say."""
+
+    name: str
+    passed: bool | None
+    evidence: str
+
+
+def _edge(values: Sequence[float], best: float, what: str) -> str | None:
+    ordered = sorted(set(values))
+    if len(ordered) < 2:
+        return None
+    if best == ordered[0]:
+        return f"the lowest {what} tried, {best:.3g}, is the best"
+    if best == ordered[-1]:
+        return f"the highest {what} tried, {best:.3g}, is the best"
+    return None
+
+
+def edge_flags(recipe: Recipe, sample: Sample, iso: Sequence[IsoFlop]) -> list[Flag]:
+    """Return a flag wherever a learning rate, batch or size is best at the edge of what was tried."""
+    flags: list[Flag] = []
+    groups: dict[tuple[str, float, str], list[Any]] = defaultdict(list)
+    for point in sample.points:
+        groups[point.mixer, point.budget, point.size].append(point)
+    for (mixer, budget, size), points in sorted(groups.items()):
+        best = min(points, key=lambda p: p.loss)
+        rates = [p.first.learning_rate for p in points]
+        text = _edge(rates, best.first.learning_rate, "learning rate")
+        if text:
+            flags.append(Flag(mixer, budget, "learning rate", f"{size}: {text}"))
+        text = _edge([p.first.batch_tokens for p in points], best.first.batch_tokens, "batch")
+        if text:
+            flags.append(Flag(mixer, budget, "batch", f"{size}: {text}"))
+    for i in iso:
+        best = min(i.points, key=lambda p: p.loss)
+        if len(i.points) == 1:
+            flags.append(Flag(i.mixer, i.budget, "size", f"only one size was measured, {best.size}"))
+        elif best is i.points[0]:
+            flags.append(Flag(i.mixer, i.budget, "size", f"the smallest size measured, {best.size}, is the best"))
+        elif best is i.points[-1]:
+            flags.append(Flag(i.mixer, i.budget, "size", f"the largest size measured, {best.size}, is the best"))
+        elif i.parabola is not None and i.parabola.on_edge:
+            flags.append(
+                Flag(i.mixer, i.budget, "size", "the parabola's minimum lies outside the sizes it was fitted on")
+            )
+    return flags
+
+
+def fairness(recipe: Recipe, records: Sequence[CellRecord], sample: Sample) -> list[Check]:
+    """Return every condition of a fair comparison, judged from the records of one context."""
+    checks = [_same(records, key, name) for key, name in _FINGERPRINTS]
+    documents = {r.document_tokens for r in records}
+    lengths = {len(d) for d in documents}
+    if lengths == {0}:
+        checks.append(Check("same evaluation documents and positions", None, "no document losses in the records"))
+    else:
+        positions = {(r.position_bounds, r.position_tokens) for r in records}
+        same = len(documents) == 1 and len(positions) == 1
+        text = f"{min(lengths)} documents in every cell" if same else f"{len(documents)} different sets of documents"
+        checks.append(Check("same evaluation documents and positions", same, text))
+    checks.append(_equal_effort(records))
+    seeds: dict[str, set[int]] = defaultdict(set)
+    for r in records:
+        seeds[r.mixer].add(r.seed)
+    noise = sample.seed_noise
+    text = f"{noise.deviation:.2g} nats per token between seeds" if noise else "no configuration has a second seed"
+    checks.append(
+        Check(
+            "same seeds for every mixer",
+            len({tuple(sorted(s)) for s in seeds.values()}) == 1,
+            "; ".join(f"{m}: {', '.join(map(str, sorted(s)))}" for m, s in sorted(seeds.items())) + f" ({text})",
+        )
+    )
+    checks.append(_annealed(records))
+    for name, values in (
+        ("one kind of device", {f"{r.devices} x {r.device}" for r in records if r.device}),
+        ("one version of the code", {r.environment["commit"] for r in records if r.environment.get("commit")}),
+    ):
+        checks.append(
+            Check(name, None if not values else len(values) == 1, ", ".join(sorted(values)) or "not recorded")
+        )
+    return checks
+
+
+_FINGERPRINTS = (
+    ("tokens", "same training documents and tokenizer"),
+    ("order", "same order of the data for every mixer of a seed"),
+    ("evaluation", "same evaluation tokens"),
+)
+
+
+def _same(records: Sequence[CellRecord], key: str, name: str) -> Check:
+    # The order depends on the seed, by intention; what is compared within a seed must agree.
+    found: dict[int, set[str]] = defaultdict(set)
+    for r in records:
+        found[r.seed if key == "order" else 0].add(r.data.get(key, ""))
+    values = set().union(*found.values())
+    if "" in values:
+        return Check(name, None, "not recorded")
+    return Check(name, all(len(v) == 1 for v in found.values()), ", ".join(sorted(values)))
+
+
+def _equal_effort(records: Sequence[CellRecord]) -> Check:
+    tried: dict[tuple[float, str], dict[str, set[tuple[float, float]]]] = defaultdict(lambda: defaultdict(set))
+    for r in records:
+        tried[r.budget, r.size][r.mixer].add((r.learning_rate_factor, r.batch_factor))
+    grids: dict[str, set[int]] = defaultdict(set)
+    unequal = []
+    for (budget, size), by_mixer in sorted(tried.items()):
+        # Tuned stages run one pair of factors, which differs by mixer: that is the point of tuning.
+        tuned = {m: pairs for m, pairs in by_mixer.items() if len(pairs) > 1}
+        for m, pairs in tuned.items():
+            grids[m].add(len(pairs))
+        if len({frozenset(pairs) for pairs in tuned.values()}) > 1:
+            unequal.append(f"{size} at {budget:.3g}")
+    if not grids:
+        return Check("learning rate tuned with equal effort", None, "one learning rate per size: nothing was tuned")
+    text = "; ".join(f"{m}: {max(n)} per size" for m, n in sorted(grids.items()))
+    mixers = {r.mixer for r in records}
+    passed = not unequal and set(grids) == mixers
+    if unequal:
+        text += f"; unequal grids for {', '.join(unequal)}"
+    return Check("learning rate tuned with equal effort", passed, text)
+
+
+def _annealed(records: Sequence[CellRecord]) -> Check:
+    unannealed = sum(not r.annealed for r in records)
+    if unannealed == len(records):
+        return Check("every compared loss is annealed", False, "no cell is annealed: only envelopes can be compared")
+    text = f"{len(records) - unannealed} annealed cells"
+    return Check(
+        "every compared loss is annealed", True, text + (f", {unannealed} others left out" if unannealed else "")
+    )
