@@ -1,0 +1,102 @@
+import math
+
+import pytest
+
+from powertrain.training.config import BudgetConfig, DebugConfig, ScheduleConfig, TrainerConfig
+from powertrain.training.length import TrainingLength, resolve_length
+from powertrain.training.schedules import Schedule
+
+LENGTH = TrainingLength(steps=100, tokens_per_step=1000, flops_per_token=50.0, reason="")
+
+
+def curve(length=LENGTH, **config):
+    schedule = Schedule(ScheduleConfig(**config), length)
+    return [schedule.multiplier(step) for step in range(length.steps + 1)]
+
+
+def test_wsd_rises_stays_and_falls():
+    values = curve(warmup=0.1, decay=0.2, shape="linear", final=0.1)
+    assert values[0] == pytest.approx(0.1)
+    assert values[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert values[10:81] == [1.0] * 71
+    assert values[90] == pytest.approx(0.55)
+    assert values[100] == pytest.approx(0.1)
+
+
+def test_one_minus_sqrt_falls_faster_at_first():
+    values = curve(warmup=0.0, decay=0.5, shape="1-sqrt")
+    for step in (51, 60, 99, 100):
+        assert values[step] == pytest.approx(1 - math.sqrt((step - 50) / 50))
+
+
+def test_cosine_reaches_half_way_between_peak_and_final_in_the_middle():
+    values = curve(kind="cosine", warmup=0.2, final=0.2)
+    assert values[20] == 1.0
+    assert values[60] == pytest.approx(0.6)
+    assert values[100] == pytest.approx(0.2)
+    assert all(a >= b for a, b in zip(values[20:], values[21:], strict=False))
+
+
+def test_constant_stays():
+    assert curve(kind="constant", warmup=0.0) == [1.0] * 101
+
+
+def test_amounts_above_one_are_in_the_unit():
+    fractions = curve(warmup=0.1, decay=0.2)
+    assert curve(warmup=10, decay=20, unit="steps") == pytest.approx(fractions)
+    assert curve(warmup=10_000, decay=20_000, unit="tokens") == pytest.approx(fractions)
+    assert curve(warmup=500_000, decay=1_000_000, unit="flops") == pytest.approx(fractions)
+
+
+def test_the_curve_over_progress_does_not_depend_on_the_batch():
+    half = TrainingLength(steps=200, tokens_per_step=500, flops_per_token=50.0, reason="")
+    coarse, fine = curve(warmup=0.0, decay=0.3), curve(half, warmup=0.0, decay=0.3)
+    assert fine[::2] == pytest.approx(coarse)
+
+
+def test_longer_than_the_run_is_refused():
+    with pytest.raises(ValueError, match=r"take 120 steps, but the run has only 100"):
+        Schedule(ScheduleConfig(warmup=100_000, decay=20_000, unit="tokens"), LENGTH)
+
+
+def resolve(budget=None, debug=None, flops_per_token=1e6, **trainer):
+    return resolve_length(
+        TrainerConfig(context_length=64, global_batch_tokens=6400, **trainer),
+        budget or BudgetConfig(),
+        debug or DebugConfig(),
+        flops_per_token=flops_per_token,
+        num_parameters=64_000,
+    )
+
+
+def test_each_budget_becomes_steps_rounded_up():
+    assert resolve(max_steps=7).steps == 7
+    assert resolve(max_tokens=6401).steps == 2
+    assert resolve(max_tokens=6400).steps == 1
+    assert resolve(BudgetConfig("steps", 3.5)).steps == 4
+    assert resolve(BudgetConfig("flops", 6400 * 1e6 * 3)).steps == 3
+    assert resolve(BudgetConfig("flops", 6400 * 1e6 * 3.01)).steps == 4
+
+
+def test_whole_multiples_never_gain_a_step_by_rounding():
+    for steps in (1, 3, 7, 997, 123_457):
+        for flops in (1e6 / 3, 0.1, 6.02e23):
+            assert resolve(BudgetConfig("flops", flops * 6400 * steps), flops_per_token=flops).steps == steps
+
+
+def test_without_a_budget_twenty_tokens_per_parameter_are_trained_and_said():
+    length = resolve()
+    assert length.steps == 20 * 64_000 // 6400
+    assert "20 tokens per parameter" in length.reason
+    assert length.tokens == 20 * 64_000
+    assert length.flops == pytest.approx(20 * 64_000 * 1e6)
+
+
+def test_debug_caps_and_never_extends():
+    assert resolve(debug=DebugConfig(max_steps=3)).steps == 3
+    assert resolve(debug=DebugConfig(max_steps=3), max_steps=2).steps == 2
+
+
+def test_two_budgets_are_refused():
+    with pytest.raises(ValueError, match=r"trainer\.max_steps=5 and budget\.value=1e\+15 are all given"):
+        resolve(BudgetConfig("flops", 1e15), max_steps=5)
