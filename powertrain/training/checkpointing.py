@@ -36,15 +36,20 @@ class StopSignals:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        # Python allows handlers in the main thread only; elsewhere the caller owns the signals.
-        if threading.current_thread() is threading.main_thread():
-            self._previous = {signum: signal.signal(signum, self._handle) for signum in self.signals}
+        self._previous = {signum: signal.getsignal(signum) for signum in self.signals}
+        self.install()
         return self
 
+    def install(self) -> None:
+        """Take the signals, also from whoever took them since; Python allows it in the main thread only."""
+        if threading.current_thread() is threading.main_thread():
+            for signum in self.signals:
+                signal.signal(signum, self._handle)
+
     def __exit__(self, *_: object) -> None:
-        for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
-        self._previous = {}
+        if threading.current_thread() is threading.main_thread():
+            for signum, handler in self._previous.items():
+                signal.signal(signum, handler)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.received is not None:
@@ -83,6 +88,8 @@ class Checkpointing(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, PowertrainModule)
         self._saved_step = pl_module.step or None
+        # Lightning's handler of SIGTERM, set just before, runs a collective inside the handler.
+        self.signals.install()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         assert isinstance(pl_module, PowertrainModule)

@@ -165,7 +165,11 @@ def test_a_disk_that_fills_while_writing_is_one_message_and_costs_nothing(store)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert_holds(store, 1)
-    assert sorted(p.name for p in store.directory.iterdir()) == ["last", "step-00000001.ckpt", "step-00000001.ckpt.json"]
+    assert sorted(p.name for p in store.directory.iterdir()) == [
+        "last",
+        "step-00000001.ckpt",
+        "step-00000001.ckpt.json",
+    ]
 
 
 def test_a_disk_that_is_too_small_is_noticed_before_writing(store, monkeypatch):
