@@ -202,13 +202,13 @@ def _draw_normal(parameter: Tensor, std: float, seed: int, name: str) -> None:
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
     values = torch.empty(parameter.shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
-    if hasattr(parameter, "device_mesh"):
-        from torch.distributed.tensor import distribute_tensor
-
-        # Every rank has drawn the same values: nothing needs to be sent.
-        shard = distribute_tensor(
-            values.to(parameter.dtype), parameter.device_mesh, parameter.placements, src_data_rank=None
-        )
-        parameter.to_local().copy_(shard.to_local())
-    else:
+    if not hasattr(parameter, "device_mesh"):
         parameter.copy_(values)
+        return
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(parameter, DTensor)
+    values = values.to(parameter.dtype)
+    # Every rank has drawn the same values: nothing needs to be sent.
+    shard = distribute_tensor(values, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    parameter.to_local().copy_(shard.to_local())
