@@ -8,8 +8,9 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
+from powertrain.cluster.config import ClusterConfig
 from powertrain.data.config import DataConfig
 from powertrain.models.config import MixerConfig, ModelConfig
 from powertrain.schema import ConfigError, build, leaf_keys, nearest
@@ -51,7 +52,7 @@ class SampleConfig:
 
 # What a run may change without becoming another run: where it executes and what it prints, not what it computes.
 NOT_IDENTITY = {
-    "": ("paths", "logger", "debug", "sample", "name", "run_id"),
+    "": ("paths", "logger", "debug", "sample", "cluster", "name", "run_id"),
     "trainer": (
         "accelerator",
         "devices",
@@ -81,6 +82,7 @@ class RunConfig:
     debug: DebugConfig = field(default_factory=DebugConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     name: str = "run"  # first part of the run id
     run_id: str | None = None  # null: `<name>-<hash of identity()>`
     seed: int = 0  # fixes the initialisation and the order of the data
@@ -114,6 +116,37 @@ class RunConfig:
         given = [f"{key}={value:g}" for key, value in limits.items() if value is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} both set the length of the run: set all but one of them to null")
+        if self.cluster.kind == "slurm":
+            self._check_cluster()
+
+    def _check_cluster(self) -> None:
+        """Judge what a submission would only find out when the job starts."""
+        cluster, trainer = self.cluster, self.trainer
+        for key, value, wanted in (
+            ("trainer.num_nodes", trainer.num_nodes, cluster.nodes),
+            ("trainer.devices", trainer.devices, cluster.processes_per_node),
+        ):
+            if value not in ("auto", 1, wanted):
+                raise ValueError(
+                    f"{key}={value} contradicts cluster=slurm with cluster.nodes={cluster.nodes} and "
+                    f"{cluster.processes_per_node} processes on each: leave {key} out"
+                )
+        if trainer.accelerator == "gpu" and not cluster.gpus_per_node:
+            raise ValueError("trainer.accelerator=gpu needs GPUs in the job: give cluster.gpus_per_node")
+        if trainer.accelerator == "cpu" and cluster.gpus_per_node:
+            raise ValueError(
+                f"trainer.accelerator=cpu leaves cluster.gpus_per_node={cluster.gpus_per_node} unused: "
+                f"give cluster.tasks_per_node instead"
+            )
+        sequences = trainer.global_batch_tokens // trainer.context_length
+        at_once = cluster.processes * (trainer.micro_batch_size or 1)
+        if sequences % at_once:
+            micro = f" of micro-batches of {trainer.micro_batch_size}" if trainer.micro_batch_size else ""
+            raise ValueError(
+                f"trainer.global_batch_tokens={trainer.global_batch_tokens} holds {sequences} sequences, which "
+                f"{cluster.processes} processes{micro} cannot share evenly: give a multiple of "
+                f"{at_once * trainer.context_length} tokens, or other processes"
+            )
 
     def identity(self) -> dict[str, Any]:
         """Return what defines the numbers of the run; see `NOT_IDENTITY`."""
@@ -133,7 +166,19 @@ class RunConfig:
 
 
 # conf/ has a group `mixer` of its own, so that any mixer goes with any model size; it becomes `model.mixer`.
-GROUPS = ("model", "mixer", "data", "optim", "schedule", "trainer", "budget", "logger", "debug", "experiment")
+GROUPS = (
+    "model",
+    "mixer",
+    "data",
+    "optim",
+    "schedule",
+    "trainer",
+    "budget",
+    "logger",
+    "debug",
+    "cluster",
+    "experiment",
+)
 
 
 def share_dir(name: str) -> Path:
@@ -174,6 +219,7 @@ def checked_overrides(overrides: list[str], directories: list[Path]) -> list[str
     from hydra.errors import HydraException
 
     known = override_keys()
+    mappings = {k for k, kind in leaf_keys(RunConfig).items() if get_origin(kind) is dict}  # of any keys
     sections = {k.rsplit(".", depth)[0] for k in known for depth in range(1, k.count(".") + 1)}
     checked = []
     for text in overrides:
@@ -191,7 +237,7 @@ def checked_overrides(overrides: list[str], directories: list[Path]) -> list[str
             allowed = options(key, directories)
             if override.value() is not None and str(override.value()) not in allowed:
                 raise ConfigError(f"unknown option {key}={override.value()}: {nearest(str(override.value()), allowed)}")
-        elif key in known:
+        elif key in known or key.rpartition(".")[0] in mappings:
             text = "++" + text.lstrip("+") if not override.is_delete() else text
         elif key not in sections:
             raise ConfigError(f"unknown option '{key}': {nearest(key, [*known, *GROUPS])}")
