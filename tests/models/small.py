@@ -20,13 +20,13 @@ MIXERS = {
 VOCAB = 100
 
 
-def small_config(mixer: str = "power", **changes: object) -> ModelConfig:
+def small_config(mixer: str | MixerConfig = "power", **changes: object) -> ModelConfig:
     """Two layers, GQA with two query heads to a key head, and a vocabulary that needs padding."""
     values: dict = {"n_layers": 2, "d_model": 48, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "vocab_size": VOCAB}
-    return ModelConfig(**{**values, **changes}, mixer=MIXERS[mixer])
+    return ModelConfig(**{**values, **changes}, mixer=MIXERS[mixer] if isinstance(mixer, str) else mixer)
 
 
-def small_model(mixer: str = "power", seed: int = 0, **changes: object) -> GPT:
+def small_model(mixer: str | MixerConfig = "power", seed: int = 0, **changes: object) -> GPT:
     """A model whose gates differ between tokens and whose output differs between tokens enough to test."""
     torch.manual_seed(seed)
     model = GPT(small_config(mixer, init_std=0.2, **changes))

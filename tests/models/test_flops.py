@@ -2,31 +2,14 @@
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from powertrain.models.config import MixerConfig, ModelConfig
 from powertrain.models.flops import FlopsPerToken, TokenFlops, model_flops, num_parameters
 from powertrain.models.gpt import GPT
 from powertrain.schema import build
 from tests.models import test_config
-from tests.models.composite import open_ops
+from tests.models.counting import flop_counter, open_ops
 from tests.models.small import MIXERS, small_config, small_model, tokens
-
-aten = torch.ops.aten
-# What FlopCounterMode leaves out: products in place, and SDPA's CPU kernel, which takes the formula of the CUDA kernel.
-SAME_FORMULA = {
-    aten.baddbmm_: aten.baddbmm,
-    aten.addmm_: aten.addmm,
-    aten._scaled_dot_product_flash_attention_for_cpu: aten._scaled_dot_product_flash_attention,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: aten._scaled_dot_product_flash_attention_backward,
-}
-
-
-def flop_counter() -> FlopCounterMode:
-    counter = FlopCounterMode(display=False)
-    counter.flop_registry |= {op: flop_registry[like] for op, like in SAME_FORMULA.items()}
-    return counter
-
 
 # --- By hand: 2 layers, d_model 48, 4 query and 2 key heads of 8, SwiGLU of 128, vocabulary 100, 40 tokens ---
 
