@@ -10,32 +10,45 @@ template <int kHeadDim, typename T>
 int64_t chunk_state_workspace_of(const pt_problem& problem);
 template <int kHeadDim, typename T>
 int launch_chunk_state(const pt_problem& problem, const pt_chunk_state_params& params, cudaStream_t stream);
-template <int kHeadDim, typename T>
+template <int kHeadDim, typename T, bool kReverse>
 int launch_chunk_scan(const pt_problem& problem, const pt_chunk_scan_params& params, cudaStream_t stream);
-template <int kHeadDim, typename T>
+template <int kHeadDim, typename T, bool kReverse>
 int launch_chunk_scan_grad(const pt_problem& problem, const pt_chunk_scan_grad_params& params, cudaStream_t stream);
 
-// Calls function<head_dim, dtype>(...); `supports` has let only compiled configurations through.
-#define PT_DISPATCH(function, problem, ...)                                                  \
-  if (problem.dtype == PT_BF16 && problem.head_dim == 64) return function<64, __nv_bfloat16>(__VA_ARGS__)
+// Calls function<head_dim, dtype, ...>(...); `supports` has let only compiled configurations through.
+#define PT_CASE(k, type, tag, function, arguments, ...) \
+  if (problem.head_dim == k && problem.dtype == tag) return function<k, type __VA_OPT__(, ) __VA_ARGS__> arguments;
+#define PT_DISPATCH(function, arguments, ...) PT_CASE(64, __nv_bfloat16, PT_BF16, function, arguments __VA_OPT__(, ) __VA_ARGS__)
 
 bool supports(const pt_problem& problem, int stage) {
-  return problem.dtype == PT_BF16 && problem.head_dim == 64 && stage <= PT_STAGE_CHUNK_STATE;
+  return problem.dtype == PT_BF16 && problem.head_dim == 64 && stage <= PT_STAGE_CHUNK_SCAN;
 }
 
 int64_t chunk_state_workspace(const pt_problem& problem) {
-  PT_DISPATCH(chunk_state_workspace_of, problem, problem);
+  PT_DISPATCH(chunk_state_workspace_of, (problem));
   return 0;
 }
+
+static int not_compiled(const pt_problem& problem, const char* stage) {
+  return fail(PT_UNSUPPORTED, "%s: head_dim %d, dtype %d is not compiled for sm90", stage, problem.head_dim, problem.dtype);
+}
+
 int chunk_state(const pt_problem& problem, const pt_chunk_state_params& params, cudaStream_t stream) {
-  PT_DISPATCH(launch_chunk_state, problem, problem, params, stream);
-  return fail(PT_UNSUPPORTED, "chunk_state: head_dim %d, dtype %d", problem.head_dim, problem.dtype);
+  PT_DISPATCH(launch_chunk_state, (problem, params, stream));
+  return not_compiled(problem, "chunk_state");
 }
+
 int chunk_scan(const pt_problem& problem, const pt_chunk_scan_params& params, cudaStream_t stream) {
-  return fail(PT_UNSUPPORTED, "chunk_scan: head_dim %d, dtype %d", problem.head_dim, problem.dtype);
+  if (params.reverse) {
+    PT_DISPATCH(launch_chunk_scan, (problem, params, stream), true);
+  } else {
+    PT_DISPATCH(launch_chunk_scan, (problem, params, stream), false);
+  }
+  return not_compiled(problem, "chunk_scan");
 }
-int chunk_scan_grad(const pt_problem& problem, const pt_chunk_scan_grad_params& params, cudaStream_t stream) {
-  return fail(PT_UNSUPPORTED, "chunk_scan_grad: head_dim %d, dtype %d", problem.head_dim, problem.dtype);
+
+int chunk_scan_grad(const pt_problem& problem, const pt_chunk_scan_grad_params&, cudaStream_t) {
+  return not_compiled(problem, "chunk_scan_grad");
 }
 
 }  // namespace powertrain::sm90

@@ -61,6 +61,7 @@ struct ChunkState {
   __device__ static void for_each_chunk(const ChunkStateParams& p, Body body) {
     const int segment = blockIdx.y;
     const int64_t end = segment_begin(p.chunks, p.segments, segment + 1);
+#pragma unroll 1
     for (int64_t l = segment_begin(p.chunks, p.segments, segment); l < end; l++) {
       const int64_t n = p.reverse ? p.chunks - 1 - l : l;
       const int64_t first = n * p.blocks_per_chunk;
@@ -72,8 +73,10 @@ struct ChunkState {
     Ring<kStages> ring(barriers);
     const int64_t head = blockIdx.z;
     for_each_chunk(p, [&](int64_t, int64_t first, int count) {
+#pragma unroll 1
       for (int g = 0; g < p.group; g++) {
         const int64_t start = (head * p.group + g) * p.blocks + first;
+#pragma unroll 1
         for (int b = 0; b < count; b++) {
           ring.wait_empty();
           const uint32_t at = shared + ring.stage * kStageBytes, full = ring.full_barrier();
@@ -143,9 +146,11 @@ struct ChunkState {
         for (int c = 0; c < kColumns / 2; c++) acc[m][c] *= across;
 
       const int steps = count * p.group;
+#pragma unroll 1
       for (int step = 0; step < steps; step++) {
         ring.wait_full();
         const uint32_t x = shared + ring.stage * kStageBytes, u = x + kXBytes, decay = u + kUBytes + 8 * (lane % 4);
+        const CoreMatrices columns(u, 128, 1024);
 #pragma unroll
         for (int k = 0; k < kBlock / 16; k++) {
           wgmma_wait<1>();  // the products that read a[k % 2] are done
@@ -172,7 +177,7 @@ struct ChunkState {
           }
           wgmma_fence();
 #pragma unroll
-          for (int m = 0; m < kTiles; m++) wgmma<T, true>(acc[m], a[k % 2][m], core_descriptor(u + k * 256, 128, 1024), true);
+          for (int m = 0; m < kTiles; m++) wgmma<T, true>(acc[m], a[k % 2][m], columns.at(k * 256), true);
           wgmma_commit();
         }
         ring.advance();

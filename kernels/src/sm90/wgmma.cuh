@@ -18,9 +18,16 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-__device__ __forceinline__ uint64_t core_descriptor(uint32_t address, uint32_t k_stride_bytes, uint32_t n_stride_bytes) {
-  return (uint64_t)((address & 0x3ffff) >> 4) | (uint64_t)(k_stride_bytes >> 4) << 16 | (uint64_t)(n_stride_bytes >> 4) << 32;
-}
+// Where B's core matrices start, and how far apart they are along K and along N, in bytes (multiples of 16).
+struct CoreMatrices {
+  uint32_t low, high;  // of the descriptor
+  __device__ __forceinline__ CoreMatrices(uint32_t address, uint32_t k_stride, uint32_t n_stride) : low(address >> 4 | k_stride >> 4 << 16), high(n_stride >> 4) {}
+  __device__ __forceinline__ uint64_t at(uint32_t offset) const {
+    uint64_t descriptor;
+    asm("mov.b64 %0, {%1, %2};" : "=l"(descriptor) : "r"(low + (offset >> 4)), "r"(high));
+    return descriptor;
+  }
+};
 
 // Register lists, each extending the shorter one.
 #define PT_REGISTERS_16 \
