@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import pickle
+import pty
 import random
 import signal
 import subprocess
@@ -18,6 +20,8 @@ import pytest
 from powertrain.data.config import DataConfig, TokenizerConfig
 from powertrain.data.prepare import default_cache_dir, prepare, split_of
 from powertrain.data.shards import SPLITS, ShardError, ShardWriter, TokenStore
+from powertrain.data.sources import PythonFiles
+from powertrain.data.tokenizers import train_bpe
 
 from .conftest import make_texts, write_texts
 
@@ -76,6 +80,16 @@ def test_bpe_sees_the_training_split_only(tmp_path: Path) -> None:
     other = prepare_texts(tmp_path / "b", changed, tokenizer=BPE)
     assert other.tokenizer().fingerprint == store.tokenizer().fingerprint
     assert other.fingerprint != store.fingerprint
+
+
+def test_tokenizer_is_trained_on_the_first_bytes(tmp_path: Path) -> None:
+    texts = make_texts(40)
+    train = [text for text in texts if split_of(text, 0.2, 0) == "train"]
+    limit = sum(len(text.encode()) for text in train[:10])
+    limited = TokenizerConfig(kind="bpe", vocab_size=300, train_bytes=limit)
+    store = prepare_texts(tmp_path / "a", texts, tokenizer=limited)
+    assert store.tokenizer().fingerprint == train_bpe(train[:10], 300).fingerprint
+    assert store.tokenizer().fingerprint != train_bpe(train[:11], 300).fingerprint
 
 
 def test_large_vocabularies_take_four_bytes(text_config: Build, tmp_path: Path) -> None:
@@ -284,8 +298,10 @@ import sys, time
 from pathlib import Path
 import powertrain.data.prepare as module
 from powertrain.data.config import DataConfig, TokenizerConfig
+from powertrain.data.sources import PythonFiles
 
-pattern, place, seconds = sys.argv[1], sys.argv[2], float(sys.argv[3])
+directory, place, seconds = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
+module.open_source = lambda config: PythonFiles([directory])
 
 def pause_before(owner, name, count=1):
     original, calls = getattr(owner, name), [0]
@@ -304,14 +320,28 @@ elif place == "finish":
 elif place == "rename":
     pause_before(module.os, "replace")
 tokenizer = TokenizerConfig(kind="bytes")
-config = DataConfig(source="text", files=pattern, val_fraction=0.2, num_workers=0, tokenizer=tokenizer)
+config = DataConfig(val_fraction=0.2, tokenizer=tokenizer)
 print("fingerprint", module.prepare(config).fingerprint, flush=True)
 """
 
 
-def start(corpus: str, place: str, seconds: float, **environment: str) -> subprocess.Popen[str]:
+@pytest.fixture
+def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory of Python files that `prepare` takes for its source: children then need not import `datasets`."""
+    directory = tmp_path / "sources"
+    directory.mkdir()
+    for number, text in enumerate(make_texts(60)):
+        (directory / f"{number}.py").write_text(text, encoding="utf-8")
+    monkeypatch.setattr("powertrain.data.prepare.open_source", lambda config: PythonFiles([directory]))
+    return directory
+
+
+PYTHON_CONFIG = DataConfig(val_fraction=0.2, tokenizer=TokenizerConfig(kind="bytes"))
+
+
+def start(sources: Path, place: str, seconds: float, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", CHILD, corpus, place, str(seconds)],
+        [sys.executable, "-c", CHILD, str(sources), place, str(seconds)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -320,8 +350,8 @@ def start(corpus: str, place: str, seconds: float, **environment: str) -> subpro
 
 
 @pytest.mark.parametrize("place", ["tokens", "finish", "rename"])
-def test_killed_preparation_leaves_nothing_that_looks_whole(text_config: Build, corpus: str, place: str) -> None:
-    with start(corpus, place, 60) as child:
+def test_killed_preparation_leaves_nothing_that_looks_whole(sources: Path, place: str) -> None:
+    with start(sources, place, 60) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == "paused\n"
         child.send_signal(signal.SIGKILL)
@@ -330,19 +360,19 @@ def test_killed_preparation_leaves_nothing_that_looks_whole(text_config: Build, 
     assert ".tmp-" in left.name
     assert list(left.iterdir())
 
-    store = prepare(text_config())
+    store = prepare(PYTHON_CONFIG)
     assert [path for path in root.iterdir() if path.is_dir()] == [store.directory]
     assert sorted(texts_of(store, "train") + texts_of(store, "validation")) == sorted(make_texts(60))
 
 
-def test_one_prepares_and_the_others_wait(text_config: Build, corpus: str) -> None:
-    with start(corpus, "tokens", 1.5) as first:
+def test_one_prepares_and_the_others_wait(sources: Path) -> None:
+    with start(sources, "tokens", 1.5) as first:
         assert first.stdout is not None
         assert first.stdout.readline() == "paused\n"
-        with start(corpus, "none", 0) as second, start(corpus, "none", 0, RANK="1", LOCAL_RANK="1") as third:
+        with start(sources, "none", 0) as second, start(sources, "none", 0, RANK="1", LOCAL_RANK="1") as third:
             outputs = [child.communicate(timeout=60) for child in (first, second, third)]
             assert [child.returncode for child in (first, second, third)] == [0, 0, 0]
-    store = prepare(text_config())
+    store = prepare(PYTHON_CONFIG)
     assert {output for output, _ in outputs} == {f"fingerprint {store.fingerprint}\n"}
     errors = [error for _, error in outputs]
     assert "prepared 60 documents" in errors[0]
@@ -352,16 +382,37 @@ def test_one_prepares_and_the_others_wait(text_config: Build, corpus: str) -> No
     assert errors[2] == ""
 
 
-def test_the_next_in_line_takes_over_from_the_dead(text_config: Build, corpus: str) -> None:
-    with start(corpus, "tokens", 60) as first:
+def test_progress_is_shown_on_the_terminal_of_rank_zero(sources: Path, tmp_path: Path) -> None:
+    def terminal_output(**environment: str) -> str:
+        here, there = pty.openpty()
+        environment = {"POWERTRAIN_CACHE": str(tmp_path / environment["RANK"]), "TERM": "xterm", **environment}
+        command = [sys.executable, "-c", CHILD, str(sources), "finish", "0.2"]
+        subprocess.run(command, stderr=there, stdout=subprocess.DEVNULL, env={**os.environ, **environment}, check=True)
+        os.close(there)
+        chunks = []
+        # Reading after the last writer closed fails on Linux instead of returning nothing.
+        with contextlib.suppress(OSError):
+            while chunk := os.read(here, 65536):
+                chunks.append(chunk)
+        os.close(here)
+        return b"".join(chunks).decode()
+
+    shown = terminal_output(RANK="0")
+    assert "tokenizing" in shown
+    assert "prepared 60 documents" in shown
+    assert terminal_output(RANK="1") == ""
+
+
+def test_the_next_in_line_takes_over_from_the_dead(sources: Path) -> None:
+    with start(sources, "tokens", 60) as first:
         assert first.stdout is not None
         assert first.stdout.readline() == "paused\n"
-        with start(corpus, "none", 0) as second:
+        with start(sources, "none", 0) as second:
             assert second.stderr is not None
             assert "waiting for another process" in second.stderr.readline()
             first.kill()
             output, _ = second.communicate(timeout=60)
-    assert output == f"fingerprint {prepare(text_config()).fingerprint}\n"
+    assert output == f"fingerprint {prepare(PYTHON_CONFIG).fingerprint}\n"
 
 
 def test_other_local_ranks_wait_for_the_lock_only_so_long(text_config: Build, monkeypatch: pytest.MonkeyPatch) -> None:
