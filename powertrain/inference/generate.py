@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -115,11 +116,14 @@ def load_run(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT,
     config = from_values(yaml.safe_load(config_file.read_text())).model
     config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
     checkpoint = _best_checkpoint(run) if path.is_dir() else path
-    saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    try:
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    except (RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{checkpoint} is not a checkpoint of a run, or is damaged: {error}") from error
     with torch.device("meta"):
         model = GPT(config)
-    prefix = "model."
-    weights = {name.removeprefix(prefix): value for name, value in saved.items() if name.startswith(prefix)}
+    # Lightning's name for the module's model.
+    weights = {name.removeprefix("model."): value for name, value in saved.items() if name.startswith("model.")}
     try:
         model.load_state_dict(weights, assign=True)
     except RuntimeError as error:
