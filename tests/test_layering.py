@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "models": {"ops"},
     "data": set(),
     "training": {"models", "data", "ops"},
-    "inference": {"models", "ops", "data"},
+    "inference": {"models", "ops", "data", "config"},
     "config": {"schema", "models", "data", "training", "cluster"},
     "cluster": {"schema", "config", "native"},
     "train": {"config", "schema", "models", "data", "training", "inference", "cluster", "ops", "native"},

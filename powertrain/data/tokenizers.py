@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,6 +91,14 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of `ids`; bytes that are not whole UTF-8 characters become U+FFFD."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+
+    def decode_stream(self) -> Callable[[int], str | None]:
+        """Return a function that takes one id after another, and returns the text that each makes whole, or None.
+
+        Nothing ends within a character: text waits for the ids that complete it. Special tokens have no text.
+        """
+        stream = _hf().decoders.DecodeStream(skip_special_tokens=True)
+        return lambda i: stream.step(self.backend, i)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 import yaml
-from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from powertrain.config import from_values
@@ -83,7 +82,7 @@ def generate_text(
     """
     # Documents are stored with this token before their first, see powertrain.data.shards.
     ids = [tokenizer.eod_id, *tokenizer.encode(prompt).tolist()]
-    pieces = DecodeStream(skip_special_tokens=True)
+    decode = tokenizer.decode_stream()
     for token in generate_tokens(
         model,
         torch.tensor([ids]),
@@ -95,7 +94,7 @@ def generate_text(
     ):
         if token.item() == tokenizer.eod_id:
             return
-        piece = pieces.step(tokenizer.backend, int(token.item()))
+        piece = decode(int(token.item()))
         if piece is not None:
             yield piece
 
