@@ -18,7 +18,7 @@ from .config import DataConfig
 from .order import SampleOrder
 from .packing import Batch, Windows, make_batch
 from .prepare import prepare
-from .shards import TokenStore
+from .shards import ShardError, TokenStore
 from .tokenizers import Tokenizer
 
 
@@ -59,7 +59,12 @@ class TrainBatches(IterableDataset):
         # A DataLoader takes from its workers in turn, so worker w of n makes batches w, w + n, ...
         worker = get_worker_info()
         first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        return (self.batch(index) for index in itertools.count(first, stride))
+        for index in itertools.count(first, stride):
+            try:
+                batch: Batch | ShardError = self.batch(index)
+            except ShardError as error:
+                batch = error
+            yield batch  # type: ignore[misc]
 
 
 class ValidationBatches(IterableDataset):
@@ -103,6 +108,19 @@ class ValidationBatches(IterableDataset):
                 document_mask=self.document_mask,
                 token_bytes=self.token_bytes,
             )
+
+
+class _Loader(DataLoader):
+    """A DataLoader that raises what a worker found wrong with the shards as that worker said it.
+
+    PyTorch would bury the sentence in the traceback of another process.
+    """
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        for batch in super().__iter__():
+            if isinstance(batch, ShardError):
+                raise batch
+            yield batch
 
 
 class TokenDataModule(L.LightningDataModule):
@@ -292,7 +310,7 @@ class TokenDataModule(L.LightningDataModule):
         return self._loader(batches, 0)
 
     def _loader(self, batches: IterableDataset, num_workers: int) -> DataLoader:
-        return DataLoader(
+        return _Loader(
             batches,
             batch_size=None,
             num_workers=num_workers,

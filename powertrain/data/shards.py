@@ -253,7 +253,7 @@ class TokenStream:
         try:
             file = open(path, "rb")  # noqa: SIM115 - open as long as its map
             tokens = np.memmap(file, dtype=self._dtype, mode="r").view(np.ndarray)
-            return file, tokens, os.fstat(file.fileno()).st_size
+            return file, tokens, self.manifest["files"][path.name]["bytes"]
         except (OSError, ValueError) as error:
             raise _damaged(path, f"cannot be read ({error})") from error
 

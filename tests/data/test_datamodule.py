@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from powertrain.data.config import DataConfig, TokenizerConfig
 from powertrain.data.datamodule import TokenDataModule, order_hash
 from powertrain.data.packing import IGNORE, Batch
+from powertrain.data.shards import ShardError
 
 from .conftest import make_texts, write_texts
 
@@ -315,6 +317,18 @@ def test_json_streaming_or_not_gives_the_same_run(tmp_path: Path) -> None:
         ),
     ]
     assert len({order_hash(global_order(config, steps=2)) for config in configs}) == 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_damage_found_by_a_worker_is_one_sentence(text_config: Build, workers: int) -> None:
+    data = module(text_config(num_workers=workers))
+    batches = iter(data.train_dataloader())
+    next(batches)
+    shard = data.store.directory / "tokens-00000.bin"
+    os.truncate(shard, 2)
+    with pytest.raises(ShardError, match=r"^prepared tokens are damaged: .*tokens-00000\.bin changed") as error:
+        list(itertools.islice(batches, 20))  # some are prefetched
+    assert "\n" not in str(error.value)
 
 
 def test_ranks_with_other_data_are_told(text_config: Build, monkeypatch: pytest.MonkeyPatch) -> None:
