@@ -6,6 +6,9 @@
 
 namespace powertrain {
 
+// A row whose normaliser is smaller has no weights to speak of: y and its gradients are zero there instead of overflowing.
+constexpr float kSmallestNormalizer = 0x1p-100f;
+
 template <typename T>
 struct Numeric;
 

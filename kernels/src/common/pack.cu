@@ -112,8 +112,7 @@ struct GradRow {
   __device__ __forceinline__ GradRow(uint4 dy, uint4 y, float d, float value_scale, float scale) {
     const uint32_t* dyw = &dy.x;
     const uint32_t* yw = &y.x;
-    // A subnormal d would make dy / d infinite; such a row has no weights to speak of.
-    const float inverse = fabsf(d) < 0x1p-100f ? 0.f : scale / d;
+    const float inverse = fabsf(d) < kSmallestNormalizer ? 0.f : scale / d;
     float dot = 0.f;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
