@@ -80,6 +80,9 @@ def style() -> Iterator[None]:
 
 def render(figure: Canvas) -> dict[str, bytes]:
     """Return a figure as `png` and `svg`, without dates, versions or other traces of the machine."""
+    # The layout is found once; each file would repeat it.
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
     result = {}
     for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
         buffer = io.BytesIO()
@@ -99,7 +102,7 @@ def exact(values: ArrayLike) -> NDArray[np.float64]:
 
 def number(x: float) -> str:
     """Return a power of ten as TeX where it reads better: 3e+16 as 3 x 10^16."""
-    if x == 0 or 1e-3 <= abs(x) < 1e5:
+    if x == 0 or 1e-3 <= abs(x) < 1e4:
         return f"{x:.3g}"
     mantissa, exponent = f"{x:.2e}".split("e")
     mantissa = mantissa.rstrip("0").rstrip(".")

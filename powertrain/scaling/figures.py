@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from powertrain.scaling.analysis import Findings
 from powertrain.scaling.compare import trunk_curve
@@ -23,6 +24,7 @@ from powertrain.scaling.drawing import (
     number,
 )
 from powertrain.scaling.recipe import Figure, Recipe
+from powertrain.scaling.resample import comparison_intervals
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
@@ -124,8 +126,10 @@ def draw_isoflop(recipe: Recipe, findings: Findings) -> Canvas | None:
     for ax in axes.flat[len(mixers) :]:
         ax.set_visible(False)
     fit_log_x(axes[0, 0], all_sizes)
-    figure.supxlabel("parameters without embeddings", fontsize=9.5)
-    figure.supylabel("annealed loss (nats per token)", fontsize=9.5)
+    for ax in axes[-1]:
+        ax.set_xlabel("parameters without embeddings")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("annealed loss (nats per token)")
     labels = [f"{number(b)} FLOPs" for b in budgets]
     if any(f.kind == "size" for f in findings.flags):
         ring = axes[0, 0].plot(
@@ -135,6 +139,17 @@ def draw_isoflop(recipe: Recipe, findings: Findings) -> Canvas | None:
         labels.append("best at the edge: no minimum")
     figure.legend([handles[b] for b in sorted(handles)], labels, loc="outside lower center", ncols=min(4, len(labels)))
     return figure
+
+
+def _comparison_bands(recipe: Recipe, findings: Findings) -> dict[tuple[str, float], NDArray[np.float64]]:
+    """Return the (low, high) of every selected point, without the shift that a draw of documents gives all mixers."""
+    bands = {}
+    for budget in sorted({b for _, b in findings.selected}):
+        mixers = sorted(m for m, b in findings.selected if b == budget)
+        replicates = np.stack([findings.selected[m, budget].replicates for m in mixers])
+        for m, band in zip(mixers, comparison_intervals(replicates, recipe.analysis.confidence), strict=True):
+            bands[m, budget] = band
+    return bands
 
 
 def draw_perplexity(recipe: Recipe, findings: Findings) -> Canvas | None:
@@ -148,16 +163,16 @@ def draw_perplexity(recipe: Recipe, findings: Findings) -> Canvas | None:
     ax = axes[0, 0]
     laws = {f.mixer: f for f in findings.laws if f.fit is not None}
     seen: list[float] = []
-    tail = (1 - recipe.analysis.confidence) / 2
+    bands = _comparison_bands(recipe, findings)
     for m in mixers:
         line = lines[m]
         seen += list(line.compute)
-        low, high = np.exp(np.quantile(line.replicates, [tail, 1 - tail], axis=0))
+        low, high = np.exp(np.array([bands[m, p.budget] for p in line.points]).T)
         x = exact(line.compute)
         ax.fill_between(x, exact(low), exact(high), color=pens.colour(m), alpha=BAND_ALPHA, linewidth=0)
         options = {"color": pens.colour(m), "marker": pens.marker(m), "markeredgecolor": "white"}
         ax.plot(x, exact(np.exp(line.loss)), label=pens.label(m), **options)
-        error = np.abs(np.stack([low, high]) - np.exp(line.loss))
+        error = np.maximum(np.stack([np.exp(line.loss) - low, high - np.exp(line.loss)]), 0)
         ax.errorbar(x, exact(np.exp(line.loss)), yerr=exact(error), color=pens.colour(m), linestyle="none", linewidth=1)
         if m in laws:
             compute, loss = np.array(laws[m].frontier).T
@@ -252,8 +267,10 @@ def draw_gain(recipe: Recipe, findings: Findings) -> Canvas | None:
     seen: list[float] = []
     shown: list[float] = [1.0]
     last = max((e.compute.max() for e in findings.envelopes.values()), default=math.inf)
-    for m in mixers:
+    for position, m in enumerate(mixers):
         colour = pens.colour(m)
+        # Side by side, because intervals at equal budgets would hide each other.
+        dodge = 1.03 ** (position - (len(mixers) - 1) / 2)
         # The steep start compares warm-ups; two decades are what a budget is about.
         curve = [g for g in findings.envelope_gains.get(m, []) if not g.bound and g.compute >= last / 10**2.5]
         if curve:
@@ -271,7 +288,7 @@ def draw_gain(recipe: Recipe, findings: Findings) -> Canvas | None:
             error = exact([[centre - low], [high - centre]])
             options = {"color": colour, "marker": pens.marker(m), "label": label, "linewidth": 1.2, "capsize": 2.5}
             fill = "white" if g.point.bound else colour
-            at = exact([g.point.compute]), exact([centre])
+            at = exact([g.point.compute * dodge]), exact([centre])
             ax.errorbar(*at, yerr=error, linestyle="none", markerfacecolor=fill, zorder=3, **options)
             if g.point.bound:
                 up = g.point.bound == "at least"
@@ -316,7 +333,7 @@ def draw_state_size(recipe: Recipe, findings: Findings) -> Canvas | None:
     figure, axes = canvas(2, width=9.6, height=4.2, sharey=True)
     left, right = axes[0]
     ratios: list[float] = []
-    tail = (1 - recipe.analysis.confidence) / 2
+    bands = _comparison_bands(recipe, findings)
     for budget, colour in zip(budgets, shades, strict=True):
         for ax, value in ((left, "state"), (right, "ratio")):
             items = []
@@ -329,8 +346,8 @@ def draw_state_size(recipe: Recipe, findings: Findings) -> Canvas | None:
             items.sort(key=lambda i: i[:2])
             x = exact([i[0] for i in items])
             y = np.array([i[2].loss for i in items])
-            low, high = np.array([np.quantile(i[2].replicates, [tail, 1 - tail]) for i in items]).T
-            error = exact(np.abs(np.stack([low, high]) - y))
+            low, high = np.array([bands[m, budget] for _, m, _ in items]).T
+            error = exact(np.maximum(np.stack([y - low, high - y]), 0))
             label = f"{number(budget)} FLOPs"
             ax.errorbar(
                 x, exact(y), yerr=error, color=colour, linewidth=1.4, label=label if ax is left else None, zorder=2

@@ -112,6 +112,26 @@ def resample(records: Sequence[CellRecord], replicates: int, seed: int = 0) -> S
     return Sample(tuple(points), documents, noise)
 
 
+def comparison_intervals(replicates: Array, confidence: float) -> Array:
+    """Return intervals for comparing several mixers, without the shift that all of them share.
+
+    A hard draw of documents raises every loss; that shift says nothing about which mixer is lower, and would drown the
+    difference. Within-subject intervals: Cousineau 2005, with the correction of Morey 2008.
+
+    Args:
+        replicates: (M, R), resampled together.
+    Returns:
+        (M, 2) lower and upper percentiles; of the replicates as they are for M = 1.
+    """
+    count = len(replicates)
+    if count > 1:
+        means = replicates.mean(axis=1, keepdims=True)
+        own = replicates - means - (replicates - means).mean(axis=0)
+        replicates = means + own * np.sqrt(count / (count - 1))
+    tail = (1 - confidence) / 2
+    return np.quantile(replicates, [tail, 1 - tail], axis=1).T
+
+
 def interval(replicates: Array, confidence: float) -> tuple[float, float]:
     """Return the percentile interval of replicates (R,)."""
     tail = (1 - confidence) / 2

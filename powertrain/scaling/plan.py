@@ -1,0 +1,259 @@
+"""`powertrain sweep plan`: every cell with its steps, tokens, FLOPs by part and estimated time; no GPU, in seconds."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from powertrain.scaling.cells import Cell, Expansion
+from powertrain.scaling.records import CellRecord
+from powertrain.schema import ConfigError
+
+# Memory of one device in GiB as its driver reports it, by parts of its name; the first that is contained counts.
+MEMORY_GIB = (
+    ("B200", 178.0),
+    ("H200", 139.0),
+    ("H100 NVL", 93.0),
+    ("H100", 79.0),
+    ("A100-SXM4-40GB", 39.0),
+    ("A100-PCIE-40GB", 39.0),
+    ("A100", 79.0),
+    ("L40S", 44.0),
+    ("A40", 44.0),
+    ("L4", 22.0),
+    ("A10G", 22.0),
+    ("RTX 4090", 23.0),
+)
+# Share of the peak that training reaches where nothing was measured yet: what 100m-sized models of this kind commonly
+# reach on one GPU; small models reach less. The plan says when it rests on this.
+ASSUMED_UTILISATION = 0.3
+# Tokenisation apart, what a run spends before its first step and after its last: imports, compilation, evaluation.
+OVERHEAD_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class Device:
+    """The device that a plan is priced for."""
+
+    name: str
+    peak_flops: float | None  # FLOP/s; None: unknown, and so are times
+    memory_gib: float | None
+
+
+def find_device(name: str) -> Device:
+    """Return a device by its name or a part of it, `cpu` included.
+
+    Errors:
+        ConfigError: unknown, with the known ones.
+    """
+    from powertrain.schema import nearest
+    from powertrain.training.hardware import PEAK_BF16_FLOPS
+
+    if name.lower() == "cpu":
+        return Device("cpu", None, None)
+    known = {n.lower(): n for n, _ in PEAK_BF16_FLOPS}
+    if name.lower() not in known:
+        raise ConfigError(f"device {name!r} is not known: {nearest(name, [*known.values(), 'cpu'])}")
+    full = known[name.lower()]
+    memory = next((gib for part, gib in MEMORY_GIB if part in full), None)
+    return Device(full, dict(PEAK_BF16_FLOPS)[full], memory)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Time of one cell on one device."""
+
+    seconds: float | None  # None: the device's speed is not known
+    new_steps: int  # steps that no other cell of its trunk has run before
+    measured: bool  # from records of this device, not from an assumed utilisation
+
+
+class Pricer:
+    """Estimates times from measured rates where records hold any, else from an assumed utilisation.
+
+    Args:
+        records: of earlier cells; those of the same device count.
+    """
+
+    def __init__(self, device: Device, records: Iterable[CellRecord] = ()) -> None:
+        self.device = device
+        self.rates: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
+        for r in records:
+            if r.seconds and device.name.lower() in r.device.lower():
+                self.rates[r.mixer, r.context].append((r.parameters, r.flops("executed") / r.seconds))
+
+    def rate(self, cell: Cell) -> tuple[float | None, bool]:
+        """Return executed FLOP/s and whether they were measured: at the nearest size of the same mixer and context."""
+        measured = self.rates.get((cell.mixer, cell.context))
+        if measured:
+            return min(measured, key=lambda m: (abs(math.log(m[0] / cell.cost.parameters)), m))[1], True
+        if self.device.peak_flops is None:
+            return None, False
+        return self.device.peak_flops * ASSUMED_UTILISATION, False
+
+    def estimate(self, cells: Sequence[Cell]) -> dict[str, Estimate]:
+        """Return an estimate per cell id; cells of one trunk pay for their shared steps once, smallest budget first."""
+        reached: dict[str, int] = defaultdict(int)
+        result: dict[str, Estimate] = {}
+        for cell in sorted(cells, key=lambda c: (c.trunk, c.steps)):
+            new_steps = cell.steps - min(reached[cell.trunk], cell.decay_start)
+            reached[cell.trunk] = max(reached[cell.trunk], cell.decay_start)
+            rate, measured = self.rate(cell)
+            flops = new_steps * cell.batch_tokens * cell.cost.flops_per_token["executed"]
+            seconds = None if rate is None else flops / rate + OVERHEAD_SECONDS
+            result[cell.id] = Estimate(seconds, new_steps, measured)
+        return result
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sweep's cells with their estimates, and what the whole costs."""
+
+    expansion: Expansion
+    estimates: dict[str, Estimate]
+    finished: frozenset[str]
+    device: Device
+
+    @property
+    def hours(self) -> float | None:
+        """Device-hours of all cells not finished, pending ones at most; None where a speed is not known."""
+        total = 0.0
+        for cell in self.remaining:
+            seconds = self.estimates[cell.id].seconds
+            if seconds is None:
+                return None
+            total += seconds
+        return total / 3600
+
+    @property
+    def remaining(self) -> list[Cell]:
+        """Cells that would run, candidates of pending stages included."""
+        cells = {c.id: c for c in self.expansion.cells if c.id not in self.finished}
+        for pending in self.expansion.pending:
+            for c in pending.candidates:
+                if c.id not in self.finished:
+                    cells.setdefault(c.id, c)
+        return list(cells.values())
+
+
+def make_plan(
+    expansion: Expansion, device: Device, records: Sequence[CellRecord] = (), finished: Iterable[str] = ()
+) -> Plan:
+    """Price an expansion on a device."""
+    candidates = [c for p in expansion.pending for c in p.candidates]
+    cells = {c.id: c for c in [*expansion.cells, *candidates]}
+    return Plan(expansion, Pricer(device, records).estimate(list(cells.values())), frozenset(finished), device)
+
+
+def as_rows(plan: Plan) -> list[dict[str, Any]]:
+    """Return one plain mapping per cell, for JSON."""
+    rows = []
+    decided = {c.id for c in plan.expansion.cells}
+    cells = {c.id: c for c in plan.expansion.cells}
+    cells.update({c.id: c for p in plan.expansion.pending for c in p.candidates if c.id not in decided})
+    for cell in cells.values():
+        estimate = plan.estimates[cell.id]
+        state = "finished" if cell.id in plan.finished else "planned" if cell.id in decided else "at most"
+        rows.append(
+            {
+                "cell": cell.id,
+                "state": state,
+                "trunk": cell.trunk,
+                "mixer": cell.mixer,
+                "size": cell.size,
+                "context": cell.context,
+                "budget": cell.budget,
+                "seed": cell.seed,
+                "learning_rate": cell.learning_rate,
+                "batch_tokens": cell.batch_tokens,
+                "steps": cell.steps,
+                "new_steps": estimate.new_steps,
+                "tokens": cell.tokens,
+                "parameters": cell.cost.parameters,
+                "flops": {c: f * cell.tokens for c, f in cell.cost.flops_per_token.items()},
+                "flops_by_part": {part: f * cell.tokens for part, f in cell.cost.flops_by_part.items()},
+                "seconds": estimate.seconds,
+                "measured_rate": estimate.measured,
+            }
+        )
+    return rows
+
+
+def duration(seconds: float | None) -> str:
+    """Return a time a person reads: 43 s, 12 min, 3.4 h; ? where it is not known."""
+    if seconds is None:
+        return "?"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def render(plan: Plan) -> list[Any]:
+    """Return the plan as `rich` tables and lines."""
+    from rich.table import Table
+    from rich.text import Text
+
+    rows = as_rows(plan)
+    result: list[Any] = []
+    for context in sorted({row["context"] for row in rows}):
+        table = Table(title=f"context {context}", title_justify="left", box=None, pad_edge=False, header_style="bold")
+        for name in ("budget", "mixer", "size"):
+            table.add_column(name)
+        for name in ("lr", "batch", "seed", "steps", "tokens", "weights", "head", "pairs", "state", "time"):
+            table.add_column(name, justify="right")
+        table.add_column("cell")
+        for row in (r for r in rows if r["context"] == context):
+            parts, total = row["flops_by_part"], row["flops"]["algorithmic"]
+            state = parts["state_update"] + parts["state_query"]
+            shares = [
+                f"{100 * x / total:.0f} %" for x in (parts["weights"], parts["head"], parts["intra_chunk"], state)
+            ]
+            shared = "" if row["new_steps"] == row["steps"] else f" ({row['new_steps']} new)"
+            table.add_row(
+                f"{row['budget']:.3g}",
+                row["mixer"],
+                row["size"],
+                f"{row['learning_rate']:.3g}" if row["state"] != "at most" else "tuned",
+                f"{row['batch_tokens']}",
+                f"{row['seed']}",
+                f"{row['steps']}{shared}",
+                f"{row['tokens']:.3g}",
+                *shares,
+                "done" if row["state"] == "finished" else duration(row["seconds"]),
+                row["cell"] if row["state"] != "at most" else f"(at most) {row['cell']}",
+                style="dim" if row["state"] != "planned" else None,
+            )
+        result.append(table)
+    for pending in plan.expansion.pending:
+        result.append(
+            Text(
+                f"later: {pending.mixer} at {pending.budget:.3g} FLOPs, context {pending.context}: {pending.reason} "
+                f"(at most {len(pending.candidates)} cells)",
+                style="dim",
+            )
+        )
+    for dropped in plan.expansion.dropped:
+        where = f"{dropped.mixer}, {dropped.size}, {dropped.budget:.3g} FLOPs, context {dropped.context}"
+        result.append(Text(f"dropped: {where}: {dropped.reason}", style="yellow"))
+    result.append(summary(plan))
+    return result
+
+
+def summary(plan: Plan) -> str:
+    """Return how many cells there are and what the rest costs, in one line."""
+    remaining = plan.remaining
+    flops = sum(
+        plan.estimates[c.id].new_steps * c.batch_tokens * c.cost.flops_per_token["algorithmic"] for c in remaining
+    )
+    planned = len(plan.expansion.cells)
+    at_most = len(remaining) - sum(c.id not in plan.finished for c in plan.expansion.cells)
+    done = sum(c.id in plan.finished for c in plan.expansion.cells)
+    hours = plan.hours
+    cost = f"{hours:.2f} {plan.device.name}-hours" if hours is not None else f"time on {plan.device.name} unknown"
+    assumed = any(not plan.estimates[c.id].measured for c in remaining)
+    basis = f" (assuming {ASSUMED_UTILISATION:.0%} of the peak where nothing was measured)" if assumed and hours else ""
+    later = f" and at most {at_most} more once these are known" if at_most else ""
+    return f"{planned} cells, {done} finished{later}; {flops:.3g} FLOPs to go, {cost}{basis}"

@@ -1,0 +1,354 @@
+"""`powertrain sweep report`: figures, a page and a table, from the records alone, the same bytes anywhere."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from powertrain.scaling.analysis import Findings, analyse
+from powertrain.scaling.compare import Verdict
+from powertrain.scaling.drawing import render, style
+from powertrain.scaling.figures import DRAW
+from powertrain.scaling.recipe import CONVENTIONS, Figure, Recipe
+from powertrain.scaling.records import CellRecord, table
+
+CAPTIONS: dict[Figure, str] = {
+    "envelope": (
+        "Loss against FLOPs. Thin: the training loss of every run before its learning rate falls. Thick: the lowest "
+        "that "
+        "any run of the mixer reached by then. Marks: the annealed loss on held-out text of each budget's best run."
+    ),
+    "isoflop": (
+        "Annealed loss against size, one colour per budget; each mark is the best learning rate of its size. Stars: "
+        "minima "
+        "of the parabolas. A red ring marks a best size at the edge of those measured, which is no minimum."
+    ),
+    "perplexity": (
+        "Perplexity on held-out text of each mixer's best configuration per budget. Bands: bootstrap over documents "
+        "and seeds, without the shift that a draw of documents gives all mixers alike."
+    ),
+    "position": (
+        "Loss by position in the context at the largest budget shared, and its difference to the baseline, paired over "
+        "evaluation sequences."
+    ),
+    "seconds": "The same runs against FLOPs and against measured time.",
+    "gain": (
+        "Compute with which the baseline reaches the same loss, over the compute spent: above 1 is better than the "
+        "baseline. Marks: annealed, with intervals; an arrow marks a bound, where the baseline was never measured "
+        "that low "
+        "or high. Thin lines: the same between envelopes of training curves."
+    ),
+    "state_size": (
+        "Loss at fixed FLOPs against the numbers that hold a sequence's history, and against the ratio of weight "
+        "FLOPs to "
+        "state FLOPs."
+    ),
+}
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(header)} |", "|" + " --- |" * len(header), *(f"| {' | '.join(r)} |" for r in rows), ""]
+
+
+def _signed(x: float) -> str:
+    # A minus that renders as one, and no negative zero.
+    return f"{x:+.4f}".replace("-", "−") if abs(x) >= 5e-5 else "0.0000"
+
+
+def _interval(low: float, high: float) -> str:
+    return f"{_signed(low)} to {_signed(high)}"
+
+
+def headline(recipe: Recipe, findings: Findings) -> str:
+    """Return one sentence: at how many budgets the subject is lowest, and where not."""
+    subject = recipe.label(recipe.subject)
+    verdicts = findings.verdicts[recipe.convention]
+    if not verdicts:
+        return (
+            f"At context {findings.context} no budget was measured for {subject} and a rival: there is no verdict, "
+            f"only "
+            "curves."
+        )
+    by_outcome = {o: [v for v in verdicts if v.outcome == o] for o in ("wins", "loses", "inconclusive")}
+    parts = []
+    for outcome, words in (("wins", "wins"), ("loses", "loses"), ("inconclusive", "is inconclusive")):
+        if by_outcome[outcome]:
+            budgets = ", ".join(f"{v.budget:.3g}" for v in by_outcome[outcome])
+            parts.append(f"{words} at {budgets} FLOPs")
+    return f"At context {findings.context}, {subject} against its best rival {'; '.join(parts)}."
+
+
+def _verdict_rows(recipe: Recipe, findings: Findings) -> list[list[str]]:
+    rows = []
+    for v in findings.verdicts[recipe.convention]:
+        duel = v.duels[0]
+        margin = f"{v.margin:.4f} ({_interval(*v.margin_interval)}) below {recipe.label(v.runner_up)}"
+        flips = findings.flips(recipe, v.budget)
+        doubts = [f for f in findings.flags if f.budget == v.budget and f.mixer in (recipe.subject, duel.rival)]
+        rows.append(
+            [
+                f"{v.budget:.3g}",
+                f"{recipe.label(v.lowest)} ({v.losses[v.lowest]:.4f})",
+                margin,
+                f"{_signed(duel.difference)} ({_interval(duel.low, duel.high)}) to {recipe.label(duel.rival)}",
+                f"**{v.outcome}**",
+                "; ".join(f"{c}: {o}" for c, o in flips) or "none",
+                "; ".join(f"{recipe.label(f.mixer)}, {f.kind}: {f.text}" for f in doubts) or "none",
+            ]
+        )
+    return rows
+
+
+def _convention_rows(recipe: Recipe, findings: Findings) -> list[list[str]]:
+    budgets = sorted({v.budget for vs in findings.verdicts.values() for v in vs})
+    rows = []
+    for budget in budgets:
+        row = [f"{budget:.3g}"]
+        for convention in CONVENTIONS:
+            found: Verdict | None = next((v for v in findings.verdicts[convention] if v.budget == budget), None)
+            if found is None:
+                row.append("not comparable")
+                continue
+            mark = " (extrapolated)" if found.extrapolated else ""
+            row.append(f"{found.outcome}, {_signed(found.duels[0].difference)} to {found.duels[0].rival}{mark}")
+        rows.append(row)
+    return rows
+
+
+def _gain_rows(recipe: Recipe, findings: Findings) -> list[list[str]]:
+    rows = []
+    for g in sorted(findings.gains, key=lambda g: (g.budget, g.mixer)):
+        bound = f"{g.point.bound} " if g.point.bound else ""
+        censored = f" ({g.censored_share:.0%} of replicates are bounds)" if g.censored_share else ""
+        spread = f"{g.low:.3f} to {g.high:.3f}{censored}" if not g.point.bound else ""
+        rows.append(
+            [
+                recipe.label(g.mixer),
+                f"{g.point.compute:.3g}",
+                f"{g.point.loss:.4f}",
+                f"{bound}{g.point.gain:.3f}",
+                spread,
+                "annealed",
+            ]
+        )
+    for mixer, curve in sorted(findings.envelope_gains.items()):
+        if curve:
+            end = curve[-1]
+            bound = f"{end.bound} " if end.bound else ""
+            row = [recipe.label(mixer), f"{end.compute:.3g}", f"{end.loss:.4f}", f"{bound}{end.gain:.3f}", ""]
+            rows.append([*row, "end of the envelope of training curves"])
+    return rows
+
+
+def _law_lines(recipe: Recipe, findings: Findings) -> list[str]:
+    rows, reasons = [], []
+    for finding in findings.laws:
+        label = recipe.label(finding.mixer)
+        if finding.fit is None:
+            reasons.append(f"- {label}: no law, {finding.reason}.")
+            continue
+        fit, (low, high) = finding.fit, finding.fit.interval(recipe.analysis.confidence)
+        error = finding.held_out_error
+        rows.append(
+            [
+                label,
+                f"{fit.law.E:.3f} ({low.E:.3f} to {high.E:.3f})",
+                f"{fit.law.alpha:.3f} ({low.alpha:.3f} to {high.alpha:.3f})",
+                f"{fit.law.beta:.3f} ({low.beta:.3f} to {high.beta:.3f})",
+                f"{fit.points}",
+                f"{100 * fit.rms_residual:.2f} %",
+                "none" if error is None else f"{100 * error:.2f} % at {finding.held_out_budget:.3g}",
+                ", ".join(fit.undetermined) or "none",
+            ]
+        )
+    header = ["mixer", "E", "alpha", "beta", "points", "residual", "error on the held-out budget", "not determined"]
+    return [*(_table(header, rows) if rows else []), *reasons, ""]
+
+
+def _isoflop_rows(recipe: Recipe, findings: Findings) -> list[list[str]]:
+    rows = []
+    for i in findings.isoflops:
+        best = min(i.points, key=lambda p: p.loss)
+        if i.parabola is None:
+            fitted, spread = "no parabola", ""
+        elif i.parabola.on_edge:
+            fitted, spread = "minimum outside the sizes measured", ""
+        else:
+            fitted = f"{i.parabola.parameters:.3g} ({i.parabola.loss:.4f})"
+            spread = (
+                f"{i.parameters_interval[0]:.3g} to {i.parameters_interval[1]:.3g}" if i.parameters_interval else ""
+            )
+        measured = f"{best.size}: {best.first.parameters:.3g} ({best.loss:.4f})"
+        row = [recipe.label(i.mixer), f"{i.budget:.3g}", str(len(i.points)), measured, fitted, spread]
+        rows.append([*row, f"{best.first.learning_rate:.3g}"])
+    return rows
+
+
+def _method(recipe: Recipe) -> list[str]:
+    confidence = f"{recipe.analysis.confidence:.0%}"
+    return [
+        "- All mixers train on the same documents in the same order (a function of the seed and the step), and are "
+        "measured "
+        "on the same evaluation documents at the same positions.",
+        f"- Budgets count FLOPs under the convention `{recipe.convention}`. *Algorithmic* counts the products that the "
+        "mathematics needs: causal pairs only for softmax and window attention, the chunk that is run for power and "
+        "linear "
+        "layers. *Executed* counts the products that the implementation runs: masked halves of blocks, states formed "
+        "again. "
+        "Each with and without the vocabulary head.",
+        "- Under another convention the same cells have other prices: losses are then compared at the geometric mean "
+        "of the "
+        "mixers' prices, along each mixer's line through its budgets in log FLOPs.",
+        f"- Intervals are {confidence} percentiles of {recipe.analysis.bootstrap} bootstrap replicates: evaluation "
+        f"documents "
+        "are resampled, the same ones for every mixer; between-seed noise is Student-t with the deviation pooled over "
+        "all "
+        "configurations that have several seeds. *Wins* and *loses* mean that the interval of the paired difference "
+        "excludes zero; no correction is made for the number of budgets.",
+        "- A mixer's configuration at a budget is the lowest among those with the most seeds; its interval does not "
+        "hold the "
+        "luck of that choice.",
+        "- The parametric law L(N, D) = E + A / N^alpha + B / D^beta is fitted by the sum of Huber losses of log L, "
+        "from 64 starts, without the largest budget, which then tests it.",
+    ]
+
+
+def page(recipe: Recipe, results: Sequence[Findings], drawn: Sequence[tuple[int, Figure]]) -> str:
+    """Return the Markdown page of a report.
+
+    Args:
+        results: findings per context.
+        drawn: (context, figure) of every figure that has data.
+    """
+    lines = [f"# Sweep `{recipe.name}`", "", recipe.question, "", f"    powertrain sweep run {recipe.name}", ""]
+    lines[-2:] = [f"    powertrain sweep run {recipe.name}", f"    powertrain sweep report {recipe.name}", ""]
+    lines += [*(f"**{headline(recipe, f)}**" for f in results), ""]
+    lines += [*(f"- {note}" for note in recipe.notes), ""] if recipe.notes else []
+    for findings in results:
+        lines += _context_section(recipe, findings, [kind for context, kind in drawn if context == findings.context])
+    lines += ["## Method", "", *_method(recipe), ""]
+    return "\n".join(lines)
+
+
+def _context_section(recipe: Recipe, findings: Findings, kinds: Sequence[Figure]) -> list[str]:
+    lines = [f"## Context {findings.context}", ""]
+    rows = _verdict_rows(recipe, findings)
+    if rows:
+        subject = recipe.label(recipe.subject)
+        header = [
+            "FLOPs",
+            "lowest loss",
+            "margin",
+            f"{subject}, difference",
+            "verdict",
+            "conventions that flip it",
+            "doubts",
+        ]
+        lines += ["### Verdict", "", *_table(header, rows)]
+        lines += [f"{subject} against its best rival, under each convention:", ""]
+        lines += _table(["FLOPs", *CONVENTIONS], _convention_rows(recipe, findings))
+    for kind in kinds:
+        stem = f"figures/{kind}-{findings.context}"
+        lines += [f"### {kind.replace('_', ' ').capitalize()}", "", f"![{kind}]({stem}.png)", "", CAPTIONS[kind], ""]
+        lines += [f"([SVG]({stem}.svg))", ""]
+    missing = [kind for kind in recipe.figures if kind not in kinds]
+    if missing:
+        lines += [f"Not drawn, because the records hold nothing for it: {', '.join(missing)}.", ""]
+    rows = _gain_rows(recipe, findings)
+    if rows:
+        header = ["mixer", "FLOPs", "loss", f"gain over {recipe.label(recipe.baseline)}", "interval", "from"]
+        lines += ["### Compute-equivalent gain", "", *_table(header, rows)]
+    if findings.isoflops:
+        header = [
+            "mixer",
+            "FLOPs",
+            "sizes",
+            "best measured (loss)",
+            "parabola's minimum (loss)",
+            "interval",
+            "learning rate",
+        ]
+        lines += ["### Sizes at equal FLOPs", "", *_table(header, _isoflop_rows(recipe, findings))]
+        lines += ["### Parametric law", "", *_law_lines(recipe, findings)]
+    if findings.flags:
+        rows = [[recipe.label(f.mixer), f"{f.budget:.3g}", f.kind, f.text] for f in findings.flags]
+        lines += ["### At the edge of what was tried", "", *_table(["mixer", "FLOPs", "what", "finding"], rows)]
+    marks = {True: "yes", False: "**no**", None: "not recorded"}
+    rows = [[c.name, marks[c.passed], c.evidence] for c in findings.checks]
+    lines += ["### Fairness, judged from the records", "", *_table(["condition", "met", "evidence"], rows)]
+    return lines
+
+
+def summary(recipe: Recipe, results: Sequence[Findings]) -> str:
+    """Return the verdicts as JSON, for other programs; numbers to six digits."""
+    contexts = {}
+    for findings in results:
+        contexts[str(findings.context)] = {
+            "headline": headline(recipe, findings),
+            "verdicts": {c: [asdict(v) for v in vs] for c, vs in findings.verdicts.items()},
+            "gains": [asdict(g) for g in findings.gains],
+            "envelope_gains": {m: [asdict(g) for g in gs] for m, gs in findings.envelope_gains.items()},
+            "flags": [asdict(f) for f in findings.flags],
+            "checks": [asdict(c) for c in findings.checks],
+        }
+    whole = {"sweep": recipe.name, "recipe": recipe.fingerprint(), "contexts": contexts}
+    return json.dumps(_rounded(whole), indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+
+def _rounded(value: object) -> object:
+    # Six digits, as in the figures: machines differ in the last bits of a sum.
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(k): _rounded(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(v) for v in value]
+    return value
+
+
+def build(recipe: Recipe, records: Sequence[CellRecord]) -> dict[str, bytes]:
+    """Return every file of a report by its relative path; a pure function of recipe and records.
+
+    Errors:
+        ValueError: there are no records.
+    """
+    import pyarrow.parquet
+
+    if not records:
+        raise ValueError(f"sweep {recipe.name!r} has no records yet: powertrain sweep run {recipe.name}")
+    results = [analyse(recipe, records, context) for context in sorted({r.context for r in records})]
+    files: dict[str, bytes] = {}
+    drawn: list[tuple[int, Figure]] = []
+    with style():
+        for findings in results:
+            for kind in recipe.figures:
+                figure = DRAW[kind](recipe, findings)
+                if figure is None:
+                    continue
+                drawn.append((findings.context, kind))
+                for suffix, content in render(figure).items():
+                    files[f"figures/{kind}-{findings.context}.{suffix}"] = content
+    files["README.md"] = page(recipe, results, drawn).encode()
+    files["summary.json"] = summary(recipe, results).encode()
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(table(records), buffer, compression="zstd")
+    files["table.parquet"] = buffer.getvalue()
+    return files
+
+
+def write(files: dict[str, bytes], directory: Path) -> None:
+    """Write a report, replacing the one before; figures that are no longer drawn are removed."""
+    for name, content in files.items():
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    for path in (directory / "figures").glob("*"):
+        if f"figures/{path.name}" not in files:
+            path.unlink()
