@@ -317,3 +317,16 @@ def to_values(config: RunConfig) -> dict[str, Any]:
     model = values.pop("model")
     mixer = model.pop("mixer")
     return {"run_id": values.pop("run_id"), "name": values.pop("name"), "model": model, "mixer": mixer, **values}
+
+
+def changes(before: RunConfig, after: RunConfig) -> list[tuple[str, Any, Any]]:
+    """Return the dotted keys in which the identities of two configurations differ, with both values."""
+    old, new = _flat(before.identity()), _flat(after.identity())
+    return [(key, old.get(key), new.get(key)) for key in sorted(old | new) if old.get(key) != new.get(key)]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat

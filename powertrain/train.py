@@ -3,9 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from powertrain.config import GROUPS, compose, options, share_dir, to_values
+from powertrain.config import GROUPS, RunConfig, changes, compose, from_values, options, share_dir, to_values
+from powertrain.schema import ConfigError
+
+if TYPE_CHECKING:
+    from powertrain.data.datamodule import TokenDataModule
+    from powertrain.models.gpt import GPT
+    from powertrain.training.fit import FitResult
+    from powertrain.training.length import TrainingLength
 
 EXAMPLES = """\
 examples:
@@ -16,6 +32,25 @@ examples:
 
 The same command again resumes the run. Ctrl-C saves, and says how to resume.
 """
+
+# What another call of the same run_id may change: how long the run is, and how the learning rate gets there.
+EXTENDABLE = ("trainer.max_steps", "trainer.max_tokens", "budget.", "schedule.")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a call of `run` ended."""
+
+    run_id: str
+    run_dir: Path
+    fit: FitResult
+    metrics: dict[str, float]  # latest record of every key of metrics.jsonl
+    length: TrainingLength
+
+    @property
+    def val_loss(self) -> float:
+        """Latest validation loss, nats per token; NaN where none was made."""
+        return self.metrics.get("val/loss", float("nan"))
 
 
 def parser(directories: list[Path]) -> argparse.ArgumentParser:
@@ -35,7 +70,14 @@ def parser(directories: list[Path]) -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
-    """Run `powertrain train` and return its exit code: 0 done, 2 bad input, 130 interrupted and saved."""
+    """Run `powertrain train`.
+
+    Returns:
+        The exit code: 0 finished, 1 training stopped with an error, 128 + signal when interrupted (130 for Ctrl-C) and
+        saved.
+    Errors:
+        ConfigError: bad input, before anything else happens.
+    """
     arguments = parser([share_dir("conf")]).parse_intermixed_args(argv)
     config = compose(arguments.overrides, arguments.config_dir)
     if arguments.cfg:
@@ -43,4 +85,244 @@ def main(argv: list[str]) -> int:
 
         print(yaml.safe_dump(to_values(config), sort_keys=False), end="")
         return 0
-    raise NotImplementedError
+
+    from powertrain.training.checkpoint import CheckpointError
+    from powertrain.training.fit import RunLockedError
+    from powertrain.training.nonfinite import NonFiniteError
+
+    command = shlex.join(["powertrain", "train", *argv])
+    try:
+        result = run(config, command=command)
+    except (CheckpointError, NonFiniteError, RunLockedError) as error:
+        print(f"powertrain train: {error}", file=sys.stderr)
+        return 1
+    if result.fit.interrupted_by is not None:
+        _say(f"\nInterrupted. Everything is saved at step {result.fit.counters.step}; resume with:\n  {command}")
+        return 128 + result.fit.interrupted_by
+    _report(config, result, arguments.overrides)
+    return 0
+
+
+def run(config: RunConfig, *, command: str = "") -> RunResult:
+    """Train the run that `config` describes, continuing what its run directory holds.
+
+    Args:
+        config: see `powertrain.config.compose`.
+        command: what the user typed, for the record.
+    Returns:
+        How it ended, its run directory and its latest metrics.
+    Errors:
+        ConfigError: the configuration contradicts the data, the machine, or the run that its directory holds.
+        CheckpointError, NonFiniteError, RunLockedError: see `powertrain.training.fit.fit`.
+    """
+    import lightning.pytorch as pl
+    from lightning.pytorch.utilities.seed import isolate_rng
+
+    from powertrain.data.datamodule import TokenDataModule
+    from powertrain.models.gpt import GPT
+    from powertrain.training.fit import fit
+    from powertrain.training.loggers import read_metrics
+
+    run_id = config.resolved_run_id()
+    run_dir = Path(config.paths.runs) / run_id
+    _claim(run_dir, config, command)
+    datamodule = TokenDataModule(
+        config.data,
+        context_length=config.trainer.context_length,
+        micro_batch_size=1,  # until fit() knows what fits
+        seed=config.seed,
+        cache_dir=config.paths.cache,
+    )
+    model_config = dataclasses.replace(config.model, vocab_size=datamodule.vocab_size)
+    length = _length(config, model_config)
+    _check_data(config, datamodule)
+    if _is_main_process():
+        datamodule.tokenizer.save(run_dir / "tokenizer")
+    with isolate_rng():
+        pl.seed_everything(config.seed, workers=True, verbose=False)
+        model = GPT(model_config)
+        _introduce(config, run_dir, datamodule, model, length)
+        result = fit(
+            model,
+            datamodule,
+            optim=config.optim,
+            schedule=config.schedule,
+            trainer=config.trainer,
+            length=length,
+            run_dir=run_dir,
+            run_id=run_id,
+            logger=config.logger,
+            debug=config.debug,
+            run_config=to_values(config),
+        )
+    latest: dict[str, float] = {}
+    for record in read_metrics(run_dir):
+        latest.update(record)
+    return RunResult(run_id, run_dir, result, latest, length)
+
+
+def _is_main_process() -> bool:
+    from lightning.pytorch.utilities import rank_zero_only
+
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def _say(text: str = "") -> None:
+    if _is_main_process():
+        print(text, flush=True)
+
+
+def _claim(run_dir: Path, config: RunConfig, command: str) -> None:
+    """Create the run directory with its configuration and environment, or check that it holds this very run."""
+    import yaml
+
+    saved = run_dir / "config.yaml"
+    if saved.exists():
+        before = from_values(yaml.safe_load(saved.read_text()))
+        changed = [c for c in changes(before, config) if not c[0].startswith(EXTENDABLE)]
+        if changed:
+            listed = ", ".join(f"{key} was {old!r}, now {new!r}" for key, old, new in changed[:3])
+            raise ConfigError(
+                f"{run_dir} holds another run ({listed}{', ...' if len(changed) > 3 else ''}): "
+                f"restore these values, or give this run another run_id"
+            )
+    if not _is_main_process():
+        return
+    run_dir.mkdir(parents=True, exist_ok=True)
+    for path, text in (
+        (saved, yaml.safe_dump(to_values(config), sort_keys=False)),
+        (run_dir / "environment.json", json.dumps(environment(command), indent=2) + "\n"),
+    ):
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(text)
+        temporary.replace(path)
+
+
+def environment(command: str = "") -> dict[str, Any]:
+    """Return what a run's numbers may depend on besides its configuration: versions, devices, the code's commit."""
+    import torch
+
+    versions = {}
+    for name in ("powertrain", "torch", "lightning", "hydra-core", "datasets", "tokenizers", "wandb", "triton"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "command": command,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+        "cuda": torch.version.cuda,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "threads": torch.get_num_threads(),
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    """Return what git says of the checkout that powertrain runs from, or None where it is installed otherwise."""
+    package = Path(__file__).resolve().parent
+    if not (package.parent / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(["git", "-C", str(package), *arguments], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _length(config: RunConfig, model_config: Any) -> TrainingLength:
+    from powertrain.models.flops import model_flops, num_parameters
+    from powertrain.training.length import resolve_length
+
+    flops = model_flops(model_config, config.trainer.context_length).algorithmic
+    return resolve_length(
+        config.trainer,
+        config.budget,
+        config.debug,
+        flops_per_token=flops.total,
+        num_parameters=sum(num_parameters(model_config).values()),
+    )
+
+
+def _check_data(config: RunConfig, datamodule: TokenDataModule) -> None:
+    """Reject a context that the data cannot fill, with the sentence of the data."""
+    try:
+        _ = datamodule.train_windows, datamodule.val_windows
+    except ValueError as error:
+        raise ConfigError(f"trainer.context_length={config.trainer.context_length}: {error}") from error
+
+
+def _introduce(
+    config: RunConfig, run_dir: Path, datamodule: TokenDataModule, model: GPT, length: TrainingLength
+) -> None:
+    """Say in a few lines what is about to be trained, on what, where and for how long."""
+    from powertrain.training.batching import resolve_devices
+    from powertrain.training.progress import amount
+
+    devices = resolve_devices(config.trainer)
+    where = "CPU"
+    if devices.accelerator == "gpu":
+        import torch
+
+        where = f"{devices.world_size} x {torch.cuda.get_device_name(0)}"
+    parameters = sum(p.numel() for p in model.parameters())
+    m = model.config
+    kinds = ", ".join(dict.fromkeys(m.mixer.kinds))
+    epochs = length.tokens / datamodule.train_tokens
+    _say(f"run     {run_dir}")
+    _say(f"device  {where}, {config.trainer.precision}")
+    _say(
+        f"data    {config.data.source}: {datamodule.num_documents:,} documents, "
+        f"{amount(datamodule.train_tokens)} training tokens, vocabulary {datamodule.vocab_size:,}"
+    )
+    _say(
+        f"model   {amount(parameters)} parameters: {m.n_layers} layers of {kinds}, width {m.d_model}, "
+        f"{m.n_heads} heads of {m.head_dim}, context {config.trainer.context_length:,}"
+    )
+    _say(
+        f"plan    {length.steps:,} steps of {length.tokens_per_step:,} tokens = {amount(length.tokens)} tokens "
+        f"({epochs:.2f} epochs), {length.flops:.3g} FLOPs ({length.reason})"
+    )
+
+
+def _report(config: RunConfig, result: RunResult, overrides: list[str]) -> None:
+    """Show what came out: losses, the curve, a sample, and how to go on."""
+    if not _is_main_process():
+        return
+    from powertrain.inference.generate import generate_text, load_run
+    from powertrain.training.plots import plot_curve
+
+    m = result.metrics
+    if result.fit.resumed_step >= result.length.steps:
+        _say(f"The run was finished already, at step {result.fit.counters.step:,}.")
+    _say()
+    if "val/loss" in m:
+        per_byte = f", {m['val/bits_per_byte']:.3f} bits per byte" if "val/bits_per_byte" in m else ""
+        _say(f"validation loss {m['val/loss']:.4f} nats per token, perplexity {m['val/perplexity']:.2f}{per_byte}")
+    _say(f"loss curve      {plot_curve(result.run_dir)}")
+    if config.sample.max_new_tokens:
+        model, tokenizer = load_run(result.run_dir)
+        pieces = generate_text(
+            model,
+            tokenizer,
+            config.sample.prompt,
+            max_new_tokens=config.sample.max_new_tokens,
+            temperature=config.sample.temperature,
+            top_k=config.sample.top_k,
+            seed=config.seed,
+        )
+        text = config.sample.prompt + "".join(pieces)
+        (result.run_dir / "sample.txt").write_text(text)
+        rule = "-" * 72
+        _say(f"\nA sample of {config.sample.max_new_tokens} tokens:\n{rule}\n{text}\n{rule}")
+    kept = [o for o in overrides if not o.startswith((*EXTENDABLE, "budget=", "run_id=", "model="))]
+    further = f"run_id={result.run_id} trainer.max_tokens={2 * result.length.tokens}"
+    if config.trainer.max_steps is not None:
+        further += " trainer.max_steps=null"
+    if config.budget.value is not None:
+        further += " budget.value=null"
+    _say(f"\nTrain it twice as long:  {shlex.join(['powertrain', 'train', *kept])} {further}")
+    _say(f"Generate from it:        {shlex.join(['powertrain', 'generate', str(result.run_dir)])} --prompt 'class '")

@@ -51,7 +51,7 @@ def test_every_group_of_conf_is_known():
         (["optim.lr=abc"], "optim.lr='abc' is not allowed: it must be a number"),
         (["optim.lr=-1"], "optim.lr"),
         (["mixer.deg=3"], "mixer.deg=3"),
-        (["model.n_heads=5", "model.head_dim=0"], "model.n_heads=5 does not divide"),
+        (["model.n_heads=7", "model.head_dim=0"], "model.n_heads=7 does not divide"),
         (["model=1m,10m"], "one run takes one"),
         (["data.files=[a"], "cannot read the override 'data.files=[a'"),
         (["trainer.max_steps"], "cannot read the override 'trainer.max_steps'"),
