@@ -6,7 +6,7 @@
 // Row tiles are taken in turns by a persistent grid: the producing warpgroup runs ahead into the next one.
 #pragma once
 #include "../common/stages.h"
-#include "ptx.cuh"
+#include "pipeline.cuh"
 #include "wgmma.cuh"
 
 namespace powertrain::sm90 {

@@ -6,7 +6,7 @@
 // The decay to the chunk's end is multiplied into x_i in fp32, before its rounding to 16 bits.
 #pragma once
 #include "../common/segments.h"
-#include "ptx.cuh"
+#include "pipeline.cuh"
 #include "wgmma.cuh"
 
 namespace powertrain::sm90 {

@@ -1,0 +1,48 @@
+// Emulated twin of src/sm90/ptx.cuh.
+#pragma once
+#include "emulate.h"
+
+namespace powertrain::sm90 {
+
+inline uint32_t shared_address(const void* pointer) { return (uint32_t)__cvta_generic_to_shared(pointer); }
+inline void barrier_init(uint32_t barrier, uint32_t arrivals) { emulate::barrier_init(barrier, arrivals); }
+inline void barrier_init_fence() {}
+inline void barrier_expect(uint32_t barrier, uint32_t bytes) { emulate::barrier_expect(barrier, bytes); }
+inline void barrier_arrive(uint32_t barrier) { emulate::barrier_arrive(barrier); }
+inline void barrier_wait(uint32_t barrier, uint32_t parity) { emulate::barrier_wait(barrier, parity); }
+inline void named_barrier(int id, int threads) { emulate::named_barrier(id, threads); }
+inline void bulk_load(uint32_t destination, const void* source, uint32_t bytes, uint32_t barrier) {
+  emulate::bulk_load(destination, source, bytes, barrier);
+}
+constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+template <int kRegisters>
+void give_registers() {}
+template <int kRegisters>
+void take_registers() {}
+
+inline void load_matrices(uint32_t (&r)[4], uint32_t address) { emulate::load_matrices(r, 4, address, false); }
+inline void load_matrices_transposed(uint32_t (&r)[4], uint32_t address) { emulate::load_matrices(r, 4, address, true); }
+inline float load_shared_float(uint32_t address) { return *(float*)emulate::shared_at(address, 4); }
+inline float2 load_shared_float2(uint32_t address) { return *(float2*)emulate::shared_at(address, 8); }
+inline void store_shared_float2(uint32_t address, float2 value) { *(float2*)emulate::shared_at(address, 8) = value; }
+inline float exp2_fast(float x) { return exp2f(x); }
+
+template <typename T>
+struct Pair {
+  static constexpr bool kHalf = std::is_same_v<T, __half>;
+  static uint16_t round(float x) { return kHalf ? __half_as_ushort(__float2half_rn(x)) : __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+  static float2 unpack(uint32_t r) { return make_float2(emulate::to_float((uint16_t)r, kHalf), emulate::to_float((uint16_t)(r >> 16), kHalf)); }
+  static uint32_t pack(float low, float high) { return (uint32_t)round(high) << 16 | round(low); }
+  static uint32_t multiply(uint32_t a, uint32_t b) {
+    const float2 x = unpack(a), y = unpack(b);
+    return pack(x.x * y.x, x.y * y.y);
+  }
+};
+inline uint32_t both_low(uint32_t r) { return __byte_perm(r, r, 0x1010); }
+inline uint32_t both_high(uint32_t r) { return __byte_perm(r, r, 0x3232); }
+template <typename T>
+float round_to(float x) {
+  return emulate::to_float(Pair<T>::round(x), Pair<T>::kHalf);
+}
+
+}  // namespace powertrain::sm90
