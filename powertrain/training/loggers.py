@@ -135,6 +135,14 @@ class RunWandbLogger(WandbLogger):
         assert step is not None
         super().log_metrics({"step": step, **metrics}, step=step)
 
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        super().finalize(status)
+        # Lightning leaves the run open, and a next run of this process would be logged into it.
+        if self._experiment is not None:
+            self._experiment.finish(exit_code=0 if status == "success" else 1)
+            self._experiment = None
+
 
 def _has_wandb_key() -> bool:
     if os.environ.get("WANDB_API_KEY"):

@@ -1,0 +1,170 @@
+import io
+import re
+
+import pytest
+import torch
+from rich.console import Console
+
+from powertrain.training.batching import Devices, choose_micro_batch_size, resolve_devices
+from powertrain.training.config import DebugConfig, TrainerConfig
+from powertrain.training.loggers import read_metrics
+from powertrain.training.progress import ProgressReport, amount, duration
+from tests.training import fakes
+from tests.training.fakes import FakeData, TinyModel, run_tiny
+
+ONE_CPU = Devices("cpu", 1, 1)
+
+
+def test_an_unknown_micro_batch_is_the_largest_that_a_cpu_should_take():
+    model = TinyModel()
+    config = TrainerConfig(context_length=1024, global_batch_tokens=24 * 1024)
+    assert choose_micro_batch_size(model, config, ONE_CPU) == 8
+    assert choose_micro_batch_size(model, config, Devices("cpu", 3, 2)) == 4
+    long = TrainerConfig(context_length=65536, global_batch_tokens=2 * 65536)
+    assert choose_micro_batch_size(model, long, ONE_CPU) == 1
+
+
+def test_a_micro_batch_that_does_not_divide_a_ranks_share_is_refused():
+    config = TrainerConfig(context_length=64, global_batch_tokens=64 * 8, micro_batch_size=8)
+    with pytest.raises(ValueError, match=r"does not divide the 4 sequences that each of 2 .* allowed are \[1, 2, 4\]"):
+        choose_micro_batch_size(TinyModel(), config, Devices("cpu", 2, 1))
+
+
+def test_processes_that_cannot_share_the_batch_are_refused():
+    config = TrainerConfig(context_length=64, global_batch_tokens=64 * 8, accelerator="cpu", devices=3)
+    with pytest.raises(ValueError, match=r"8 sequences .* 3 processes cannot share equally; give a multiple of 192"):
+        resolve_devices(config)
+
+
+def test_gpus_that_are_not_there_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"needs 2 GPUs on this machine, which has 0"):
+        resolve_devices(TrainerConfig(accelerator="gpu", devices=2))
+    assert resolve_devices(TrainerConfig()).accelerator == "cpu"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_on_a_gpu_the_largest_that_fits_is_taken():
+    model = TinyModel()
+    config = TrainerConfig(context_length=64, global_batch_tokens=64 * 8)
+    assert choose_micro_batch_size(model, config, Devices("gpu", 1, 1)) == 8
+
+
+def test_records_have_every_promised_key(tmp_path):
+    run_tiny(tmp_path / "run", steps=4, log_every_steps=2, peak_flops=1e9)
+    records = read_metrics(tmp_path / "run")
+    train = [r for r in records if "train/loss" in r]
+    assert [r["step"] for r in train] == [2, 4]
+    counters = {"step", "tokens", "flops", "seconds"}
+    names = ("loss", "perplexity", "bits_per_byte", "grad_norm", "lr", "tokens_per_second", "mfu")
+    assert set(train[0]) == counters | {f"train/{name}" for name in names} | {"power/gate_half_life/0"}
+    (val,) = [r for r in records if "val/loss" in r]
+    assert set(val) == counters | {"val/loss", "val/perplexity", "val/bits_per_byte", "val/loss_by_position/64"}
+    for record in train:
+        assert record["flops"] == record["tokens"] * 1000.0
+        rate = record["train/tokens_per_second"]
+        assert record["train/mfu"] == pytest.approx(rate * 1000.0 / 1e9)
+    assert val["val/bits_per_byte"] == pytest.approx(val["val/loss"] / 3 / 0.6931471805599453)
+
+
+def test_tokens_per_second_leaves_validation_out(tmp_path):
+    import time
+
+    class Slow(FakeData):
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            time.sleep(0.3 if self.trainer.validating else 0.05)
+            return batch
+
+    run_tiny(tmp_path / "run", steps=4, data=Slow(), val_every_steps=2, log_every_steps=4)
+    (train,) = [r for r in read_metrics(tmp_path / "run") if "train/loss" in r]
+    # 8 micro-batches of 0.05 s; the validation between them takes 1.2 s, and would halve the rate and more.
+    assert 256 * 4 / 0.4 * 0.4 < train["train/tokens_per_second"] < 256 * 4 / 0.4
+    assert train["seconds"] > 1.6
+
+
+def test_debug_limits_the_validation_and_overfits_one_batch(tmp_path):
+    seen = {"training": [], "validating": []}
+
+    class Watched(TinyModel):
+        def forward(self, input_ids, **kwargs):
+            seen["training" if self.training else "validating"].append(input_ids.clone())
+            return super().forward(input_ids, **kwargs)
+
+    run_tiny(tmp_path / "run", steps=4, debug=DebugConfig(val_batches=1, overfit=True), model=Watched())
+    assert len(seen["validating"]) == 1
+    first, second = seen["training"][:2]
+    assert not torch.equal(first, second)
+    assert len(seen["training"]) == 8
+    for number, ids in enumerate(seen["training"]):
+        assert torch.equal(ids, (first, second)[number % 2])
+
+
+@pytest.mark.parametrize("profiler", ["simple", "pytorch"])
+def test_a_profile_is_written_to_the_run(tmp_path, profiler):
+    run_tiny(tmp_path / "run", steps=3, debug=DebugConfig(profiler=profiler))
+    assert list((tmp_path / "run" / "profile").iterdir())
+
+
+def test_anomaly_detection_is_handed_on(tmp_path):
+    class Watched(TinyModel):
+        seen = False
+
+        def forward(self, *args, **kwargs):
+            Watched.seen |= torch.is_anomaly_enabled()
+            return super().forward(*args, **kwargs)
+
+    run_tiny(tmp_path / "run", steps=1, model=Watched(), debug=DebugConfig(detect_anomaly=True))
+    assert Watched.seen
+    assert not torch.is_anomaly_enabled()
+
+
+def test_durations_and_amounts():
+    assert [duration(s) for s in (0, 59.4, 60, 185, 7620, 360_000)] == [
+        "0s",
+        "59s",
+        "1m 00s",
+        "3m 05s",
+        "2h 07m",
+        "4d 4h",
+    ]
+    assert [amount(v) for v in (0, 950, 12_345, 999_999, 4.56e6, 1.2e10)] == ["0", "950", "12.3k", "1M", "4.56M", "12G"]
+
+
+def run_with_console(tmp_path, monkeypatch, console):
+    monkeypatch.setattr("powertrain.training.fit.ProgressReport", lambda: ProgressReport(console, every_seconds=0.0))
+    run_tiny(tmp_path / "run", steps=6)
+    return console.file.getvalue()
+
+
+def test_without_a_terminal_progress_is_plain_lines(tmp_path, monkeypatch):
+    console = Console(file=io.StringIO(), force_terminal=False, width=200)
+    text = run_with_console(tmp_path, monkeypatch, console)
+    lines = text.splitlines()
+    assert len(lines) == 8
+    assert "\x1b" not in text
+    assert re.fullmatch(r"step 6/6  loss \d\.\d{3}  val \d\.\d{3}  tok/s \S+  left 0s", lines[-1])
+
+
+def test_on_a_terminal_there_is_one_live_bar(tmp_path, monkeypatch):
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    text = run_with_console(tmp_path, monkeypatch, console)
+    last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).strip().splitlines()[-1]
+    assert re.search(r"training .* 6/6 .*loss \d\.\d{3}.*val \d\.\d{3}.*tok/s \S+.*left 0s", last)
+
+
+def test_the_callers_precision_gives_autocast(tmp_path):
+    seen = set()
+
+    class Watched(TinyModel):
+        def forward(self, *args, **kwargs):
+            seen.add((torch.is_autocast_enabled("cpu"), self.head.weight.dtype))
+            return super().forward(*args, **kwargs)
+
+    run_tiny(tmp_path / "run", steps=1, model=Watched(), precision="bf16-mixed")
+    assert seen == {(True, torch.float32)}
+
+
+def test_fakes_follow_the_contract():
+    batch = fakes.make_batch(0, 2)
+    assert set(batch) == {"input_ids", "labels", "cu_seqlens"}
