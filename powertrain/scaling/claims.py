@@ -1,12 +1,14 @@
 """Claims with leases on a shared file system: several runners, on one machine or many, never train the same cell.
 
-A claim is a file that is created exclusively and whose modification time its owner renews. A claim that was not renewed
-for a lease, or whose owner is a process of this machine that no longer lives, may be taken over. Should two runners ever
-hold one claim (a machine slept for longer than the lease), nothing is lost: records are created exclusively too.
+A claim is a file that is created exclusively and whose modification time its owner renews. A claim that was not
+renewed for a lease, or whose owner is a process of this machine that no longer lives, may be taken over. Should two
+runners ever hold one claim (a machine slept for longer than the lease), nothing is lost: records are created
+exclusively too.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -21,7 +23,7 @@ LEASE_SECONDS = 120.0
 
 
 def machine() -> str:
-    """Return what identifies the process table of this machine: host, boot and namespace (containers share host names)."""
+    """Return what identifies this machine's process table: host, boot and namespace (containers share host names)."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         namespace = os.readlink("/proc/self/ns/pid")
@@ -169,10 +171,8 @@ class Claims:
             if read_owner(aside) == previous:
                 return True
             # Between our look and our rename another runner had taken it over: give it back.
-            try:
+            with contextlib.suppress(FileExistsError):
                 os.link(aside, path)
-            except FileExistsError:
-                pass
             return False
         finally:
             aside.unlink(missing_ok=True)

@@ -1,0 +1,236 @@
+"""`powertrain sweep plan | run | status | report RECIPE`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from powertrain.scaling.recipe import Recipe
+    from powertrain.scaling.run import SweepState
+
+DESCRIPTION = """\
+From FLOPs budgets to perplexity curves: a recipe says which mixers, sizes and budgets; `plan` says what that costs, `run`
+trains what is missing, `report` fits and draws what the records hold.
+"""
+
+EXAMPLES = """\
+examples:
+  powertrain sweep plan smoke                    every cell with its steps, tokens, FLOPs and time; nothing runs
+  powertrain sweep run smoke                     run what is missing, here; the same command again continues
+  powertrain sweep run flops_65k --gpus 0,1,2,3  one runner per GPU
+  powertrain sweep run flops_65k --slurm 16      an array of 16 runners, and a report when they are done
+  powertrain sweep status flops_65k              what is finished, running, failed
+  powertrain sweep report flops_65k              figures, page and table, from the records alone
+
+RECIPE is a path, or the name of one that ships with powertrain (recipes/). Several runners, on any machines that share
+the directory, divide one sweep among themselves.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of `powertrain sweep`."""
+    result = argparse.ArgumentParser(
+        prog="powertrain sweep",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = result.add_subparsers(dest="command", required=True, metavar="plan | run | status | report")
+    plan = commands.add_parser("plan", help="print every cell and what it costs")
+    run = commands.add_parser("run", help="train what is missing")
+    status = commands.add_parser("status", help="say what is finished, running and failed")
+    report = commands.add_parser("report", help="fit and draw what the records hold")
+    for command in (plan, run, status, report):
+        command.add_argument("recipe", metavar="RECIPE", help="path or shipped name")
+        command.add_argument(
+            "--directory", type=Path, default=Path("sweeps"), help="holds one directory per sweep (default: sweeps)"
+        )
+    plan.add_argument("--device", default="H200", help="what to price for, such as H100, or cpu (default: H200)")
+    plan.add_argument("--json", action="store_true", help="one JSON object per cell instead of tables")
+    where = run.add_mutually_exclusive_group()
+    where.add_argument("--gpus", help="one runner per GPU of this list, such as 0,1,2,3, or `all`")
+    where.add_argument("--slurm", type=int, metavar="N", help="submit an array of N runners, and a dependent report")
+    run.add_argument(
+        "--cluster",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="with --slurm: options of conf/cluster, such as gpus_per_node=1 or time=4:00:00",
+    )
+    run.add_argument("--dry-run", action="store_true", help="with --slurm: print the scripts, submit nothing")
+    run.add_argument("--requeue", action="store_true", help="in a Slurm job: ask for another attempt when interrupted")
+    run.add_argument("--retry-failed", action="store_true", help="try failed cells again")
+    run.add_argument("--no-wait", action="store_true", help="end while others still run, instead of waiting for them")
+    run.add_argument("--max-hours", type=float, help="start no further cell after this time")
+    run.add_argument("--keep-checkpoints", action="store_true", help="keep the last checkpoint of every cell")
+    run.add_argument("--wandb", action="store_true", help="log every cell to W&B, offline where there is no key")
+    run.add_argument("--quiet", action="store_true", help="one line per cell instead of a live table")
+    report.add_argument("--output", type=Path, help="directory of the report (default: <directory>/<sweep>/report)")
+    report.add_argument("--wandb", action="store_true", help="log the report as a W&B artifact too")
+    return result
+
+
+def main(argv: list[str]) -> int:
+    """Run `powertrain sweep` and return its exit code: 0 done, 1 some cells failed, 2 bad input, 130 interrupted."""
+    from powertrain.scaling.recipe import load_recipe
+
+    arguments = parser().parse_args(argv)
+    recipe = load_recipe(arguments.recipe)
+    commands = {"plan": _plan, "run": _run, "status": _status, "report": _report}
+    return commands[arguments.command](recipe, arguments)
+
+
+def _state(recipe: Recipe, directory: Path, device: str | None = None) -> SweepState:
+    """Return the sweep as its directory shows it, for a named device or for the one of this machine."""
+    from powertrain.scaling.catalog import ComposedCatalog
+    from powertrain.scaling.plan import find_device
+    from powertrain.scaling.run import SweepPaths, SweepState
+
+    catalog = ComposedCatalog(recipe, "cpu" if device == "cpu" else "cuda")
+    memory = find_device(device).memory_gib if device is not None else None
+    return SweepState(recipe, catalog, SweepPaths(directory / recipe.name), memory)
+
+
+def _plan(recipe: Recipe, arguments: argparse.Namespace) -> int:
+    from powertrain.scaling.plan import as_rows, find_device, make_plan, render
+
+    state = _state(recipe, arguments.directory, arguments.device)
+    plan = make_plan(state.expand(), find_device(arguments.device), state.store.read(), state.store.finished())
+    if arguments.json:
+        for row in as_rows(plan):
+            print(json.dumps(row))
+        return 0
+    from rich.console import Console
+
+    # Wide enough for every column where the output is no terminal.
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    for item in render(plan):
+        console.print(item)
+    return 0
+
+
+def _run(recipe: Recipe, arguments: argparse.Namespace) -> int:
+    if arguments.slurm is not None:
+        return _submit(recipe, arguments)
+    state = _state(recipe, arguments.directory)
+    if arguments.retry_failed:
+        state.failures.forget(state.failures.ids())
+    code = _run_on_gpus(state, arguments) if arguments.gpus else _run_here(state, arguments)
+    if not arguments.quiet:
+        _print_status(state)
+        if not state.missing(state.expand()):
+            print(f"next: powertrain sweep report {arguments.recipe}")
+    return code
+
+
+def _run_here(state: SweepState, arguments: argparse.Namespace) -> int:
+    import sys
+
+    from rich.console import Console
+
+    from powertrain.scaling.display import LiveStatus, deadline
+    from powertrain.scaling.execute import TrainingExecutor
+    from powertrain.scaling.run import run
+
+    executor = TrainingExecutor(
+        state.recipe, state.paths, wandb=arguments.wandb, keep_checkpoints=arguments.keep_checkpoints
+    )
+    # The terminal itself: what a training prints is sent to its log, and would take these lines with it.
+    console = Console(file=sys.stdout)
+    with LiveStatus(state, console, live=not arguments.quiet) as display:
+        outcome = run(
+            state,
+            executor,
+            stop=deadline(arguments.max_hours),
+            wait=None if arguments.no_wait else time.sleep,
+            on_start=display.cell_started,
+            on_end=display.cell_ended,
+        )
+    if outcome.interrupted_by is not None:
+        print("Interrupted. Everything is saved; the same command continues.")
+        if arguments.requeue:
+            from powertrain.scaling.launch import requeue
+
+            print(requeue())
+        return 128 + outcome.interrupted_by
+    return 1 if outcome.failed else 0
+
+
+def _run_on_gpus(state: SweepState, arguments: argparse.Namespace) -> int:
+    import sys
+
+    from rich.console import Console
+
+    from powertrain.scaling.display import LiveStatus
+    from powertrain.scaling.launch import run_on_gpus, visible_gpus
+
+    passed_on = ["sweep", "run", arguments.recipe, "--directory", str(arguments.directory), "--quiet"]
+    for flag in ("no_wait", "keep_checkpoints", "wandb"):
+        if getattr(arguments, flag):
+            passed_on.append(f"--{flag.replace('_', '-')}")
+    if arguments.max_hours is not None:
+        passed_on += ["--max-hours", str(arguments.max_hours)]
+    with LiveStatus(state, Console(file=sys.stdout), live=not arguments.quiet):
+        return run_on_gpus(passed_on, visible_gpus(arguments.gpus), state.paths.logs)
+
+
+def _submit(recipe: Recipe, arguments: argparse.Namespace) -> int:
+    from powertrain.cluster.config import ClusterConfig
+    from powertrain.scaling.launch import scripts, slurm_jobs, submit
+    from powertrain.scaling.run import SweepPaths
+    from powertrain.schema import ConfigError, build
+
+    values = {}
+    for text in arguments.cluster:
+        key, separator, value = text.partition("=")
+        if not separator:
+            raise ConfigError(f"--cluster {text}: write KEY=VALUE, such as gpus_per_node=1")
+        values[key] = int(value) if value.isdigit() else value
+    cluster = build(ClusterConfig, {"kind": "slurm", **values}, "cluster")
+    paths = SweepPaths(arguments.directory / recipe.name)
+    flags = [f"--{f.replace('_', '-')}" for f in ("keep_checkpoints", "wandb") if getattr(arguments, f)]
+    array, report = slurm_jobs(arguments.recipe, arguments.directory, paths, arguments.slurm, flags)
+    if arguments.dry_run:
+        print(scripts(cluster, array, report), end="")
+        return 0
+    array_id, report_id = submit(cluster, array, report, paths)
+    print(f"submitted runners {array_id}[0-{arguments.slurm - 1}] and report {report_id}; logs in {array.log_dir}")
+    print(f"follow: powertrain sweep status {arguments.recipe} --directory {arguments.directory}")
+    return 0
+
+
+def _print_status(state: SweepState) -> None:
+    from rich.console import Console
+
+    from powertrain.scaling.display import status_table
+
+    console = Console()
+    console.print(status_table(state))
+
+
+def _status(recipe: Recipe, arguments: argparse.Namespace) -> int:
+    _print_status(_state(recipe, arguments.directory))
+    return 0
+
+
+def _report(recipe: Recipe, arguments: argparse.Namespace) -> int:
+    from powertrain.scaling.records import RecordStore
+    from powertrain.scaling.report import build, write
+    from powertrain.scaling.run import SweepPaths
+
+    paths = SweepPaths(arguments.directory / recipe.name)
+    files = build(recipe, RecordStore(paths.records).read())
+    output = arguments.output or paths.report
+    write(files, output)
+    print(f"report: {output / 'README.md'}")
+    if arguments.wandb:
+        from powertrain.scaling.artifact import log_report
+
+        print(log_report(recipe, output, paths.root))
+    return 0

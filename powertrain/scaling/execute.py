@@ -1,0 +1,223 @@
+"""Training of cells: a trunk at constant learning rate shared by all budgets, and an annealed branch for each."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from powertrain.config import RunConfig
+from powertrain.scaling.catalog import DeviceType, model_cost
+from powertrain.scaling.cells import Cell
+from powertrain.scaling.recipe import Recipe
+from powertrain.scaling.records import CellRecord
+from powertrain.scaling.run import Interrupted, SweepPaths
+from powertrain.schema import ConfigError
+from powertrain.training.config import BudgetConfig
+
+if TYPE_CHECKING:
+    from powertrain.train import RunResult
+
+
+def trunk_config(cell: Cell) -> RunConfig:
+    """Return the run that a cell's trunk is up to where the cell branches off: the same, without the fall at the end."""
+    return dataclasses.replace(
+        cell.config,
+        run_id=cell.trunk,
+        schedule=dataclasses.replace(cell.config.schedule, kind="constant"),
+        budget=BudgetConfig(kind="steps", value=cell.decay_start),
+        # A trunk is continued or branched from; it is measured through its branches.
+        logger=dataclasses.replace(cell.config.logger, wandb_job_type="trunk"),
+    )
+
+
+def branch(trunk: Path, run_dir: Path, decay_start: int) -> int:
+    """Give a new run the newest checkpoint of its trunk that lies before its anneal, and the metrics up to there.
+
+    Args:
+        trunk: run directory of the trunk.
+        run_dir: run directory of the cell; where it holds a checkpoint already, nothing is done.
+        decay_start: last step that trunk and cell have in common.
+    Returns:
+        The step that the cell starts from; 0 where the trunk has no checkpoint to branch from.
+    """
+    from powertrain.training.checkpoint import CheckpointStore
+    from powertrain.training.loggers import METRICS_FILE, truncate_metrics
+
+    if CheckpointStore(run_dir / "checkpoints").steps():
+        return max(CheckpointStore(run_dir / "checkpoints").steps())
+    source = CheckpointStore(trunk / "checkpoints")
+    usable = [step for step in source.steps() if step <= decay_start and source.fault(step) is None]
+    if not usable:
+        return 0
+    step = max(usable)
+    checkpoints = run_dir / "checkpoints"
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(trunk / METRICS_FILE, run_dir / METRICS_FILE)
+    truncate_metrics(run_dir, step)
+    # The sidecar vouches for the file, so that it comes last.
+    for suffix in ("", ".json"):
+        path = source.path(step)
+        _link_or_copy(path.with_name(path.name + suffix), checkpoints / (path.name + suffix))
+    return step
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    # Checkpoints are never changed in place, so that one file may have two names.
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        return
+    except OSError:
+        temporary = target.with_name(f".{target.name}.tmp")
+        shutil.copyfile(source, temporary)
+        os.replace(temporary, target)
+
+
+@contextlib.contextmanager
+def _printing_to(path: Path) -> Iterator[None]:
+    """Send what a training prints to its log; the terminal shows the sweep."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        path.open("a", encoding="utf-8") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
+        yield
+
+
+class TrainingExecutor:
+    """Trains cells through `powertrain.train.run`, each resuming where it stopped, and measures them.
+
+    Args:
+        wandb: log every trunk and cell to W&B too.
+        keep_checkpoints: keep the last checkpoint of finished cells; without it only trunks keep theirs.
+    """
+
+    def __init__(
+        self, recipe: Recipe, paths: SweepPaths, *, wandb: bool = False, keep_checkpoints: bool = False
+    ) -> None:
+        self.recipe, self.paths, self.wandb, self.keep_checkpoints = recipe, paths, wandb, keep_checkpoints
+
+    def run(self, cell: Cell) -> CellRecord:
+        """Train and measure a cell; see `powertrain.scaling.run.Executor`."""
+        config = self._local(cell.config)
+        with _printing_to(self.paths.logs / f"{cell.id}.log"):
+            # The largest budget has nothing after it that could branch off.
+            if cell.budget < max(self.recipe.budgets):
+                self._train(self._local(trunk_config(cell)))
+            branch(self.paths.runs / cell.trunk, self.paths.runs / cell.id, cell.decay_start)
+            return self._measure(cell, config, self._train(config))
+
+    def _local(self, config: RunConfig) -> RunConfig:
+        return dataclasses.replace(
+            config,
+            paths=dataclasses.replace(config.paths, runs=str(self.paths.runs)),
+            logger=dataclasses.replace(config.logger, wandb=self.wandb or config.logger.wandb),
+        )
+
+    @staticmethod
+    def _train(config: RunConfig) -> RunResult:
+        from powertrain.train import run
+
+        result = run(config, command="powertrain sweep run")
+        if result.fit.interrupted_by is not None:
+            raise Interrupted(result.fit.interrupted_by)
+        return result
+
+    def _measure(self, cell: Cell, config: RunConfig, result: RunResult) -> CellRecord:
+        from powertrain.data.datamodule import TokenDataModule
+        from powertrain.inference.generate import load_run
+        from powertrain.scaling.evaluate import measure, order_fingerprint, training_curve
+        from powertrain.training.batching import resolve_devices
+        from powertrain.training.loggers import read_metrics
+
+        devices = resolve_devices(config.trainer)
+        device = devices.torch_device
+        assert result.fit.checkpoint is not None
+        model, tokenizer = load_run(result.fit.checkpoint, device)
+        if tokenizer.vocab_size != cell.config.model.vocab_size:
+            raise ConfigError(
+                f"the tokenizer has {tokenizer.vocab_size} entries, but the cell was planned with "
+                f"{cell.config.model.vocab_size}: set data.tokenizer.vocab_size to what the corpus yields"
+            )
+        data = TokenDataModule(
+            config.data,
+            context_length=cell.context,
+            micro_batch_size=1,
+            seed=config.seed,
+            cache_dir=config.paths.cache,
+        )
+        measured = measure(
+            model,
+            data,
+            precision=config.trainer.precision,
+            device=device,
+            buckets=self.recipe.evaluation.position_buckets,
+        )
+        device_type: DeviceType = "cuda" if device.type == "cuda" else "cpu"
+        cost = model_cost(cell.config.model, cell.context, device_type)
+        count = devices.world_size
+        record = CellRecord(
+            cell=cell.id,
+            sweep=self.recipe.name,
+            mixer=cell.mixer,
+            size=cell.size,
+            context=cell.context,
+            budget=cell.budget,
+            seed=cell.seed,
+            learning_rate=cell.learning_rate,
+            learning_rate_factor=cell.learning_rate_factor,
+            batch_tokens=cell.batch_tokens,
+            batch_factor=cell.batch_factor,
+            steps=cell.steps,
+            tokens=cell.tokens,
+            parameters=cost.parameters,
+            parameters_total=cost.parameters_total,
+            state_size=cost.state_size,
+            flops_per_token={str(convention): flops for convention, flops in cost.flops_per_token.items()},
+            flops_by_part=cost.flops_by_part,
+            annealed=True,
+            loss=measured.loss,
+            bits_per_byte=measured.bits_per_byte,
+            seconds=result.fit.counters.seconds * count,
+            device=_device_name(device),
+            devices=count,
+            document_loss=measured.document_loss,
+            document_tokens=measured.document_tokens,
+            position_bounds=measured.position_bounds,
+            position_loss=measured.position_loss,
+            position_tokens=measured.position_tokens,
+            curve=training_curve(read_metrics(result.run_dir), cell.decay_start, count),
+            data={
+                "tokens": data.fingerprint,
+                "order": order_fingerprint(data),
+                "evaluation": measured.fingerprint,
+            },
+            environment=_environment(result.run_dir),
+        )
+        if not self.keep_checkpoints:
+            shutil.rmtree(result.run_dir / "checkpoints", ignore_errors=True)
+        return record
+
+
+def _device_name(device: Any) -> str:
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    return "cpu"
+
+
+def _environment(run_dir: Path) -> dict[str, str]:
+    """Return the versions and the commit that a run's directory states."""
+    values = json.loads((run_dir / "environment.json").read_text())
+    found = {"python": values["python"], **values["versions"]}
+    if values.get("git_commit"):
+        found["commit"] = values["git_commit"][:12] + ("+" if values.get("git_modified") else "")
+    return {key: str(value) for key, value in found.items()}

@@ -1,0 +1,137 @@
+"""Several runners of one sweep: a process per local GPU, or a Slurm array with a dependent report."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from powertrain.cluster.config import ClusterConfig
+from powertrain.cluster.script import BatchJob, batch_script
+from powertrain.scaling.run import SweepPaths
+
+# Runners import torch at once; a little apart they do not compete for the disk.
+STAGGER_SECONDS = 1.0
+
+
+def visible_gpus(wanted: str) -> list[str]:
+    """Return the GPUs of a list such as `0,1,2`, or all of this machine.
+
+    Errors:
+        ValueError: not a list of numbers, one given twice, or none there.
+    """
+    if wanted == "all":
+        import torch
+
+        found = [str(i) for i in range(torch.cuda.device_count())]
+        if not found:
+            raise ValueError("--gpus all: this machine has no GPU that torch can see")
+        return found
+    gpus = [g.strip() for g in wanted.split(",")]
+    if not all(g.isdigit() for g in gpus) or len(set(gpus)) != len(gpus):
+        raise ValueError(f"--gpus {wanted}: allowed are numbers separated by commas, each once, or `all`")
+    return gpus
+
+
+def run_on_gpus(arguments: Sequence[str], gpus: Sequence[str], logs: Path) -> int:
+    """Run one runner per GPU, each with `arguments`, and return the first exit code that is not 0.
+
+    Interrupts reach the runners, which save and end; a runner that fails leaves the others at work.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    processes: list[subprocess.Popen[bytes]] = []
+    command = [sys.executable, "-m", "powertrain", *arguments]
+    previous = signal.getsignal(signal.SIGTERM)
+
+    def forward(signum: int, frame: object) -> None:
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, forward)
+    try:
+        for gpu in gpus:
+            with (logs / f"runner-{gpu}.log").open("ab") as log:
+                environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
+                processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+            time.sleep(STAGGER_SECONDS)
+        while any(process.poll() is None for process in processes):
+            try:
+                time.sleep(STAGGER_SECONDS)
+            except KeyboardInterrupt:
+                # A terminal has sent it to the runners too; they save and end.
+                continue
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    return next((code for code in (p.returncode for p in processes) if code), 0)
+
+
+def slurm_jobs(
+    recipe: str, directory: Path, paths: SweepPaths, runners: int, flags: Sequence[str] = ()
+) -> tuple[BatchJob, BatchJob]:
+    """Return the array of runners, and the report that follows it; the report's dependency is the array's id.
+
+    Args:
+        recipe: as the user named it; a path is made absolute.
+        directory: holds the sweep's directory, on a file system that all nodes share.
+        flags: of `powertrain sweep run`, passed on to every runner.
+    """
+    from powertrain.cluster.submit import python_command
+
+    if runners < 1:
+        raise ValueError(f"--slurm {runners} is not allowed: it must be at least 1 runner")
+    name = str(Path(recipe).absolute()) if Path(recipe).is_file() else recipe
+    common = (name, "--directory", str(directory.absolute()))
+    logs = (paths.root / "slurm").absolute()
+    array = BatchJob(
+        name=paths.root.name,
+        command=python_command("powertrain", "sweep", "run", *common, "--quiet", "--requeue", *flags),
+        work_dir=Path.cwd(),
+        log_dir=logs,
+        array=f"0-{runners - 1}",
+    )
+    report = BatchJob(
+        name=f"{paths.root.name}-report",
+        command=python_command("powertrain", "sweep", "report", *common),
+        work_dir=Path.cwd(),
+        log_dir=logs,
+    )
+    return array, report
+
+
+def submit(cluster: ClusterConfig, array: BatchJob, report: BatchJob, paths: SweepPaths) -> tuple[str, str]:
+    """Submit both jobs and return their ids; the report runs once all runners ended, however they ended."""
+    from powertrain.cluster.submit import submit_job
+
+    home = paths.root / "slurm"
+    array_id = submit_job(cluster, array, home / "run.sbatch")
+    after = dataclasses.replace(report, dependency=f"afterany:{array_id}")
+    # One process draws figures; it needs no GPU.
+    single = dataclasses.replace(cluster, nodes=1, tasks_per_node=None, gpus_per_node=0)
+    return array_id, submit_job(single, after, home / "report.sbatch")
+
+
+def scripts(cluster: ClusterConfig, array: BatchJob, report: BatchJob) -> str:
+    """Return both batch scripts, for --dry-run."""
+    after = dataclasses.replace(report, dependency="afterany:<array>")
+    single = dataclasses.replace(cluster, nodes=1, tasks_per_node=None, gpus_per_node=0)
+    return batch_script(cluster, array) + "\n" + batch_script(single, after)
+
+
+def requeue() -> str:
+    """Ask Slurm for another attempt of this runner's job, unless somebody cancelled it; return what happened."""
+    from powertrain.cluster.queue import current_job_id, job_state, slurm
+
+    job_id = current_job_id()
+    if job_id is None:
+        return "not a Slurm job: start the command again to continue"
+    state = job_state(job_id).state
+    if state != "RUNNING":
+        return f"job {job_id} is {state}: Slurm ends it, or starts it again by itself"
+    slurm("scontrol", "requeue", job_id)
+    return f"job {job_id} is queued again and continues the sweep"
