@@ -16,7 +16,14 @@ from torch.utils.flop_counter import register_flop_formula
 
 from powertrain.ops.decay import Decay, document_of_each_token, scan_documents_from_end
 from powertrain.ops.flops import OpPassFlops, softmax_attention_flops
-from powertrain.ops.layout import by_query_head, by_sequence, compute_dtype, from_query_head, from_sequence
+from powertrain.ops.layout import (
+    by_query_head,
+    by_sequence,
+    compute_dtype,
+    from_query_head,
+    from_sequence,
+    without_autocast,
+)
 from powertrain.ops.plan import attention_row_blocks, attention_sequences_per_group
 
 
@@ -83,6 +90,7 @@ class _Problem:
 
 
 @torch.library.custom_op("powertrain::blocked_attention", mutates_args=())
+@without_autocast
 def blocked_attention_op(
     q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, cu_seqlens: Tensor | None, scale: float, window: int
 ) -> tuple[Tensor, Tensor]:
@@ -111,6 +119,7 @@ def _(
 
 
 @torch.library.custom_op("powertrain::blocked_attention_bwd", mutates_args=())
+@without_autocast
 def blocked_attention_bwd_op(
     grad_out: Tensor,
     q: Tensor,
@@ -184,8 +193,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    log_g = ctx.saved_tensors[3]
-    grad_q, grad_k, grad_v, grad_log_g = blocked_attention_bwd_op(grad_out, *ctx.saved_tensors, ctx.scale, ctx.window)
+    # Unpacked once: activation checkpointing allows no second time.
+    saved = ctx.saved_tensors
+    log_g = saved[3]
+    grad_q, grad_k, grad_v, grad_log_g = blocked_attention_bwd_op(grad_out, *saved, ctx.scale, ctx.window)
     return grad_q, grad_k, grad_v, None if log_g is None else grad_log_g, None, None, None
 
 

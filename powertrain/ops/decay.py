@@ -97,18 +97,34 @@ class ChunkDecay:
 
 
 def factor(later: Decay, earlier: Decay, dtype: torch.dtype) -> Tensor | None:
-    """Return exp(G_later - G_earlier), 0 across a document boundary, for positions that broadcast; None where there are
-    neither gates nor documents.
+    """Return exp(G_later - G_earlier), 0 across a document boundary, for positions that broadcast; None where there is
+    no decay.
     """
     result = None
     if later.G is not None and earlier.G is not None:
-        # A masked (acausal) pair may have a positive difference; the bound keeps it finite, because 0 times infinity is
-        # not 0.
-        result = (later.G - earlier.G).clamp_(max=0.0).to(dtype).exp_()
+        result = (later.G - earlier.G).to(dtype).exp_()
     if later.document is not None and earlier.document is not None:
         same = later.document == earlier.document
         result = same.to(dtype) if result is None else result.mul_(same)
     return result
+
+
+def causal_factors(tokens: Decay, like: Tensor) -> Tensor:
+    """Return the factors between all tokens of each row of `tokens (M, L)`, `(M, L, L)`, 0 above the diagonal; `(1, L,
+    L)` without decay.
+    """
+    later, earlier = tokens[..., :, None], tokens[..., None, :]
+    if later.G is None or earlier.G is None:
+        same = factor(later, earlier, like.dtype)
+        return like.new_ones(1, *like.shape[-1:] * 2).tril_() if same is None else same.tril_()
+    # Above the diagonal differences are positive and may overflow, and 0 times infinity is not 0: mask before the
+    # exponential.
+    difference = (later.G - earlier.G).to(like.dtype)
+    acausal = torch.ones(difference.shape[-2:], dtype=torch.bool, device=like.device).triu_(1)
+    factors = difference.masked_fill_(acausal, -torch.inf).exp_()
+    if later.document is not None and earlier.document is not None:
+        factors.mul_(later.document == earlier.document)
+    return factors
 
 
 def scan_documents_from_end(x: Tensor, document: Tensor | None) -> Tensor:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from powertrain.ops.decay import Decay, factor
+from powertrain.ops.decay import Decay, causal_factors, factor
 from powertrain.ops.plan import Plan
 
 
@@ -24,7 +24,7 @@ def intra_chunk_fwd(q: Tensor, k: Tensor, v: Tensor, decay: Decay, *, deg: int, 
     for rows in plan.blocks(q.shape[2]):
         q_rows = _flatten_rows(q, rows)
         weights = _power_(torch.bmm(q_rows, k[:, rows].mT), deg)
-        total = torch.bmm(_masked_(weights, _diagonal_mask(q, decay, rows)), v[:, rows])
+        total = torch.bmm(_masked_(weights, _diagonal_mask(weights, decay, rows)), v[:, rows])
         row_factor = _row_factor(q, decay, rows)
         before = None
         for columns in _columns_before(q, rows, plan):
@@ -45,7 +45,7 @@ def intra_chunk_bwd(
         q_rows, grad_rows = _flatten_rows(q, rows), _flatten_rows(grad_out, rows)
         scores = torch.bmm(q_rows, k[:, rows].mT)
         slope, power = _slope_and_power(scores, deg)
-        mask = _diagonal_mask(q, decay, rows)
+        mask = _diagonal_mask(scores, decay, rows)
         grad_v[:, rows].baddbmm_(_masked_(power, mask).mT, grad_rows)
         slope = _masked_(slope, mask).mul_(torch.bmm(grad_rows, v[:, rows].mT))
         grad_k[:, rows].baddbmm_(slope.mT, q_rows)
@@ -100,14 +100,9 @@ def _slope_and_power(x: Tensor, deg: int) -> tuple[Tensor, Tensor]:
     return lower * deg, x.mul_(lower)
 
 
-def _diagonal_mask(q: Tensor, decay: Decay, rows: slice) -> Tensor:
+def _diagonal_mask(scores: Tensor, decay: Decay, rows: slice) -> Tensor:
     """`(1 or M, 1, rows, rows)`: decay inside a diagonal block, 0 above the diagonal."""
-    size = rows.stop - rows.start
-    block = decay[:, rows]
-    by_pair = factor(block[..., :, None], block[..., None, :], q.dtype)
-    if by_pair is None:
-        return q.new_ones(size, size).tril_()[None, None]
-    return by_pair.tril_()[:, None]
+    return causal_factors(decay[:, rows], scores)[:, None]
 
 
 def _masked_(weights: Tensor, mask: Tensor) -> Tensor:

@@ -2,8 +2,27 @@
 arithmetic.
 """
 
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
+Result = TypeVar("Result")
+
+
+def without_autocast(function: Callable[P, Result]) -> Callable[P, Result]:
+    """Run the body of an op outside autocast, which would otherwise cast the products inside it, too."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> Result:
+        device_type = next(x.device.type for x in args if isinstance(x, Tensor))
+        with torch.autocast(device_type, enabled=False):
+            return function(*args, **kwargs)
+
+    return wrapped
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

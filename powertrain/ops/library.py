@@ -9,13 +9,14 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from powertrain.ops.flops import OpPassFlops, power_retention_flops
-from powertrain.ops.layout import compute_dtype
+from powertrain.ops.layout import compute_dtype, without_autocast
 from powertrain.ops.normalized import normalized_bwd, normalized_fwd
 from powertrain.ops.plan import make_plan
 from powertrain.ops.sympow import phi_dimension
 
 
 @torch.library.custom_op("powertrain::power_retention", mutates_args=())
+@without_autocast
 def power_retention_op(
     q: Tensor,
     k: Tensor,
@@ -71,6 +72,7 @@ def _(
 
 
 @torch.library.custom_op("powertrain::power_retention_bwd", mutates_args=())
+@without_autocast
 def power_retention_bwd_op(
     grad_out: Tensor,
     grad_state: Tensor | None,

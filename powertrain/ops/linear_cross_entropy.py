@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from powertrain.ops.layout import compute_dtype, without_autocast
 from powertrain.ops.validation import checks_values, shape_text
 
 # Logits of one chunk: on CPU they stay in the last-level cache; on a GPU they fill the chip at 256 MiB of fp32.
@@ -53,9 +54,9 @@ def linear_cross_entropy(
     if chunk is None:
         chunk = max(1, _CHUNK_ELEMENTS.get(hidden.device.type, _CHUNK_ELEMENTS["cuda"]) // weight.shape[0])
     if reduction == "none":
-        return _loss_per_token(hidden, weight, labels, ignore_index, chunk)[0]
+        return linear_cross_entropy_per_token_op(hidden, weight, labels, ignore_index, chunk)[0]
     with_gradients = torch.is_grad_enabled()
-    loss, _, _ = _loss_sum(
+    loss, _, _ = linear_cross_entropy_sum_op(
         hidden,
         weight,
         labels,
@@ -97,10 +98,6 @@ def _check(
             )
 
 
-def _loss_dtype(hidden: Tensor) -> torch.dtype:
-    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
-
-
 def _chunks(count: int, chunk: int) -> Iterator[slice]:
     for start in range(0, count, chunk):
         yield slice(start, min(start + chunk, count))
@@ -138,11 +135,12 @@ def _add_grads_(
 
 
 def _logits(hidden: Tensor, weight: Tensor, rows: slice) -> Tensor:
-    return (hidden[rows] @ weight.T).to(_loss_dtype(hidden))
+    return (hidden[rows] @ weight.T).to(compute_dtype(hidden.dtype))
 
 
 @torch.library.custom_op("powertrain::linear_cross_entropy_sum", mutates_args=())
-def _loss_sum(
+@without_autocast
+def linear_cross_entropy_sum_op(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
@@ -152,7 +150,7 @@ def _loss_sum(
     grad_for_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the summed loss and its gradients (of size 0 where not asked for)."""
-    dtype = _loss_dtype(hidden)
+    dtype = compute_dtype(hidden.dtype)
     loss = hidden.new_zeros((), dtype=dtype)
     grad_hidden = torch.empty_like(hidden) if grad_for_hidden else None
     grad_weight = torch.zeros_like(weight, dtype=dtype) if grad_for_weight else None
@@ -170,7 +168,7 @@ def _loss_sum(
     )
 
 
-@_loss_sum.register_fake
+@linear_cross_entropy_sum_op.register_fake
 def _(
     hidden: Tensor,
     weight: Tensor,
@@ -180,7 +178,7 @@ def _(
     grad_for_hidden: bool,
     grad_for_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = _loss_dtype(hidden)
+    dtype = compute_dtype(hidden.dtype)
     return (
         hidden.new_empty((), dtype=dtype),
         torch.empty_like(hidden) if grad_for_hidden else hidden.new_empty(0),
@@ -204,27 +202,29 @@ def _sum_backward(ctx: Any, grad_loss: Tensor, _: Any, __: Any) -> tuple[Tensor 
     )  # fmt: skip
 
 
-_loss_sum.register_autograd(_sum_backward, setup_context=_sum_setup_context)
+linear_cross_entropy_sum_op.register_autograd(_sum_backward, setup_context=_sum_setup_context)
 
 
 @torch.library.custom_op("powertrain::linear_cross_entropy_per_token", mutates_args=())
-def _loss_per_token(
+@without_autocast
+def linear_cross_entropy_per_token_op(
     hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, chunk: int
 ) -> tuple[Tensor, Tensor]:
     """Return the loss and the log-sum-exp of each token."""
-    losses, lse = (hidden.new_empty(hidden.shape[0], dtype=_loss_dtype(hidden)) for _ in range(2))
+    losses, lse = (hidden.new_empty(hidden.shape[0], dtype=compute_dtype(hidden.dtype)) for _ in range(2))
     for rows in _chunks(hidden.shape[0], chunk):
         losses[rows], lse[rows] = _losses(_logits(hidden, weight, rows), labels[rows], ignore_index)
     return losses, lse
 
 
-@_loss_per_token.register_fake
+@linear_cross_entropy_per_token_op.register_fake
 def _(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, chunk: int) -> tuple[Tensor, Tensor]:
-    return tuple(hidden.new_empty(hidden.shape[0], dtype=_loss_dtype(hidden)) for _ in range(2))  # type: ignore[return-value]
+    return tuple(hidden.new_empty(hidden.shape[0], dtype=compute_dtype(hidden.dtype)) for _ in range(2))  # type: ignore[return-value]
 
 
 @torch.library.custom_op("powertrain::linear_cross_entropy_per_token_bwd", mutates_args=())
-def _loss_per_token_bwd(
+@without_autocast
+def linear_cross_entropy_per_token_bwd_op(
     grad_losses: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, lse: Tensor, ignore_index: int, chunk: int
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of hidden and weight."""
@@ -235,7 +235,7 @@ def _loss_per_token_bwd(
     return grad_hidden, grad_weight.to(weight.dtype) if grad_weight.dtype != weight.dtype else grad_weight
 
 
-@_loss_per_token_bwd.register_fake
+@linear_cross_entropy_per_token_bwd_op.register_fake
 def _(
     grad_losses: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, lse: Tensor, ignore_index: int, chunk: int
 ) -> tuple[Tensor, Tensor]:
@@ -249,10 +249,15 @@ def _per_token_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Te
 
 
 def _per_token_backward(ctx: Any, grad_losses: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    return *_loss_per_token_bwd(grad_losses, *ctx.saved_tensors, ctx.ignore_index, ctx.chunk), None, None, None
+    return (
+        *linear_cross_entropy_per_token_bwd_op(grad_losses, *ctx.saved_tensors, ctx.ignore_index, ctx.chunk),
+        None,
+        None,
+        None,
+    )
 
 
-_loss_per_token.register_autograd(_per_token_backward, setup_context=_per_token_setup_context)
+linear_cross_entropy_per_token_op.register_autograd(_per_token_backward, setup_context=_per_token_setup_context)
 
 
 @register_flop_formula(torch.ops.powertrain.linear_cross_entropy_sum)

@@ -13,7 +13,7 @@ _BLOCK_SIZE = {"cpu": 128, "cuda": 256}
 # Elements of one working buffer: a tile of attention weights, or the monomials of a segment. CPU: the last-level cache;
 # GPU: enough to fill the chip.
 _TILE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
-_PHI_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
+_PHI_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 27}
 _CHUNK_SIZES = (64, 128, 256, 512, 1024)
 # Passes over a chunk's state (weighting, decay, scan, boundary terms; forward and backward) are bound by memory: their
 # cost per state element in FLOPs of a matrix product, fitted to `powertrain bench op` on two CPU cores.
@@ -57,7 +57,7 @@ class Plan:
             yield slice(start, min(start + self.sequences_per_group, self.sequences))
 
     def segments(self) -> list[Segment]:
-        whole, rest = divmod(self.tokens, self.chunk_size)
+        whole, rest = self.tokens // self.chunk_size, self.tokens % self.chunk_size
         segments = [
             Segment(first * self.chunk_size, min(self.chunks_per_segment, whole - first), self.chunk_size)
             for first in range(0, whole, self.chunks_per_segment)
@@ -152,4 +152,8 @@ def choose_chunk_size(
             + _STATE_PASS_FLOPS * state_elements / chunk_size / query_heads_per_key_head * (chunks > 1)
         )
 
-    return min([*(size for size in _CHUNK_SIZES if size < tokens), tokens], key=cost)
+    best, least = tokens, cost(tokens)
+    for size in _CHUNK_SIZES:
+        if size < tokens and cost(size) < least:
+            best, least = size, cost(size)
+    return best

@@ -23,15 +23,22 @@ from torch import Tensor
 
 def phi_dimension(dim: int, deg: int) -> int:
     """Return F = binom(dim + deg - 1, deg), the size of the symmetric power `deg` of a `dim`-dimensional vector."""
-    return math.comb(dim + deg - 1, deg)
+    # Plain integer arithmetic: with dynamic shapes torch.compile traces this with symbolic sizes.
+    product = 1
+    for i in range(deg):
+        product = product * (dim + i) // (i + 1)
+    return product
 
 
-def _blocks(dim: int, deg: int) -> Iterator[tuple[int, slice, slice]]:
-    """Yield (i, rows of degree `deg` that start with i, rows of degree `deg - 1` that start with i or more)."""
+@functools.cache
+def _blocks(dim: int, deg: int) -> list[tuple[int, slice, slice]]:
+    """List (i, rows of degree `deg` that start with i, rows of degree `deg - 1` that start with i or more)."""
     total, lower_total = phi_dimension(dim, deg), phi_dimension(dim, deg - 1)
+    blocks = []
     for i in range(dim):
         rows = slice(total - phi_dimension(dim - i, deg), total - phi_dimension(dim - i - 1, deg))
-        yield i, rows, slice(lower_total - phi_dimension(dim - i, deg - 1), lower_total)
+        blocks.append((i, rows, slice(lower_total - phi_dimension(dim - i, deg - 1), lower_total)))
+    return blocks
 
 
 # The caches hold NumPy arrays: a tensor would remember the mode (inference, fake, device) under which it happened to be
@@ -84,24 +91,31 @@ def _monomials_by_degree(x: Tensor, deg: int) -> list[Tensor]:
     by_degree = [x]
     for degree in range(2, deg + 1):
         out = x.new_empty(M, phi_dimension(K, degree), C)
-        for i, rows, suffix in _blocks(K, degree):
-            torch.mul(by_degree[-1][:, suffix], x[:, i : i + 1], out=out[:, rows])
+        for rows, x_i, lower in _row_views(x, out, by_degree[-1], degree):
+            torch.mul(lower, x_i, out=rows)
         by_degree.append(out)
     return by_degree
 
 
+def _row_views(x: Tensor, monomials: Tensor, lower: Tensor, deg: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield, for each first index i, the rows of `monomials`, x[i] and the suffix of `lower`: `(M, rows or 1, C)`."""
+    blocks = _blocks(x.shape[1], deg)
+    # `split` makes all views in one call: with short chunks, slicing would cost as much as the products.
+    all_rows = monomials.split([rows.stop - rows.start for _, rows, _ in blocks], dim=1)
+    for (_, _, suffix), rows, x_i in zip(blocks, all_rows, x.split(1, dim=1), strict=True):
+        yield rows, x_i, lower.narrow(1, suffix.start, suffix.stop - suffix.start)
+
+
 def monomials_backward(x: Tensor, grad: Tensor, deg: int) -> Tensor:
-    """Return the gradient `(M, K, C)` of `monomials(x, deg)` for the gradient `grad (M, F, C)` of its result;
-    overwrites `grad`.
-    """
+    """Return the gradient `(M, K, C)` of `monomials(x, deg)` for `grad (M, F, C)`, which it overwrites."""
     by_degree = _monomials_by_degree(x, deg - 1)
     grad_x = torch.zeros_like(x)
     for degree in range(deg, 1, -1):
         lower = by_degree[degree - 2]
         grad_lower = torch.zeros_like(lower)
-        for i, rows, suffix in _blocks(x.shape[1], degree):
-            grad_rows = grad[:, rows]
-            grad_lower[:, suffix].addcmul_(grad_rows, x[:, i : i + 1])
-            grad_x[:, i] += grad_rows.mul_(lower[:, suffix]).sum(1)
+        views = zip(_row_views(x, grad, lower, degree), _row_views(grad_x, grad, grad_lower, degree), strict=True)
+        for (grad_rows, x_i, lower_rows), (_, grad_x_i, grad_lower_rows) in views:
+            grad_lower_rows.addcmul_(grad_rows, x_i)
+            grad_x_i += grad_rows.mul_(lower_rows).sum(1, keepdim=True)
         grad = grad_lower
     return grad_x.add_(grad)
