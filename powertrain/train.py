@@ -7,14 +7,21 @@ import dataclasses
 import json
 import platform
 import shlex
-import subprocess
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from powertrain.cluster.queue import SlurmError, current_job_id
+from powertrain.cluster.snapshot import code_version
 from powertrain.config import GROUPS, RunConfig, changes, compose, from_values, options, share_dir, to_values
+from powertrain.run_status import RunBusyError, StatusReport
 from powertrain.schema import ConfigError
 
 if TYPE_CHECKING:
@@ -28,6 +35,7 @@ examples:
   powertrain train experiment=quickstart
   powertrain train model=124m mixer=softmax data=text data.files='corpus/*.txt' trainer.max_tokens=1e9
   powertrain train model=10m budget=flops budget.value=1e15 logger=wandb
+  powertrain train cluster=slurm cluster.nodes=2 cluster.gpus_per_node=8 cluster.time=12:00:00 model=1.3b
   powertrain train experiment=quickstart --cfg job      print the composed configuration; nothing runs
 
 The same command again resumes the run. Ctrl-C saves, and says how to resume.
@@ -66,6 +74,9 @@ def parser(directories: list[Path]) -> argparse.ArgumentParser:
     result.add_argument("overrides", nargs="*", help="Hydra overrides; `--cfg job` shows every key and its value")
     result.add_argument("--cfg", choices=["job"], help="print the composed, validated configuration and stop")
     result.add_argument("--config-dir", type=Path, help="directory of your own groups, as experiment/mine.yaml")
+    result.add_argument(
+        "--config", type=Path, help="a saved config.yaml, run here exactly as it is; a submitted job runs its own so"
+    )
     return result
 
 
@@ -73,33 +84,101 @@ def main(argv: list[str]) -> int:
     """Run `powertrain train`.
 
     Returns:
-        The exit code: 0 finished, 1 training stopped with an error, 128 + signal when interrupted (130 for Ctrl-C) and
-        saved.
+        The exit code: 0 finished, submitted, or interrupted and queued again; 1 training stopped with an error;
+        128 + signal when interrupted (130 for Ctrl-C) and saved.
     Errors:
         ConfigError: bad input, before anything else happens.
     """
     arguments = parser([share_dir("conf")]).parse_intermixed_args(argv)
-    config = compose(arguments.overrides, arguments.config_dir)
+    config = _configuration(arguments)
     if arguments.cfg:
         import yaml
 
         print(yaml.safe_dump(to_values(config), sort_keys=False), end="")
         return 0
 
-    from powertrain.training.checkpoint import CheckpointError
-    from powertrain.training.fit import RunLockedError
-    from powertrain.training.nonfinite import NonFiniteError
+    if config.cluster.kind == "slurm" and arguments.config is None:
+        from powertrain.cluster import submit
 
-    command = shlex.join(["powertrain", "train", *argv])
+        _check_same_run(Path(config.paths.runs) / config.resolved_run_id(), config)
+        return submit.main(config)
+    with _signals_stop():
+        return _train_here(config, arguments, shlex.join(["powertrain", "train", *argv]))
+
+
+def _configuration(arguments: argparse.Namespace) -> RunConfig:
+    if arguments.config is None:
+        return compose(arguments.overrides, arguments.config_dir)
+    import yaml
+
+    if arguments.overrides or arguments.config_dir:
+        raise ConfigError("--config runs a saved configuration exactly as it is: give no overrides and no --config-dir")
+    return from_values(yaml.safe_load(arguments.config.read_text()))
+
+
+class _Stopped(KeyboardInterrupt):
+    """A signal that asks a process to end came outside of the steps, where nothing of the run needs saving."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+@contextmanager
+def _signals_stop() -> Iterator[None]:
+    """Make the signals of schedulers end the block as Ctrl-C does; while it trains, `fit` takes them."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise _Stopped(signum)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
     try:
-        result = run(config, command=command)
-    except (CheckpointError, NonFiniteError, RunLockedError) as error:
-        print(f"powertrain train: {error}", file=sys.stderr)
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _train_here(config: RunConfig, arguments: argparse.Namespace, command: str) -> int:
+    try:
+        from powertrain.training.checkpoint import CheckpointError
+        from powertrain.training.fit import RunLockedError
+        from powertrain.training.nonfinite import NonFiniteError
+
+        try:
+            result = run(config, command=command)
+        except (CheckpointError, NonFiniteError, RunLockedError, RunBusyError) as error:
+            print(f"powertrain train: {error}", file=sys.stderr)
+            return 1
+        if result.fit.interrupted_by is not None:
+            where = f"everything is saved at step {result.fit.counters.step}"
+            return _interrupted(config, result.fit.interrupted_by, where, command)
+        _report(config, result, arguments)
+    except _Stopped as stop:
+        return _interrupted(config, stop.signum, "no step was under way", command)
+    return 0
+
+
+def _interrupted(config: RunConfig, signum: int, where: str, command: str) -> int:
+    """Say how to resume, or in a Slurm job see to it that the run resumes by itself; return the exit code."""
+    name = signal.Signals(signum).name
+    if current_job_id() is None or signum == signal.SIGINT:
+        _say(f"\nInterrupted by {name}; {where}. Resume with:\n  {command}")
+        return 128 + signum
+    # Of all ranks, since any other code would have srun end rank 0 before it has asked for another attempt.
+    if not _is_main_process():
+        return 0
+    from powertrain.cluster.requeue import requeue
+
+    _say(f"\nInterrupted by {name}; {where}.")
+    try:
+        _say(requeue(Path(config.paths.runs) / config.resolved_run_id()))
+    except SlurmError as error:
+        print(f"powertrain train: {error}", file=sys.stderr, flush=True)
         return 1
-    if result.fit.interrupted_by is not None:
-        _say(f"\nInterrupted. Everything is saved at step {result.fit.counters.step}; resume with:\n  {command}")
-        return 128 + result.fit.interrupted_by
-    _report(config, result, arguments.overrides)
     return 0
 
 
@@ -122,39 +201,46 @@ def run(config: RunConfig, *, command: str = "") -> RunResult:
     from powertrain.models.gpt import GPT
     from powertrain.training.fit import fit
     from powertrain.training.loggers import read_metrics
+    from powertrain.training.status import TellProgress
 
     run_id = config.resolved_run_id()
     run_dir = Path(config.paths.runs) / run_id
-    _claim(run_dir, config, command)
-    datamodule = TokenDataModule(
-        config.data,
-        context_length=config.trainer.context_length,
-        micro_batch_size=1,  # until fit() knows what fits
-        seed=config.seed,
-        cache_dir=config.paths.cache,
-    )
-    model_config = dataclasses.replace(config.model, vocab_size=datamodule.vocab_size)
-    length = _length(config, model_config)
-    _check_data(config, datamodule)
-    if _is_main_process():
-        datamodule.tokenizer.save(run_dir / "tokenizer")
-    with isolate_rng():
-        pl.seed_everything(config.seed, workers=True, verbose=False)
-        model = GPT(model_config)
-        _introduce(config, run_dir, datamodule, model, length)
-        result = fit(
-            model,
-            datamodule,
-            optim=config.optim,
-            schedule=config.schedule,
-            trainer=config.trainer,
-            length=length,
-            run_dir=run_dir,
-            run_id=run_id,
-            logger=config.logger,
-            debug=config.debug,
-            run_config=to_values(config),
+    _check_same_run(run_dir, config)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with StatusReport(run_dir, job_id=current_job_id(), enabled=_is_main_process()) as status:
+        datamodule = TokenDataModule(
+            config.data,
+            context_length=config.trainer.context_length,
+            micro_batch_size=1,  # until fit() knows what fits
+            seed=config.seed,
+            cache_dir=config.paths.cache,
         )
+        model_config = dataclasses.replace(config.model, vocab_size=datamodule.vocab_size)
+        length = _length(config, model_config)
+        _check_data(config, datamodule)
+        if _is_main_process():
+            _describe_run(run_dir, config, command)
+            datamodule.tokenizer.save(run_dir / "tokenizer")
+        with isolate_rng():
+            pl.seed_everything(config.seed, workers=True, verbose=False)
+            model = GPT(model_config)
+            _introduce(config, run_dir, datamodule, model, length)
+            result = fit(
+                model,
+                datamodule,
+                optim=config.optim,
+                schedule=config.schedule,
+                trainer=config.trainer,
+                length=length,
+                run_dir=run_dir,
+                run_id=run_id,
+                logger=config.logger,
+                debug=config.debug,
+                run_config=to_values(config),
+                callbacks=[TellProgress(status.update)],
+            )
+        if result.interrupted_by is not None:
+            status.interrupted(signal.Signals(result.interrupted_by).name)
     latest: dict[str, float] = {}
     for record in read_metrics(run_dir):
         latest.update(record)
@@ -172,30 +258,38 @@ def _say(text: str = "") -> None:
         print(text, flush=True)
 
 
-def _claim(run_dir: Path, config: RunConfig, command: str) -> None:
-    """Create the run directory with its configuration and environment, or check that it holds this very run."""
+def _check_same_run(run_dir: Path, config: RunConfig) -> None:
+    """Reject a run directory that holds another run; what it holds stays as it is."""
     import yaml
 
     saved = run_dir / "config.yaml"
-    if saved.exists():
-        before = from_values(yaml.safe_load(saved.read_text()))
-        changed = [c for c in changes(before, config) if not c[0].startswith(EXTENDABLE)]
-        if changed:
-            listed = ", ".join(f"{key} was {old!r}, now {new!r}" for key, old, new in changed[:3])
-            raise ConfigError(
-                f"{run_dir} holds another run ({listed}{', ...' if len(changed) > 3 else ''}): "
-                f"restore these values, or give this run another run_id"
-            )
-    if not _is_main_process():
+    if not saved.exists():
         return
+    changed = [
+        change
+        for change in changes(from_values(yaml.safe_load(saved.read_text())), config)
+        if not change[0].startswith(EXTENDABLE)
+    ]
+    if changed:
+        listed = ", ".join(f"{key} was {old!r}, now {new!r}" for key, old, new in changed[:3])
+        raise ConfigError(
+            f"{run_dir} holds another run ({listed}{', ...' if len(changed) > 3 else ''}): "
+            f"restore these values, or give this run another run_id"
+        )
+
+
+def _describe_run(run_dir: Path, config: RunConfig, command: str) -> None:
+    """Write the resolved configuration and the environment into the run directory."""
+    import yaml
+
     run_dir.mkdir(parents=True, exist_ok=True)
-    for path, text in (
-        (saved, yaml.safe_dump(to_values(config), sort_keys=False)),
-        (run_dir / "environment.json", json.dumps(environment(command), indent=2) + "\n"),
+    for name, text in (
+        ("config.yaml", yaml.safe_dump(to_values(config), sort_keys=False)),
+        ("environment.json", json.dumps(environment(command), indent=2) + "\n"),
     ):
-        temporary = path.with_name(f".{path.name}.tmp")
+        temporary = run_dir / f".{name}.tmp"
         temporary.write_text(text)
-        temporary.replace(path)
+        temporary.replace(run_dir / name)
 
 
 def environment(command: str = "") -> dict[str, Any]:

@@ -1,0 +1,155 @@
+"""The whole journey, from the command line to the run directory, on a small corpus."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+
+from powertrain.cli import main
+from powertrain.config import compose, options, share_dir
+from powertrain.train import environment, run
+from powertrain.training.loggers import read_metrics
+
+TINY = [
+    "model=1m", "model.n_layers=1", "model.d_model=32", "model.n_heads=1", "model.n_kv_heads=1", "model.head_dim=32",
+    "model.d_ff=64", "data=text", "data.tokenizer.kind=bytes", "data.max_val_tokens=256", "data.num_workers=0",
+    "trainer.context_length=64", "trainer.global_batch_tokens=256", "trainer.accelerator=cpu",
+    "trainer.val_every_steps=4", "trainer.log_every_steps=1", "sample.max_new_tokens=8",
+]  # fmt: skip
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for i in range(40):
+        (corpus / f"{i:02d}.txt").write_text(
+            f"document {i}: " + "the quick brown fox jumps over the lazy dog. " * (3 + i)
+        )
+    return [*TINY, f"data.files={corpus}/*.txt", f"paths.runs={tmp_path / 'runs'}", f"paths.cache={tmp_path / 'cache'}"]
+
+
+def only_run(tmp_path):
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    return run_dir
+
+
+def losses(run_dir):
+    return {r["step"]: r["train/loss"] for r in read_metrics(run_dir) if "train/loss" in r}
+
+
+def test_one_command_trains_and_shows_what_came_out(tiny, tmp_path, capsys):
+    assert main(["train", *tiny, "trainer.max_steps=8", "sample.prompt=the "]) == 0
+    out = capsys.readouterr().out
+    run_dir = only_run(tmp_path)
+    assert {"config.yaml", "environment.json", "metrics.jsonl", "checkpoints", "plots", "tokenizer", "sample.txt"} <= {
+        p.name for p in run_dir.iterdir()
+    }
+    assert sorted(losses(run_dir)) == list(range(1, 9))
+    assert "validation loss" in out
+    assert "bits per byte" in out
+    assert str(run_dir / "plots" / "loss.png") in out
+    assert (run_dir / "plots" / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert (run_dir / "sample.txt").read_text().startswith("the")
+    recorded = json.loads((run_dir / "environment.json").read_text())
+    assert recorded["versions"]["torch"] == torch.__version__ == environment()["versions"]["torch"]
+    assert recorded["command"].startswith("powertrain train ")
+    last = read_metrics(run_dir)[-1]
+    assert last["tokens"] == 8 * 256
+    assert last["flops"] > 0
+
+    # The line that continues the run is a command that works.
+    (further,) = [
+        line.split(":", 1)[1].strip() for line in out.splitlines() if line.startswith("Train it twice as long")
+    ]
+
+    assert main(shlex.split(further)[1:]) == 0
+    assert sorted(losses(run_dir)) == list(range(1, 17))
+
+
+def test_the_same_command_again_resumes_and_says_so(tiny, tmp_path, capsys):
+    assert main(["train", *tiny, "trainer.max_steps=4"]) == 0
+    before = (only_run(tmp_path) / "metrics.jsonl").read_text()
+    capsys.readouterr()
+    assert main(["train", *tiny, "trainer.max_steps=4"]) == 0
+    assert "finished already, at step 4" in capsys.readouterr().out
+    assert (only_run(tmp_path) / "metrics.jsonl").read_text() == before
+
+
+def test_ctrl_c_saves_says_how_to_resume_and_the_resumed_run_equals_the_unbroken_one(tiny, tmp_path):
+    command = [sys.executable, "-m", "powertrain", "train", *tiny, "trainer.max_steps=40", "run_id=broken"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    metrics = tmp_path / "runs" / "broken" / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while not (metrics.exists() and metrics.read_text().count("train/loss") >= 5):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 130, err
+    assert "Interrupted. Everything is saved at step" in out
+    assert "powertrain train" in out.splitlines()[-1]
+    torch.set_num_threads(1)
+    broken = run(compose([*tiny, "trainer.max_steps=40", "run_id=broken"]))
+    assert 5 <= broken.fit.resumed_step < 40
+    whole = run(compose([*tiny, "trainer.max_steps=40", "run_id=whole"]))
+    assert losses(broken.run_dir) == losses(whole.run_dir)
+    assert sorted(losses(whole.run_dir)) == list(range(1, 41))
+
+
+def test_another_run_of_the_same_id_is_refused_and_nothing_is_lost(tiny, tmp_path, capsys):
+    assert main(["train", *tiny, "trainer.max_steps=2", "run_id=mine"]) == 0
+    before = {p: p.read_bytes() for p in (tmp_path / "runs" / "mine").iterdir() if p.is_file()}
+    assert main(["train", *tiny, "trainer.max_steps=2", "run_id=mine", "optim.lr=0.5"]) == 2
+    assert "holds another run (optim.lr was 0.001, now 0.5)" in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in (tmp_path / "runs" / "mine").iterdir() if p.is_file()} == before
+
+
+def test_a_context_that_the_data_cannot_fill_is_one_sentence(tiny, tmp_path, capsys):
+    assert main(["train", *tiny, "trainer.context_length=65536", "trainer.global_batch_tokens=65536"]) == 2
+    (sentence,) = [line for line in capsys.readouterr().err.splitlines() if "trainer.context_length=65536" in line]
+    assert "split holds" in sentence
+    assert not (tmp_path / "runs").exists()
+
+
+def test_budget_in_flops(tiny, tmp_path):
+    result = run(compose([*tiny, "budget=flops", "budget.value=1e8"]))
+    per_step = result.length.flops_per_step
+    assert (result.fit.counters.step - 1) * per_step < 1e8 <= result.fit.counters.step * per_step
+
+
+def test_generate_continues_a_run(tiny, tmp_path, capsys):
+    assert main(["train", *tiny, "trainer.max_steps=1", "sample.max_new_tokens=0"]) == 0
+    assert "A sample" not in capsys.readouterr().out
+    assert main(["generate", str(only_run(tmp_path)), "--prompt", "the ", "--max-new-tokens", "4"]) == 0
+    assert capsys.readouterr().out.startswith("the ")
+
+
+@pytest.mark.parametrize("mixer", options("mixer", [share_dir("conf")]))
+def test_every_mixer_trains(mixer, tiny):
+    result = run(compose([*tiny, f"mixer={mixer}", "model.n_layers=4", "mixer.window=32", "trainer.max_steps=2"]))
+    assert result.fit.finished
+    assert result.val_loss == pytest.approx(5.5, abs=1.0)  # near ln 257, a uniform guess
+
+
+@pytest.mark.parametrize("experiment", options("experiment", [share_dir("conf")]))
+def test_every_experiment_runs_fast(experiment, tiny, tmp_path):
+    # The experiment's own model shape, mixer, data source and optimiser; a small corpus and few tokens.
+    kept = [o for o in tiny if o.split("=")[0] in ("paths.runs", "paths.cache", "data.files", "data")]
+    size = ["trainer.context_length=64", "trainer.global_batch_tokens=128", "debug=fast", "data.tokenizer.kind=bytes"]
+    result = run(
+        compose([f"experiment={experiment}", *kept, *size, "mixer.chunk_size=null", "data.max_val_tokens=128",
+                 "trainer.accelerator=cpu", "model.n_layers=2", "trainer.compile=false"])
+    )  # fmt: skip
+    assert result.fit.counters.step == 3
+    saved = yaml.safe_load((result.run_dir / "config.yaml").read_text())
+    assert saved["name"] == experiment
