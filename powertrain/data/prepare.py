@@ -8,11 +8,11 @@ import json
 import os
 import shutil
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from .config import DataConfig
 from .progress import Progress, rank, say
@@ -111,7 +111,7 @@ def _prepare(config: DataConfig, source: Source, directory: Path) -> None:
     temporary.mkdir()
     start = time.monotonic()
     try:
-        record = _write(config, source, temporary)
+        manifest = _write(config, source, temporary)
         os.replace(temporary, directory)
         fsync_directory(directory.parent)
     except OSError as error:
@@ -122,17 +122,20 @@ def _prepare(config: DataConfig, source: Source, directory: Path) -> None:
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    skipped = "".join(f", {count:,} {reason} left out" for reason, count in sorted(record.items()))
-    splits = TokenStore(directory).manifest["splits"].values()
-    documents, tokens, num_bytes = (sum(split[name] for split in splits) for name in ("documents", "tokens", "bytes"))
+    total = {
+        name: sum(split[name] for split in manifest["splits"].values())
+        for name in ("documents", "bytes", "tokens", "duplicates")
+    }
+    left_out = {**manifest["skipped"], "duplicate": total["duplicates"]}
+    reasons = "".join(f", {count:,} {reason} left out" for reason, count in sorted(left_out.items()) if count)
     say(
-        f"prepared {documents:,} documents, {num_bytes / 1e6:,.1f} MB, {tokens:,} tokens "
-        f"in {time.monotonic() - start:.1f} s{skipped}: {directory}"
+        f"prepared {total['documents']:,} documents, {total['bytes'] / 1e6:,.1f} MB, {total['tokens']:,} tokens "
+        f"in {time.monotonic() - start:.1f} s{reasons}: {directory}"
     )
 
 
-def _write(config: DataConfig, source: Source, directory: Path) -> Counter[str]:
-    """Write the whole corpus into `directory`; return how many documents were left out, by reason."""
+def _write(config: DataConfig, source: Source, directory: Path) -> dict[str, Any]:
+    """Write the whole corpus into `directory`; return its manifest."""
     with Progress(source.total_bytes) as progress:
         tokenizer = _make_tokenizer(config, source, progress)
         lengths = tokenizer.token_bytes
@@ -157,8 +160,7 @@ def _write(config: DataConfig, source: Source, directory: Path) -> Counter[str]:
             "source": {k: v for k, v in source.identity.items() if k != "files"},
             "skipped": dict(source.skipped),
         }
-        writer.finish(deduplicate=config.deduplicate, record=record)
-    return source.skipped
+        return writer.finish(deduplicate=config.deduplicate, record=record)
 
 
 def _check_splits(config: DataConfig, source: Source, documents: dict[str, int]) -> None:

@@ -104,8 +104,8 @@ class ShardWriter:
             self._file.close()
             self._file = None
 
-    def finish(self, *, deduplicate: bool, record: dict[str, Any]) -> None:
-        """Write indexes, tokenizer and, last, the manifest with `record` in it; everything is on disk on return."""
+    def finish(self, *, deduplicate: bool, record: dict[str, Any]) -> dict[str, Any]:
+        """Write indexes, tokenizer and, last, the manifest with `record` in it; return it when all is on disk."""
         self._close_shard()
         content = hashlib.sha256(f"{FORMAT}/{self.tokenizer.fingerprint}".encode())
         splits = {split: self._write_index(split, deduplicate, content) for split in SPLITS}
@@ -131,6 +131,7 @@ class ShardWriter:
             stream.flush()
             os.fsync(stream.fileno())
         fsync_directory(self.directory)
+        return manifest
 
     def _write_index(self, split: str, deduplicate: bool, content: Any) -> dict[str, int]:
         columns = self._columns[split]

@@ -157,7 +157,8 @@ def pretrained_tokenizer(path: str, *, revision: str = "main", eod: str | None =
         backend = hf.Tokenizer.from_file(str(file)) if file else hf.Tokenizer.from_pretrained(path, revision=revision)
     except Exception as error:  # tokenizers raises bare Exception for every cause
         where = f"file {file}" if file else f"name {path!r} (revision {revision!r}) on the Hugging Face Hub"
-        raise ValueError(f"no usable tokenizer.json under the {where}: {error}") from error
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"no usable tokenizer.json under the {where}: {first}") from error
     if eod is None:
         eod = next((name for name in KNOWN_EOD if backend.token_to_id(name) is not None), None)
         if eod is None:

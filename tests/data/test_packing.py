@@ -20,18 +20,19 @@ def stream(text_config: Callable[..., DataConfig]) -> TokenStream:
     return prepare(text_config(shard_tokens=500)).split("train")
 
 
-def test_windows_tile_the_stream(stream: TokenStream) -> None:
-    windows = Windows(stream, T)
-    assert len(windows) == stream.num_tokens // T
+@pytest.mark.parametrize("length", [1, 32, T])
+def test_windows_tile_the_stream(stream: TokenStream, length: int) -> None:
+    windows = Windows(stream, length)
+    assert len(windows) == stream.num_tokens // length
     documents = [stream.document(n).tolist() for n in range(stream.num_documents)]
     expected = [t for document in documents for t in [stream.eod_id, *document]] + [stream.eod_id]
     joined = []
     for i in range(len(windows)):
         tokens, begins = windows[i]
-        assert tokens.tolist() == expected[i * T : i * T + T + 1]
-        assert begins.tolist() == [p for p in range(T) if tokens[p] == stream.eod_id]
+        assert tokens.tolist() == expected[i * length : i * length + length + 1]
+        assert begins.tolist() == [p for p in range(length) if tokens[p] == stream.eod_id]
         joined += tokens[:-1].tolist()
-    assert joined == expected[: len(windows) * T]
+    assert joined == expected[: len(windows) * length]
     for wrong in (-1, len(windows)):
         with pytest.raises(IndexError):
             windows[wrong]

@@ -139,12 +139,13 @@ def test_split_is_of_the_words() -> None:
             assert split_of(text, 0.3, 0) == "validation"
 
 
-def test_duplicates_and_empty_documents(tmp_path: Path) -> None:
+def test_duplicates_and_empty_documents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = [*make_texts(30), *make_texts(30), "", ""]
     store = prepare_texts(tmp_path / "a", texts)
     assert sum(split["documents"] for split in store.manifest["splits"].values()) == 30
     assert sum(split["duplicates"] for split in store.manifest["splits"].values()) == 30
     assert store.manifest["skipped"] == {"empty": 2}
+    assert "30 duplicate left out, 2 empty left out" in capsys.readouterr().err
     assert store.fingerprint == prepare_texts(tmp_path / "b", make_texts(30)).fingerprint
     kept = prepare_texts(tmp_path / "c", texts, deduplicate=False)
     assert sorted(texts_of(kept, "train") + texts_of(kept, "validation")) == sorted(texts[:-2])
