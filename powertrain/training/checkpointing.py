@@ -25,12 +25,16 @@ class TrainingInterrupted(Exception):
 
 
 class StopSignals:
-    """Turns signals into a flag that is looked at between steps; a second one ends the process at once.
+    """Turns signals into a flag that is looked at between steps; a second Ctrl-C ends the process at once.
+
+    Slurm sends TERM twice at a time limit, after the USR1 that it sends before, and the save must survive them.
 
     Saving inside a handler would interrupt collectives of the step, and deadlock against the other ranks.
     """
 
-    def __init__(self, signals: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)) -> None:
+    def __init__(
+        self, signals: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    ) -> None:
         self.signals = signals
         self.received: int | None = None
         self._previous: dict[int, Any] = {}
@@ -52,9 +56,9 @@ class StopSignals:
                 signal.signal(signum, handler)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self.received is not None:
+        if self.received is not None and signum == signal.SIGINT:
             raise SystemExit(128 + signum)
-        self.received = signum
+        self.received = self.received or signum
 
     def agreed(self, trainer: pl.Trainer) -> int | None:
         """Return the signal that any rank has received, the same on all ranks; a collective."""

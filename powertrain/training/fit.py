@@ -14,6 +14,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
@@ -102,6 +103,13 @@ def _strategy(config: TrainerConfig, world_size: int) -> Strategy | str:
     return DDPStrategy(gradient_as_bucket_view=True)
 
 
+def _plugins() -> list[Any]:
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+        # Lightning's own requeue saves inside the signal's handler, whose barrier meets other ranks' collectives.
+        return [SLURMEnvironment(auto_requeue=False)]
+    return []
+
+
 def _profiler(debug: DebugConfig, run_dir: Path) -> Any:
     if debug.profiler is None:
         return None
@@ -148,6 +156,7 @@ def build_trainer(
         deterministic="warn" if config.deterministic else False,
         detect_anomaly=debug.detect_anomaly,
         profiler=_profiler(debug, run_dir),
+        plugins=_plugins(),
         default_root_dir=run_dir,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -104,6 +104,16 @@ class PowertrainModule(pl.LightningModule):
     def _records_after(self, step: int) -> bool:
         return step % self.config.log_every_steps == 0 or step == self.last_step
 
+    def on_fit_start(self) -> None:
+        if self.trainer.world_size > 1:
+            # Ranks that accumulate differently would wait for each other for ever.
+            counts: list[int] = [0] * self.trainer.world_size
+            torch.distributed.all_gather_object(counts, self.trainer.accumulate_grad_batches)
+            if len(set(counts)) > 1:
+                raise ValueError(
+                    f"ranks chose different numbers of micro-batches {counts}: set trainer.micro_batch_size"
+                )
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return build_optimizer(self.model, self.optim)
 

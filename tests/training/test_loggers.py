@@ -3,6 +3,7 @@ import csv
 import json
 import math
 import struct
+import time
 import zlib
 
 import pytest
@@ -19,10 +20,12 @@ def read_wandb(path):
     from wandb.proto import wandb_internal_pb2 as pb
 
     data = path.read_bytes()
+    found = collections.defaultdict(list)
+    if len(data) < 7:
+        return found
     magic = struct.unpack("<4sHB", data[:7])
     assert magic[0] == b":W&B"
     assert magic[1] == 0xBEE1
-    found = collections.defaultdict(list)
     position, parts = 7, b""
     while position + 7 <= len(data):
         left = 32768 - position % 32768
@@ -74,7 +77,10 @@ def test_the_offline_wandb_file_holds_the_run(without_key, tmp_path):
     run_tiny(tmp_path / "run", steps=4, logger=config)
     files = list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(files) == 1
-    found = read_wandb(files[0])
+    # W&B's own process writes the file, and may still do so after the run has ended.
+    deadline = time.monotonic() + 60
+    while not (found := read_wandb(files[0]))["exit"] and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert found["exit"][0].exit.exit_code == 0
     run = found["run"][0].run
     assert (run.run_id, run.display_name, run.project, run.run_group, run.job_type) == ("run", "run", "p", "g", "j")
