@@ -58,6 +58,8 @@ struct Fiber : Thread {
   bool done = false;
   const uint64_t* watched = nullptr;  // runnable once *watched differs from `seen` in the bits of `mask`
   uint64_t seen = 0, mask = ~0ull;
+  std::vector<std::pair<uint32_t, const void*>> open_copies;
+  std::deque<std::vector<std::pair<uint32_t, const void*>>> committed_copies;
 };
 struct Warpgroup {
   std::deque<std::vector<std::vector<Product>>> committed;
@@ -164,6 +166,7 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void
           Fiber& f = *fibers[t];
           f.thread = {t % block.x, t / block.x % block.y, t / (block.x * block.y)};
           f.block = {x, y, z}, f.block_dim = block, f.grid_dim = grid, f.done = false, f.watched = nullptr;
+          f.open_copies.clear(), f.committed_copies.clear();
           void** top = (void**)(((uintptr_t)f.stack.get() + kStackBytes) & ~(uintptr_t)15) - 1;  // as after a call
           *--top = (void*)entry;
           for (int r = 0; r < 6; r++) *--top = nullptr;
@@ -252,6 +255,25 @@ void wgmma_wait(int pending) {
       group.committed.pop_front();
     }
   });
+}
+
+void copy(uint32_t destination, const void* source) {
+  static const char* when = getenv("PT_EMULATED_COPIES");
+  if (when && !strcmp(when, "late"))
+    self().open_copies.push_back({destination, source});
+  else
+    memcpy(shared_at(destination, 16), source, 16);
+}
+void copy_commit() {
+  self().committed_copies.push_back(std::move(self().open_copies));
+  self().open_copies.clear();
+}
+void copy_wait(int pending) {
+  auto& groups = self().committed_copies;
+  while ((int)groups.size() > pending) {
+    for (const auto& [destination, source] : groups.front()) memcpy(shared_at(destination, 16), source, 16);
+    groups.pop_front();
+  }
 }
 
 void load_matrices(uint32_t* registers, int count, uint32_t address, bool transposed) {

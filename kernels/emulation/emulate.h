@@ -65,6 +65,10 @@ void wgmma(const Product& product);
 void wgmma_commit();
 void wgmma_wait(int pending);
 
+void copy(uint32_t destination, const void* source);  // cp.async of 16 bytes, by one thread
+void copy_commit();
+void copy_wait(int pending);
+
 void load_matrices(uint32_t* registers, int count, uint32_t address, bool transposed);
 void mma_m16n8k16(float* c, const uint32_t* a, uint32_t b0, uint32_t b1, bool half);  // of one warp, at once
 
@@ -125,6 +129,13 @@ template <typename T>
 T __ldg(const T* p) {
   return *p;
 }
+template <typename T>
+T atomicAdd(T* at, T value) {
+  const T old = *at;
+  *at += value;
+  return old;
+}
+inline void __threadfence() {}
 template <typename T>
 T atomicMax(T* at, T value) {
   const T old = *at;

@@ -139,6 +139,7 @@ typedef struct {
   const float* final_term;    /* (B, Hk) added to the gradient of G at the last token (<d final state, final state>), or null */
   const int32_t* cu_seqlens;  /* as in pt_gates */
   int32_t num_cu_seqlens;
+  int32_t has_initial_state;  /* if 0, nothing passes the gate of a row's first token, and its gradient is zero exactly */
   const float* scale;         /* (B, Hk) divided out of gate_grad (dn_scale * value_scale), or null */
   float* dlog_G;              /* (B, T, Hk) out */
   int64_t dlog_G_stride_b, dlog_G_stride_t, dlog_G_stride_h;
@@ -154,8 +155,8 @@ typedef struct {
   float* boundary;     /* pt_sizes.boundary bytes */
   int32_t to_boundary; /* 1: public -> boundary, 0: boundary -> public */
   int32_t gradient;    /* 1: the arrays hold gradients */
-  const float* key_scale;   /* (B, Hk) scale that k (or, for gradients, nothing) was packed with, or null */
-  const float* value_scale; /* (B, Hk) scale that v was packed with (gradients: dn_scale), or null */
+  const float* key_scale;   /* (B, Hk) scale that k was packed with, or null */
+  const float* value_scale; /* (B, Hk) scale that v was packed with, or null */
 } pt_boundary_params;
 PT_API int pt_boundary(const pt_problem* problem, const pt_boundary_params* params, void* stream);
 

@@ -5,9 +5,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from powertrain.native.abi import ABI_VERSION
 from powertrain.native.build import Manifest, build_library, cache_root, compiler_reports, find_library, verify_library
 from powertrain.native.errors import KernelBuildError, KernelsUnavailable
-from powertrain.native.loader import ABI_VERSION, open_library
+from powertrain.native.loader import open_library
 from powertrain.native.toolchain import find_nvcc, kernel_sources, library_key, units
 
 

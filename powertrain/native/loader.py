@@ -2,14 +2,13 @@
 
 import ctypes
 import functools
+import os
 import threading
 from pathlib import Path
 
+from powertrain.native.abi import ABI_VERSION, declare
 from powertrain.native.build import build_library, find_library, verify_library
-from powertrain.native.errors import KernelsUnavailable
-
-ABI_VERSION = 1
-"""The `PT_ABI_VERSION` of the header that the parameter structs of this package mirror."""
+from powertrain.native.errors import KernelLaunchError, KernelsUnavailable
 
 _lock = threading.Lock()
 
@@ -27,8 +26,14 @@ def library() -> ctypes.CDLL:
 
 @functools.cache
 def _load_once() -> ctypes.CDLL:
-    path = find_library()
-    return open_library(path if path is not None else build_library())
+    named = os.environ.get("POWERTRAIN_KERNELS_LIBRARY")  # a developer's own build: no manifest says what it should be
+    if named:
+        loaded = _open_checked(Path(named))
+    else:
+        path = find_library()
+        loaded = open_library(path if path is not None else build_library())
+    declare(loaded)
+    return loaded
 
 
 def open_library(path: Path) -> ctypes.CDLL:
@@ -38,6 +43,10 @@ def open_library(path: Path) -> ctypes.CDLL:
         KernelsUnavailable: the digest or the ABI version is not the expected one, or the loader refuses the file.
     """
     verify_library(path)
+    return _open_checked(path)
+
+
+def _open_checked(path: Path) -> ctypes.CDLL:
     try:
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
@@ -53,3 +62,14 @@ def open_library(path: Path) -> ctypes.CDLL:
             "run `powertrain kernels build --force`."
         )
     return loaded
+
+
+def call(name: str, *arguments: object) -> None:
+    """Calls one function of the loaded library.
+
+    Raises:
+        KernelLaunchError: it returned an error status; the message is the library's own.
+    """
+    loaded = library()
+    if getattr(loaded, name)(*arguments) != 0:
+        raise KernelLaunchError(f"{name}: {loaded.pt_last_error().decode()}")

@@ -1,12 +1,13 @@
 """The public functions of power retention: validation, defaults and the choice of implementation."""
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from powertrain.ops import validation
+from powertrain.ops import cuda, validation
 from powertrain.ops.library import power_retention_op
 from powertrain.ops.plan import choose_chunk_size
 
@@ -75,9 +76,9 @@ def power_retention(
     Source: Buckman, Gelada and Zhang, "Symmetric Power Transformers", 2024; Gelada, Buckman, Zhang and Bach, "Scaling
     Context Requires Rethinking Attention", 2025, arXiv:2507.04239. docs/op.md has the mathematics.
     """
-    out, _, state, new_sum_of_keys = power_retention_with_normalizer(
+    out, _, state, new_sum_of_keys = _power_retention(
         Q, K, V, log_G, initial_state, return_final_state, deg, scale, chunk_size, switch_over_seq_len,
-        sum_of_keys=sum_of_keys, cu_seqlens=cu_seqlens, impl=impl,
+        sum_of_keys, cu_seqlens, impl,
     )  # fmt: skip
     return (out, state, new_sum_of_keys) if return_final_state else out
 
@@ -103,6 +104,29 @@ def power_retention_with_normalizer(
     The normalizer `(B, T, Hq)`, sum_j w_ij in fp32 (fp64 for fp64 inputs), has no gradient: it is for monitoring. State
     and sum_of_keys have size 0 unless return_final_state. Arguments and errors are those of `power_retention`.
     """
+    out, normalizer, state, new_sum_of_keys = _power_retention(
+        Q, K, V, log_G, initial_state, return_final_state, deg, scale, chunk_size, switch_over_seq_len,
+        sum_of_keys, cu_seqlens, impl,
+    )  # fmt: skip
+    return out, normalizer(), state, new_sum_of_keys
+
+
+def _power_retention(
+    Q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    log_G: Tensor | None,
+    initial_state: Tensor | None,
+    return_final_state: bool,
+    deg: int,
+    scale: float | None,
+    chunk_size: int | None,
+    switch_over_seq_len: int | None,
+    sum_of_keys: Tensor | None,
+    cu_seqlens: Tensor | None,
+    impl: Implementation | None,
+) -> tuple[Tensor, Callable[[], Tensor], Tensor, Tensor]:
+    """Validate, choose and run; the normalizer is a function, because the CUDA path has to convert its own."""
     Q, K, V = validation.autocast(Q, K, V)
     validation.check_qkv(Q, K, V)
     validation.check_log_gates(log_G, K)
@@ -132,7 +156,14 @@ def power_retention_with_normalizer(
         Q, K = positive_feature_map(Q), positive_feature_map(K)
     if switch_over_seq_len is not None and switch_over_seq_len >= T:
         chunk_size = T
-    elif chunk_size is None:
+    if cuda.use_cuda(impl, Q, V, deg):
+        out, state, new_sum_of_keys, raw, saved = cuda.power_retention_cuda(
+            Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens, chunk_size, return_final_state
+        )
+        if initial_state is not None and return_final_state:
+            state, new_sum_of_keys = state.to(initial_state.dtype), new_sum_of_keys.to(initial_state.dtype)
+        return out, lambda: cuda.public_normalizer(raw, saved, scale, Q, Hk), state, new_sum_of_keys
+    if chunk_size is None:
         chunk_size = choose_chunk_size(
             tokens=T,
             key_dim=key_dim,
@@ -154,7 +185,7 @@ def power_retention_with_normalizer(
         min(chunk_size, T),
         return_final_state,
     )
-    return out, normalizer, state, new_sum_of_keys
+    return out, lambda: normalizer, state, new_sum_of_keys
 
 
 def linear_attention(
@@ -177,9 +208,7 @@ def linear_attention(
 
 
 def _check_implementation(impl: Implementation | None) -> None:
-    if impl == "cuda":
-        raise ValueError("impl='cuda' is not available: this version has no CUDA kernels; allowed are None and 'torch'")
-    if impl not in (None, "torch"):
+    if impl not in (None, "torch", "cuda"):
         raise ValueError(
             f"impl={impl!r} is unknown; allowed are None (the fastest that supports the inputs), 'torch' and 'cuda'"
         )

@@ -120,6 +120,12 @@ __global__ void __launch_bounds__(kThreads) chunk_gates(int64_t blocks, int64_t 
     }
     if (direction == 0 && threadIdx.x == 0) gates.chunk_decay[blockIdx.x] = carried;
   }
+  // The pads of the arrays, so that the same inputs give the same bytes.
+  if (blockIdx.x == 0 && threadIdx.x < 64) {
+    const int64_t heads = gridDim.x / chunk_count, decays = heads * blocks + threadIdx.x, of_chunks = (int64_t)gridDim.x + threadIdx.x;
+    if (decays < ceil_div(heads * blocks, 64) * 64) gates.block_decay[decays] = 0.f;
+    if (of_chunks < ceil_div((int64_t)gridDim.x, 64) * 64) gates.chunk_decay[of_chunks] = 0.f;
+  }
 }
 
 // One thread block per (b, h) walks from the last token to the first, four tokens a thread; sums are kept in fp64, because a row may hold a
@@ -133,7 +139,7 @@ __device__ __forceinline__ Segment join(Segment left, Segment right) {  // left:
 }
 
 __global__ void __launch_bounds__(1024) gate_grad(const float* grad, const float* final_term, const int32_t* cu_seqlens, int num_cu_seqlens,
-                                                  const float* scale, int heads, int64_t seq_len, int64_t padded, float* dlog_G,
+                                                  int has_initial_state, const float* scale, int heads, int64_t seq_len, int64_t padded, float* dlog_G,
                                                   int64_t stride_b, int64_t stride_t, int64_t stride_h) {
   constexpr int kTokens = 4, kStep = 1024 * kTokens;
   __shared__ Segment warps[32];
@@ -145,7 +151,7 @@ __global__ void __launch_bounds__(1024) gate_grad(const float* grad, const float
     // Thread 0 holds the latest tokens; token i of a thread is its i-th from the right.
     const int64_t last = end - 1 - (int64_t)threadIdx.x * kTokens;
     double value[kTokens];
-    bool begins[kTokens];  // this token is the first of a document (which is not the row's first)
+    bool begins[kTokens];  // this token's gate is closed whatever it says
     double sum = 0.;       // from the right, within this thread, reset where a document begins
     Segment mine = {0., 0};
 #pragma unroll
@@ -153,7 +159,8 @@ __global__ void __launch_bounds__(1024) gate_grad(const float* grad, const float
       const int64_t t = last - i;
       value[i] = t < seq_len ? grad[bh * padded + t] * factor : 0.;
       if (final_term && t == seq_len - 1) value[i] += final_term[bh];
-      begins[i] = cu_seqlens && t > 0 && t < seq_len && document_begin(cu_seqlens, num_cu_seqlens, b * seq_len + t) == b * seq_len + t;
+      begins[i] = (t == 0 && !has_initial_state) ||
+                  (cu_seqlens && t > 0 && t < seq_len && document_begin(cu_seqlens, num_cu_seqlens, b * seq_len + t) == b * seq_len + t);
       mine = join({begins[i] ? 0. : value[i], begins[i]}, mine);
     }
     // Inclusive over threads to the right (lower lanes), then over warps.
@@ -221,7 +228,7 @@ int pt_gate_grad(const pt_problem* problem, const pt_gate_grad_params* params, v
   const pt_problem& p = *problem;
   const pt_gate_grad_params& a = *params;
   gate_grad<<<(unsigned)(p.batch * p.key_heads), 1024, 0, (cudaStream_t)stream>>>(
-      a.gate_grad, a.final_term, a.cu_seqlens, a.num_cu_seqlens, a.scale, p.key_heads, p.seq_len, padded_blocks(p.seq_len) * kBlock,
+      a.gate_grad, a.final_term, a.cu_seqlens, a.num_cu_seqlens, a.has_initial_state, a.scale, p.key_heads, p.seq_len, padded_blocks(p.seq_len) * kBlock,
       a.dlog_G, a.dlog_G_stride_b, a.dlog_G_stride_t, a.dlog_G_stride_h);
   return check_cuda(cudaGetLastError(), "gate_grad");
 }

@@ -147,9 +147,8 @@ __global__ void __launch_bounds__(ChunkStateConfig<D>::kThreads) chunk_state_ker
 
   if (step > 0) {
     if (lane == 0) {
-      int32_t seen;
-      do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(done) : "memory");
-      while (seen < step);
+      while (load_acquire(done) < step) {
+      }
     }
     __syncwarp();
   }
@@ -161,7 +160,7 @@ __global__ void __launch_bounds__(ChunkStateConfig<D>::kThreads) chunk_state_ker
       const int group = first_group + c, column = group * 8 + 2 * t;
       float before[4] = {0.f, 0.f, 0.f, 0.f};
       if (step > 0) {
-        const float4 v = __ldcg((const float4*)running + (m * Config::kGroups + c) * 32 + lane);
+        const float4 v = load_past_l1((const float4*)running + (m * Config::kGroups + c) * 32 + lane);
         before[0] = v.x, before[1] = v.y, before[2] = v.z, before[3] = v.w;
       } else if (initial) {
 #pragma unroll
@@ -186,7 +185,7 @@ __global__ void __launch_bounds__(ChunkStateConfig<D>::kThreads) chunk_state_ker
 #pragma unroll
       for (int i = 0; i < 4; i++) after[i] = chunk_decay * before[i] + acc[m][c][i];
       if (!last_of_scan) {
-        __stcg((float4*)running + (m * Config::kGroups + c) * 32 + lane, make_float4(after[0], after[1], after[2], after[3]));
+        store_past_l1((float4*)running + (m * Config::kGroups + c) * 32 + lane, make_float4(after[0], after[1], after[2], after[3]));
       } else if (final_state) {
 #pragma unroll
         for (int r = 0; r < 2; r++) {
@@ -200,7 +199,7 @@ __global__ void __launch_bounds__(ChunkStateConfig<D>::kThreads) chunk_state_ker
   if (!last_of_scan) {
     __threadfence();
     __syncwarp();
-    if (lane == 0) asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(done), "r"((int32_t)step + 1) : "memory");
+    if (lane == 0) store_release(done, (int32_t)step + 1);
   }
 }
 

@@ -57,6 +57,18 @@ __device__ __forceinline__ void copy_async(uint32_t to, const void* from, int by
   for (int at = threadIdx.x * 16; at < bytes; at += kThreads * 16) cp_async16(to + at, (const char*)from + at);
 }
 
+// Between warps of different blocks.
+__device__ __forceinline__ int32_t load_acquire(const int32_t* p) {
+  int32_t value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
+  return value;
+}
+__device__ __forceinline__ void store_release(int32_t* p, int32_t value) {
+  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
+}
+__device__ __forceinline__ float4 load_past_l1(const float4* p) { return __ldcg(p); }  // what another multiprocessor wrote
+__device__ __forceinline__ void store_past_l1(float4* p, float4 value) { __stcg(p, value); }
+
 // One 16-bit half of a word in both halves.
 __device__ __forceinline__ uint32_t duplicate(uint32_t word, bool high) { return __byte_perm(word, 0, high ? 0x3232 : 0x1010); }
 

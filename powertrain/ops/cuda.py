@@ -1,0 +1,589 @@
+"""The CUDA path of power retention: the kernel library's stages in order, forward and backward, as ops of
+`torch.library`.
+
+The mathematics and the stages are those of `kernels/include/powertrain_kernels.h`. What the backward pass needs of the
+forward one (packed inputs, gates, states) is one opaque byte tensor, so that one allocation and one saved tensor serve
+all of it. The factor `scale` cancels in y = n / d and appears nowhere here.
+
+fp16 alone carries scales: powers of two per row and head that bring q, k, v and dn' to magnitudes at most 1, and one
+for the states.
+"""
+
+import contextlib
+import ctypes
+import functools
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from powertrain import native
+from powertrain.native import abi
+from powertrain.ops.cuda_plan import BLOCK, DTYPES, Layout, choose_chunk_size, unsupported
+from powertrain.ops.flops import OpPassFlops, power_retention_flops
+from powertrain.ops.sympow import phi_dimension
+
+_arch = int(os.environ.get("POWERTRAIN_KERNELS_ARCH", "0"))
+
+allocate: Callable[..., Tensor] = torch.empty
+"""How outputs and workspaces are allocated; tests put a NaN-filling function here."""
+
+
+@contextlib.contextmanager
+def force_arch(arch: int) -> Iterator[None]:
+    """Run the kernels of one architecture (80 or 90; 0: the best for the device) inside this context."""
+    global _arch
+    before, _arch = _arch, arch
+    try:
+        yield
+    finally:
+        _arch = before
+
+
+def use_cuda(impl: str | None, query: Tensor, value: Tensor, deg: int) -> bool:
+    """Return whether a call takes the CUDA path; `impl` forces it ("cuda") or the other ("torch").
+
+    Raises:
+        ValueError: impl is "cuda" and the inputs are not what the kernels take.
+        KernelsUnavailable: impl is "cuda" and there is no library and no compiler.
+    """
+    if impl == "torch":
+        return False
+    reason = unsupported(query, value, deg)
+    if reason is not None:
+        if impl == "cuda":
+            raise ValueError(f"impl='cuda' cannot run: {reason}")
+        if query.device.type == "cuda" and query.dtype in DTYPES and deg == 2:
+            _warn_once(f"power_retention takes its PyTorch path: {reason}.")
+        return False
+    if impl == "cuda":
+        native.library()
+        return True
+    return _is_library_usable()
+
+
+@functools.cache
+def _is_library_usable() -> bool:
+    try:
+        native.library()
+    except (native.KernelsUnavailable, native.KernelBuildError) as error:
+        _warn_once(f"power_retention takes its PyTorch path. {error}")
+        return False
+    return True
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=4)
+
+
+def power_retention_cuda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_g: Tensor | None,
+    state: Tensor | None,
+    sum_of_keys: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunk_size: int | None,
+    final_state: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return out `(B, T, Hq, V)`, state, sum_of_keys (of size 0 unless `final_state`), and for `public_normalizer` the
+    raw normaliser `(B, Hq, T)` and the buffer of the backward pass.
+
+    Inputs are validated and supported. `chunk_size` is rounded up to a multiple of 64; None picks one.
+    """
+    if chunk_size is None:
+        chunk_size = choose_chunk_size(
+            tokens=q.shape[1],
+            head_dim=q.shape[3],
+            query_heads_per_key_head=q.shape[2] // k.shape[2],
+            has_state=state is not None,
+        )
+    chunk_size = (min(chunk_size, q.shape[1]) + BLOCK - 1) // BLOCK * BLOCK
+    if log_g is not None and log_g.dtype != torch.float32:
+        log_g = log_g.float()
+    if state is not None and sum_of_keys is not None:
+        state, sum_of_keys = state.float(), sum_of_keys.float()
+    if cu_seqlens is not None and cu_seqlens.dtype != torch.int32:
+        cu_seqlens = cu_seqlens.int()
+    out, normalizer, new_state, new_sum, saved = power_retention_cuda_op(
+        q, k, v, log_g, state, sum_of_keys, cu_seqlens, chunk_size, final_state, _arch
+    )
+    return out, new_state, new_sum, normalizer, saved
+
+
+def public_normalizer(normalizer: Tensor, saved: Tensor, scale: float, like: Tensor, key_heads: int) -> Tensor:
+    """Return sum_j w_ij `(B, T, Hq)` in fp32, from the kernels' own `(B, Hq, T)` in their units; `like` is q."""
+    result = normalizer * scale**2
+    if like.dtype == torch.float16:
+        B, _, Hq, _ = like.shape
+        scales = saved[-_scale_bytes(B, Hq, key_heads) :].view(torch.float32)
+        q_scale = scales[: B * Hq].view(B, Hq)
+        k_scale = scales[B * Hq : B * (Hq + key_heads)].view(B, key_heads).repeat_interleave(Hq // key_heads, 1)
+        result = result / (q_scale * k_scale)[..., None] ** 2
+    return result.transpose(1, 2)
+
+
+def _scale_bytes(batch: int, query_heads: int, key_heads: int) -> int:
+    return (batch * (query_heads + 2 * key_heads) * 4 + 255) // 256 * 256
+
+
+class _Plan:
+    """The problem struct of some shapes on some device, the sizes of its buffers, and their layout."""
+
+    def __init__(
+        self, dtype: torch.dtype, arch: int, B: int, T: int, Hq: int, Hk: int, D: int, chunk_size: int, has_state: bool
+    ) -> None:
+        self.scaled = dtype == torch.float16
+        # fp16: |phi| and |v'| are at most 1 in packed units and a state sums at most T of them (its gradient T Hq /
+        # Hk), twice that off the diagonal; half of the largest number is left as headroom.
+        largest = 2 * T * (Hq // Hk) if self.scaled else 1
+        state_scale = 2.0 ** -max(0, math.ceil(math.log2(largest)) - 15)
+        self.problem = abi.Problem(DTYPES[dtype], arch, B, Hq, Hk, D, chunk_size, state_scale, T)
+        self.problem_ref = ctypes.byref(self.problem)
+        self.sizes = abi.Sizes()
+        native.call("pt_sizes_of", self.problem_ref, ctypes.byref(self.sizes))
+        self.keeps_states = has_state or chunk_size < T
+        self.layout = Layout.make(
+            batch=B,
+            tokens=T,
+            query_heads=Hq,
+            key_heads=Hk,
+            head_dim=D,
+            chunk_size=chunk_size,
+            keeps_states=self.keeps_states,
+            scaled=self.scaled,
+        )
+        self.B, self.T, self.Hq, self.Hk, self.D, self.F = B, T, Hq, Hk, D, phi_dimension(D, 2)
+        self.library = native.library()
+
+    def run(self, name: str, parameters: ctypes.Structure, stream: int) -> None:
+        if getattr(self.library, name)(self.problem_ref, ctypes.byref(parameters), stream) != 0:
+            raise native.KernelLaunchError(f"{name}: {self.library.pt_last_error().decode()}")
+
+    def scale_pointers(self, base: int) -> tuple[int | None, int | None, int | None]:
+        """Scales of q `(B, Hq)`, k and v `(B, Hk)`; None in bf16."""
+        if not self.scaled:
+            return None, None, None
+        q = base + self.layout.scales
+        k = q + self.B * self.Hq * 4
+        return q, k, k + self.B * self.Hk * 4
+
+
+# Keyed by the device too: the library chooses the architecture, and with it the size of the workspaces, on the current
+# device.
+@functools.lru_cache(maxsize=1024)
+def _plan(device: int, *shape: Any) -> _Plan:
+    return _Plan(*shape)
+
+
+def _strided(x: Tensor) -> abi.StridedTensor:
+    stride = x.stride()
+    return abi.StridedTensor(x.data_ptr(), stride[0], stride[1], stride[2])
+
+
+def _with_contiguous_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _stream(device: torch.device) -> int:
+    # An emulated library computes on CPU tensors before a call returns (kernels/emulation).
+    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _bytes(size: int, device: torch.device) -> Tensor:
+    return allocate(size, dtype=torch.uint8, device=device)
+
+
+def _on_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Launch on the device of the first tensor: kernels go to the current one."""
+
+    @functools.wraps(function)
+    def guarded(first: Tensor, *arguments: Any) -> Any:
+        if first.device.type != "cuda" or first.device.index == torch.cuda.current_device():
+            return function(first, *arguments)
+        with torch.cuda.device(first.device):
+            return function(first, *arguments)
+
+    return guarded
+
+
+@_on_device
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_g: Tensor | None,
+    state: Tensor | None,
+    sum_of_keys: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunk_size: int,
+    final_state: bool,
+    arch: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    B, T, Hq, D = q.shape
+    Hk, device = k.shape[2], q.device
+    plan = _plan(device.index, q.dtype, arch, B, T, Hq, Hk, D, chunk_size, state is not None)
+    layout, sizes, run = plan.layout, plan.sizes, plan.run
+    stream = _stream(device)
+    q, k, v = _with_contiguous_rows(q), _with_contiguous_rows(k), _with_contiguous_rows(v)
+    out = allocate((B, T, Hq, D), dtype=q.dtype, device=device)
+    normalizer = allocate((B, Hq, T), dtype=torch.float32, device=device)
+    saved = _bytes(layout.total, device)
+    base = saved.data_ptr()
+    gates = base + layout.gates
+    stride = (0, 0, 0) if log_g is None else log_g.stride()
+    documents = 0 if cu_seqlens is None else cu_seqlens.shape[0]
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.contiguous()
+    run("pt_gates", abi.Gates(_pointer(log_g), *stride, _pointer(cu_seqlens), documents, gates), stream)
+
+    strided = _strided(q), _strided(k), _strided(v)
+    q_scale, k_scale, v_scale = plan.scale_pointers(base)
+    if plan.scaled:
+        for x, heads, scale in zip(strided, (Hq, Hk, Hk), (q_scale, k_scale, v_scale), strict=True):
+            run("pt_power_scale", abi.PowerScale(x, heads, heads, scale), stream)
+        if state is not None and sum_of_keys is not None:
+            _bound_key_scale(saved[layout.scales :].view(torch.float32), plan, state, sum_of_keys)
+    packed_q, packed_k, packed_v = base + layout.query, base + layout.key, base + layout.value
+    run("pt_pack", abi.Pack(strided[0], Hq, abi.PACK_FEATURES, q_scale, packed_q), stream)
+    run("pt_pack", abi.Pack(strided[1], Hk, abi.PACK_FEATURES, k_scale, packed_k), stream)
+    run("pt_pack", abi.Pack(strided[2], Hk, abi.PACK_VALUES, v_scale, packed_v), stream)
+
+    new_state, new_sum = (allocate(0, dtype=torch.float32, device=device) for _ in range(2))
+    initial = final = None
+    if state is not None and sum_of_keys is not None:
+        initial = _bytes(sizes.boundary, device)
+        state, sum_of_keys = state.contiguous(), sum_of_keys.contiguous()
+        parameters: ctypes.Structure = abi.Boundary(
+            state.data_ptr(), sum_of_keys.data_ptr(), initial.data_ptr(), 1, 0, k_scale, v_scale
+        )
+        run("pt_boundary", parameters, stream)
+    if final_state:
+        final = _bytes(sizes.boundary, device)
+    states = base + layout.states if plan.keeps_states else None
+    if states is not None or final is not None:
+        workspace = _bytes(sizes.chunk_state_workspace, device)
+        parameters = abi.ChunkState(
+            0, packed_k, packed_v, gates, _pointer(initial), states, _pointer(final), workspace.data_ptr()
+        )
+        run("pt_chunk_state", parameters, stream)
+    if final is not None:
+        new_state = allocate((B, Hk, plan.F, D), dtype=torch.float32, device=device)
+        new_sum = allocate((B, Hk, plan.F), dtype=torch.float32, device=device)
+        parameters = abi.Boundary(new_state.data_ptr(), new_sum.data_ptr(), final.data_ptr(), 0, 0, k_scale, v_scale)
+        run("pt_boundary", parameters, stream)
+    parameters = abi.ChunkScan(
+        0,
+        initial is not None,
+        packed_q,
+        packed_k,
+        packed_v,
+        gates,
+        states,
+        _strided(out),
+        v_scale,
+        normalizer.data_ptr(),
+    )
+    run("pt_chunk_scan", parameters, stream)
+    return out, normalizer, new_state, new_sum, saved
+
+
+def _bound_key_scale(scales: Tensor, plan: _Plan, state: Tensor, sum_of_keys: Tensor) -> None:
+    """Lowers the scale of k until the initial state leaves fp16 headroom in packed units, k_scale^2 v_scale state."""
+    q_end, k_end = plan.B * plan.Hq, plan.B * (plan.Hq + plan.Hk)
+    k_scale, v_scale = scales[q_end:k_end], scales[k_end : k_end + plan.B * plan.Hk]
+    largest = torch.maximum(state.abs().amax((2, 3)).flatten() * v_scale, sum_of_keys.abs().amax(2).flatten())
+    limit = torch.exp2(torch.floor(0.5 * torch.log2(2.0**13 / plan.problem.state_scale / largest.clamp(min=1e-30))))
+    torch.minimum(k_scale, limit, out=k_scale)
+
+
+@_on_device
+def _backward(
+    grad_out: Tensor,
+    grad_state: Tensor | None,
+    grad_sum: Tensor | None,
+    out: Tensor,
+    normalizer: Tensor,
+    final_state: Tensor,
+    final_sum: Tensor,
+    saved: Tensor,
+    cu_seqlens: Tensor | None,
+    key_heads: int,
+    has_gates: bool,
+    has_state: bool,
+    chunk_size: int,
+    arch: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    B, T, Hq, D = out.shape
+    Hk, device, dtype = key_heads, out.device, out.dtype
+    plan = _plan(device.index, dtype, arch, B, T, Hq, Hk, D, chunk_size, has_state)
+    layout, sizes, run = plan.layout, plan.sizes, plan.run
+    stream = _stream(device)
+    base = saved.data_ptr()
+    q, k, v, gates = base + layout.query, base + layout.key, base + layout.value, base + layout.gates
+    q_scale, k_scale, v_scale = plan.scale_pointers(base)
+    grad_out = _with_contiguous_rows(grad_out)
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.contiguous()
+
+    dn = _bytes(sizes.packed_dn, device)
+    dn_scale = allocate((B, Hk), dtype=torch.float32, device=device) if plan.scaled else None
+    parameters: ctypes.Structure = abi.PackGrad(
+        _strided(grad_out), _strided(out), normalizer.data_ptr(), v_scale, _pointer(dn_scale), dn.data_ptr()
+    )
+    run("pt_pack_grad", parameters, stream)
+    # dn_scale times v_scale: what every gradient with respect to a state or a gate is multiplied by in packed units.
+    units = None
+    if dn_scale is not None:
+        at = layout.scales + B * (Hq + Hk) * 4
+        units = dn_scale * saved[at : at + B * Hk * 4].view(torch.float32).view(B, Hk)
+
+    final_term = leaving = None
+    if grad_state is not None and grad_sum is not None:
+        final_term = (grad_state * final_state).sum((2, 3)) + (grad_sum * final_sum).sum(2)
+        if units is not None:
+            grad_state, grad_sum = grad_state * units[..., None, None], grad_sum * units[..., None]
+        grad_state, grad_sum = grad_state.contiguous(), grad_sum.contiguous()
+        leaving = _bytes(sizes.boundary, device)
+        parameters = abi.Boundary(
+            grad_state.data_ptr(), grad_sum.data_ptr(), leaving.data_ptr(), 1, 1, k_scale, v_scale
+        )
+        run("pt_boundary", parameters, stream)
+    grad_states = None
+    entering = _bytes(sizes.boundary, device) if has_state else None
+    if chunk_size < T or leaving is not None or entering is not None:
+        grad_states = _bytes(sizes.states, device)
+        workspace = _bytes(sizes.chunk_state_workspace, device)
+        parameters = abi.ChunkState(
+            1,
+            q,
+            dn.data_ptr(),
+            gates,
+            _pointer(leaving),
+            grad_states.data_ptr(),
+            _pointer(entering),
+            workspace.data_ptr(),
+        )
+        run("pt_chunk_state", parameters, stream)
+
+    dq = allocate((B, T, Hq, D), dtype=dtype, device=device)
+    dk = allocate((B, T, Hk, D), dtype=dtype, device=device)
+    dv = allocate((B, T, Hk, D), dtype=dtype, device=device)
+    dlog_g, dstate, dsum = (allocate(0, dtype=torch.float32, device=device) for _ in range(3))
+    gate_grad = _bytes(sizes.gate_grad, device) if has_gates else None
+    has_leaving = leaving is not None
+    parameters = abi.ChunkScan(
+        1, has_leaving, q, k, dn.data_ptr(), gates, _pointer(grad_states), _strided(dv), _pointer(dn_scale), None, v,
+        _pointer(gate_grad),
+    )  # fmt: skip
+    run("pt_chunk_scan", parameters, stream)
+    states = base + layout.states if plan.keeps_states else None
+    scales = v_scale, _pointer(dn_scale)
+    parameters = abi.ChunkScanGrad(0, has_state, q, k, v, dn.data_ptr(), gates, states, _strided(dq), q_scale, *scales)
+    run("pt_chunk_scan_grad", parameters, stream)
+    parameters = abi.ChunkScanGrad(
+        1, has_leaving, q, k, v, dn.data_ptr(), gates, _pointer(grad_states), _strided(dk), k_scale, *scales
+    )
+    run("pt_chunk_scan_grad", parameters, stream)
+    if gate_grad is not None:
+        dlog_g = allocate((B, T, Hk), dtype=torch.float32, device=device)
+        documents = 0 if cu_seqlens is None else cu_seqlens.shape[0]
+        workspace = _bytes(sizes.gate_grad_workspace, device)
+        parameters = abi.GateGrad(
+            gate_grad.data_ptr(), _pointer(final_term), _pointer(cu_seqlens), documents, has_state, _pointer(units),
+            dlog_g.data_ptr(), *dlog_g.stride(), workspace.data_ptr(),
+        )  # fmt: skip
+        run("pt_gate_grad", parameters, stream)
+    if entering is not None:
+        dstate = allocate((B, Hk, plan.F, D), dtype=torch.float32, device=device)
+        dsum = allocate((B, Hk, plan.F), dtype=torch.float32, device=device)
+        parameters = abi.Boundary(dstate.data_ptr(), dsum.data_ptr(), entering.data_ptr(), 0, 1, k_scale, v_scale)
+        run("pt_boundary", parameters, stream)
+        if units is not None:
+            dstate, dsum = dstate / units[..., None, None], dsum / units[..., None]
+    return dq, dk, dv, dlog_g, dstate, dsum
+
+
+@torch.library.custom_op("powertrain::power_retention_cuda", mutates_args=())
+def power_retention_cuda_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_g: Tensor | None,
+    state: Tensor | None,
+    sum_of_keys: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunk_size: int,
+    final_state: bool,
+    arch: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The forward pass as an op: out, raw normaliser `(B, Hq, T)`, state, sum_of_keys, bytes for the backward pass."""
+    return _forward(q, k, v, log_g, state, sum_of_keys, cu_seqlens, chunk_size, final_state, arch)
+
+
+@power_retention_cuda_op.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_g: Tensor | None,
+    state: Tensor | None,
+    sum_of_keys: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunk_size: int,
+    final_state: bool,
+    arch: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    B, T, Hq, D = q.shape
+    Hk, F = k.shape[2], phi_dimension(D, 2)
+    layout = Layout.make(
+        batch=B,
+        tokens=T,
+        query_heads=Hq,
+        key_heads=Hk,
+        head_dim=D,
+        chunk_size=chunk_size,
+        keeps_states=state is not None or bool(chunk_size < T),
+        scaled=q.dtype == torch.float16,
+    )
+    return (
+        q.new_empty(B, T, Hq, D),
+        q.new_empty(B, Hq, T, dtype=torch.float32),
+        q.new_empty((B, Hk, F, D) if final_state else (0,), dtype=torch.float32),
+        q.new_empty((B, Hk, F) if final_state else (0,), dtype=torch.float32),
+        q.new_empty(layout.total, dtype=torch.uint8),
+    )
+
+
+@torch.library.custom_op("powertrain::power_retention_cuda_bwd", mutates_args=())
+def power_retention_cuda_bwd_op(
+    grad_out: Tensor,
+    grad_state: Tensor | None,
+    grad_sum: Tensor | None,
+    out: Tensor,
+    normalizer: Tensor,
+    final_state: Tensor,
+    final_sum: Tensor,
+    saved: Tensor,
+    cu_seqlens: Tensor | None,
+    key_heads: int,
+    has_gates: bool,
+    has_state: bool,
+    chunk_size: int,
+    arch: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The backward pass as an op: gradients of q, k, v, log_g, state, sum_of_keys; of size 0 where not given."""
+    return _backward(
+        grad_out, grad_state, grad_sum, out, normalizer, final_state, final_sum, saved, cu_seqlens,
+        key_heads, has_gates, has_state, chunk_size, arch,
+    )  # fmt: skip
+
+
+@power_retention_cuda_bwd_op.register_fake
+def _(
+    grad_out: Tensor,
+    grad_state: Tensor | None,
+    grad_sum: Tensor | None,
+    out: Tensor,
+    normalizer: Tensor,
+    final_state: Tensor,
+    final_sum: Tensor,
+    saved: Tensor,
+    cu_seqlens: Tensor | None,
+    key_heads: int,
+    has_gates: bool,
+    has_state: bool,
+    chunk_size: int,
+    arch: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    B, T, Hq, D = out.shape
+    F = phi_dimension(D, 2)
+
+    def fp32(*shape: Any) -> Tensor:
+        return out.new_empty(shape, dtype=torch.float32)
+
+    return (
+        out.new_empty(B, T, Hq, D),
+        out.new_empty(B, T, key_heads, D),
+        out.new_empty(B, T, key_heads, D),
+        fp32(B, T, key_heads) if has_gates else fp32(0),
+        fp32(B, key_heads, F, D) if has_state else fp32(0),
+        fp32(B, key_heads, F) if has_state else fp32(0),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, k, _, log_g, state, _, cu_seqlens, ctx.chunk_size, ctx.final_state, ctx.arch = inputs
+    out, normalizer, new_state, new_sum, saved = output
+    ctx.key_heads, ctx.has_gates, ctx.has_state = k.shape[2], log_g is not None, state is not None
+    ctx.mark_non_differentiable(normalizer, saved)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(out, normalizer, new_state, new_sum, saved, cu_seqlens)
+
+
+def _autograd_backward(
+    ctx: Any, grad_out: Tensor | None, _: Any, grad_state: Tensor | None, grad_sum: Tensor | None, __: Any
+) -> tuple[Tensor | None, ...]:
+    out, normalizer, final_state, final_sum, saved, cu_seqlens = ctx.saved_tensors
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    if not ctx.final_state or (grad_state is None and grad_sum is None):
+        grad_state = grad_sum = None
+    else:
+        grad_state = torch.zeros_like(final_state) if grad_state is None else grad_state
+        grad_sum = torch.zeros_like(final_sum) if grad_sum is None else grad_sum
+    dq, dk, dv, dlog_g, dstate, dsum = power_retention_cuda_bwd_op(
+        grad_out, grad_state, grad_sum, out, normalizer, final_state, final_sum, saved, cu_seqlens,
+        ctx.key_heads, ctx.has_gates, ctx.has_state, ctx.chunk_size, ctx.arch,
+    )  # fmt: skip
+    state_grads = (dstate, dsum) if ctx.has_state else (None, None)
+    return dq, dk, dv, dlog_g if ctx.has_gates else None, *state_grads, None, None, None, None
+
+
+power_retention_cuda_op.register_autograd(_autograd_backward, setup_context=_setup_context)
+
+
+def _call_flops(out_shape: Any, key_heads: int, chunk_size: int, initial_state: bool, final_state: bool) -> OpPassFlops:
+    B, T, Hq, D = out_shape
+    return power_retention_flops(
+        batch=B,
+        tokens=T,
+        query_heads=Hq,
+        key_heads=key_heads,
+        key_dim=D,
+        value_dim=D,
+        deg=2,
+        chunk_size=chunk_size,
+        executed=False,
+        initial_state=initial_state,
+        final_state=final_state,
+        device_type="cuda",
+    )
+
+
+@register_flop_formula(torch.ops.powertrain.power_retention_cuda)
+def _forward_formula(
+    q: Any, k: Any, v: Any, log_g: Any, state: Any, sum_of_keys: Any, cu_seqlens: Any, chunk_size: int,
+    final_state: bool, *args: Any, **kwargs: Any,
+) -> int:  # fmt: skip
+    return _call_flops(q, k[2], chunk_size, state is not None, final_state).forward.total
+
+
+@register_flop_formula(torch.ops.powertrain.power_retention_cuda_bwd)
+def _backward_formula(
+    grad_out: Any, grad_state: Any, grad_sum: Any, out: Any, normalizer: Any, final_state: Any, final_sum: Any,
+    saved: Any, cu_seqlens: Any, key_heads: int, has_gates: bool, has_state: bool, chunk_size: int,
+    *args: Any, **kwargs: Any,
+) -> int:  # fmt: skip
+    return _call_flops(out, key_heads, chunk_size, has_state, grad_state is not None).backward.total

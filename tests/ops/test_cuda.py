@@ -1,0 +1,339 @@
+"""The CUDA path against fp64 on the same inputs: no result may err more than twice what the plain formula errs in the
+same 16-bit type.
+
+Every output and workspace starts as NaN here (`nan_filled`), so an element that a kernel forgets to write, or reads
+before it is written, shows. Each case runs on the kernels that the device would choose and on the sm80 ones.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from powertrain.ops import cuda, power_retention, power_retention_with_normalizer
+from powertrain.ops.cuda_plan import BLOCK, choose_chunk_size
+from powertrain.ops.reference import power_retention_quadratic
+from powertrain.ops.sympow import phi_dimension
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+BF16, FP16 = torch.bfloat16, torch.float16
+FACTOR = 2.0
+
+
+def nan_filled(*size: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # All ones in every bit is a NaN in bf16, fp16 and fp32 alike, and so also in the opaque byte buffers.
+    return torch.empty(*size, dtype=dtype, device=device).view(torch.uint8).fill_(255).view(dtype)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "allocate", nan_filled)
+
+
+@pytest.fixture(params=[0, 80], ids=["chosen", "sm80"], autouse=True)
+def _arch(request: pytest.FixtureRequest) -> Iterator[None]:
+    with cuda.force_arch(request.param):
+        yield
+
+
+@dataclass(frozen=True)
+class Case:
+    B: int = 1
+    T: int = 300
+    Hq: int = 2
+    Hk: int = 2
+    D: int = 64
+    chunk_size: int | None = 128
+    dtype: torch.dtype = BF16
+    gate: float | None = 0.02  # mean of -log_G
+    documents: bool = False
+    state: bool = False
+
+    def tensors(self, seed: int = 0) -> dict[str, Tensor]:
+        generator = torch.Generator(device=DEVICE).manual_seed(seed)
+
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, device=DEVICE)
+
+        B, T, D = self.B, self.T, self.D
+        result = {
+            "Q": randn(B, T, self.Hq, D).to(self.dtype),
+            "K": randn(B, T, self.Hk, D).to(self.dtype),
+            "V": randn(B, T, self.Hk, D).to(self.dtype),
+        }
+        if self.gate is not None:
+            result["log_G"] = -2 * self.gate * torch.rand(B, T, self.Hk, generator=generator, device=DEVICE)
+        if self.state:
+            before = replace(self, T=50, state=False, documents=False).tensors(seed + 1)
+            with torch.no_grad():
+                _, state, total = power_retention_quadratic(**{name: x.double() for name, x in before.items()})
+            result |= {"initial_state": state.float(), "sum_of_keys": total.float()}
+        return result
+
+    def keywords(self) -> dict[str, Any]:
+        if not self.documents:
+            return {}
+        B, T = self.B, self.T
+        inner = {1, 2, T // 3, T // 2, T - 1, 64, 65, 128}
+        offsets = sorted(
+            {0, B * T} | {row * T + at for row in range(B) for at in {0} | {i for i in inner if 0 < i < T}}
+        )
+        return {"cu_seqlens": torch.tensor([*offsets, B * T, B * T], dtype=torch.int32, device=DEVICE)}
+
+
+def evaluate(
+    function: Any, tensors: dict[str, Tensor], cotangents: list[Tensor] | None, **keywords: Any
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    leaves = {name: x.detach().clone().requires_grad_() for name, x in tensors.items()}
+    result = function(**leaves, **keywords)
+    outputs = list(result) if isinstance(result, tuple) else [result]
+    if cotangents is None:
+        generator = torch.Generator(device=DEVICE).manual_seed(1)
+        cotangents = [torch.randn(x.shape, generator=generator, device=DEVICE).to(x.dtype) for x in outputs]
+    grads = torch.autograd.grad(
+        outputs, list(leaves.values()), [c.to(x.dtype) for c, x in zip(cotangents, outputs, strict=True)]
+    )
+    named = {f"out{i}": x.detach() for i, x in enumerate(outputs)}
+    return named | {f"grad_{name}": grad for name, grad in zip(leaves, grads, strict=True)}, cotangents
+
+
+def oracle(states: bool) -> Any:
+    def function(**arguments: Any) -> Any:
+        out, state, total = power_retention_quadratic(**arguments)
+        return (out, state, total) if states else out
+
+    return function
+
+
+def relative_error(x: Tensor, exact: Tensor) -> float:
+    norm = exact.double().norm()
+    difference = (x.double() - exact.double()).norm()
+    return float(difference / norm) if norm > 0 else float(difference)
+
+
+def measure(case: Case, seed: int = 0) -> dict[str, tuple[float, float]]:
+    """Errors (ours, plain) of every output and gradient."""
+    tensors, keywords = case.tensors(seed), case.keywords()
+    states = case.state
+    ours, cotangents = evaluate(
+        power_retention, tensors, None, chunk_size=case.chunk_size, return_final_state=states, impl="cuda", **keywords
+    )
+    exact, _ = evaluate(oracle(states), {name: x.double() for name, x in tensors.items()}, cotangents, **keywords)
+    low = {name: x if name == "log_G" else x.to(case.dtype) for name, x in tensors.items()}
+    plain, _ = evaluate(oracle(states), low, cotangents, **keywords)
+    errors = {}
+    for name, value in ours.items():
+        assert value.shape == exact[name].shape, name
+        assert torch.isfinite(value).all(), f"{name} is not finite"
+        errors[name] = relative_error(value, exact[name]), relative_error(plain[name], exact[name])
+    return errors
+
+
+def assert_accurate(case: Case, seed: int = 0) -> None:
+    failures = []
+    for name, (error, plain) in measure(case, seed).items():
+        allowed = max(FACTOR * plain, 2 * torch.finfo(case.dtype).eps)
+        if not error <= allowed:
+            failures.append(f"{name}: error {error:.2e}, allowed {allowed:.2e}")
+    assert not failures, "; ".join(failures)
+
+
+CASES = {
+    "one_token": Case(T=1),
+    "two_tokens": Case(T=2, B=3),
+    "one_block": Case(T=64),
+    "below_block": Case(T=63),
+    "above_block": Case(T=65, chunk_size=64),
+    "chunks": Case(T=640),
+    "ragged": Case(T=517, chunk_size=192),
+    "ungated": Case(T=512, gate=None),
+    "one_chunk": Case(T=900, chunk_size=1024),
+    "long_chunk": Case(T=700, chunk_size=512),
+    "default_chunk": Case(T=3000, chunk_size=None, Hq=1, Hk=1),
+    "batch": Case(B=3, T=200),
+    "gqa": Case(Hq=6, Hk=2, T=400),
+    "gqa_one_key_head": Case(Hq=4, Hk=1, T=330, B=2),
+    "strong_gates": Case(T=400, gate=3.0),
+    "documents": Case(T=400, documents=True),
+    "documents_in_batch": Case(B=3, T=250, documents=True, Hq=4),
+    "documents_ungated": Case(T=400, documents=True, gate=None),
+    "state": Case(T=300, state=True),
+    "state_gqa": Case(T=200, state=True, Hq=4, B=2),
+    "state_ungated": Case(T=257, state=True, gate=None),
+    "state_one_chunk": Case(T=100, state=True),
+}
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize("name", CASES)
+def test_output_and_gradients_are_as_accurate_as_the_formula(name: str, head_dim: int, dtype: torch.dtype) -> None:
+    assert_accurate(replace(CASES[name], D=head_dim, dtype=dtype))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_fresh_inputs(seed: int) -> None:
+    assert_accurate(Case(T=777, Hq=4, Hk=2, B=2), seed)
+
+
+def random_inputs(T: int = 300, **changes: Any) -> dict[str, Tensor]:
+    return Case(T=T, **changes).tensors()
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_two_runs_give_the_same_bits(documents: bool) -> None:
+    case = Case(B=2, T=1500, Hq=4, Hk=2, chunk_size=256, state=not documents, documents=documents)
+    runs = [
+        evaluate(power_retention, case.tensors(), None, chunk_size=case.chunk_size, impl="cuda", **case.keywords())[0]
+        for _ in range(2)
+    ]
+    for name, value in runs[0].items():
+        assert torch.equal(value, runs[1][name]), name
+
+
+def test_strided_inputs_need_no_copy() -> None:
+    B, T, H, D = 2, 300, 2, 64
+    packed = torch.randn(B, T, 3 * H, D, device=DEVICE).to(BF16)
+    heads_first = torch.randn(B, H, T, D, device=DEVICE).to(BF16)
+    odd = torch.randn(B, T, H, D + 3, device=DEVICE).to(BF16)  # rows that are not aligned to 16 bytes
+    q, k, v = packed[:, :, :H], heads_first.transpose(1, 2), odd[..., 1 : D + 1]
+    expected = power_retention(q.contiguous(), k.contiguous(), v.contiguous(), chunk_size=128, impl="cuda")
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    out = power_retention(q, k, v, chunk_size=128, impl="cuda")
+    strided = torch.cuda.memory_stats()["allocation.all.allocated"] - before
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    power_retention(q.contiguous(), k, v.contiguous(), chunk_size=128, impl="cuda")
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] - before == strided + 2
+    assert torch.equal(out, expected)
+
+
+def test_strided_gradient_of_the_output() -> None:
+    tensors = random_inputs()
+    leaves = {name: x.requires_grad_() for name, x in tensors.items()}
+    out = power_retention(**leaves, chunk_size=128, impl="cuda")
+    grad = torch.randn(*out.shape[:3], 2 * out.shape[3], device=DEVICE).to(BF16)
+    strided = torch.autograd.grad(out, list(leaves.values()), grad[..., ::2], retain_graph=True)
+    dense = torch.autograd.grad(out, list(leaves.values()), grad[..., ::2].contiguous())
+    assert all(torch.equal(a, b) for a, b in zip(strided, dense, strict=True))
+
+
+def test_a_sequence_in_two_calls_is_the_sequence_in_one() -> None:
+    tensors = random_inputs(T=500)
+    whole, state, total = power_retention(**tensors, chunk_size=128, return_final_state=True, impl="cuda")
+    first = power_retention(
+        **{n: x[:, :200] for n, x in tensors.items()}, chunk_size=128, return_final_state=True, impl="cuda"
+    )
+    second = power_retention(
+        **{n: x[:, 200:] for n, x in tensors.items()}, chunk_size=128, return_final_state=True, impl="cuda",
+        initial_state=first[1], sum_of_keys=first[2],
+    )  # fmt: skip
+    assert relative_error(torch.cat([first[0], second[0]], 1), whole) < 2e-2
+    assert relative_error(second[1], state) < 1e-2
+    assert relative_error(second[2], total) < 1e-2
+    assert state.shape == (1, 2, phi_dimension(64, 2), 64)
+
+
+def test_nothing_leaks_across_documents() -> None:
+    tensors = random_inputs(T=400)
+    cu_seqlens = torch.tensor([0, 150, 400], dtype=torch.int32, device=DEVICE)
+    leaves = {name: x.clone().requires_grad_() for name, x in tensors.items()}
+    out = power_retention(**leaves, chunk_size=64, cu_seqlens=cu_seqlens, impl="cuda")
+    grads = torch.autograd.grad(out[:, 150:].float().square().sum(), list(leaves.values()))
+    assert all(not grad[:, :150].any() for grad in grads)
+    poisoned = {name: x.clone() for name, x in tensors.items()}
+    for name in "QKV":
+        poisoned[name][:, :150] *= 100
+    again = power_retention(**poisoned, chunk_size=64, cu_seqlens=cu_seqlens, impl="cuda")
+    assert torch.equal(again[:, 150:], out[:, 150:])
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize(
+    "kind", ["zeros", "zero_queries", "closed_gates", "huge_key", "large_scores", "tiny", "documents_of_one"]
+)
+def test_hostile_inputs_give_finite_results(kind: str, dtype: torch.dtype) -> None:
+    tensors = random_inputs(T=300, dtype=dtype)
+    keywords: dict[str, Any] = {}
+    if kind == "zeros":
+        tensors = {name: torch.zeros_like(x) for name, x in tensors.items()}
+    elif kind == "zero_queries":
+        tensors["Q"][:, ::3] = 0
+    elif kind == "closed_gates":
+        tensors["log_G"][:, ::2] = -50
+        tensors["log_G"][:, 100] = -math.inf
+    elif kind == "huge_key":
+        tensors["K"][:, 77] = 3e4
+    elif kind == "large_scores":  # |scale q.k| up to 1e3
+        tensors["Q"], tensors["K"] = (torch.sign(tensors[n].float()).mul(math.sqrt(1e3 / 8)).to(dtype) for n in "QK")
+    elif kind == "tiny":
+        tensors["Q"] *= 1e-6
+        tensors["K"] *= 1e-6
+    else:
+        keywords["cu_seqlens"] = torch.arange(301, dtype=torch.int32, device=DEVICE)
+    results, _ = evaluate(power_retention, tensors, None, chunk_size=64, impl="cuda", **keywords)
+    for name, value in results.items():
+        assert torch.isfinite(value).all(), name
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
+def test_large_scores_stay_accurate(dtype: torch.dtype) -> None:
+    tensors = random_inputs(T=512, dtype=dtype)
+    factor = math.sqrt(1e3 / (tensors["Q"].float().norm(dim=-1).max() * tensors["K"].float().norm(dim=-1).max() / 8))
+    small = evaluate(power_retention, tensors, None, chunk_size=128, impl="cuda")[0]["out0"]
+    tensors["Q"], tensors["K"] = ((tensors[n].double() * factor).to(dtype) for n in "QK")
+    exact = power_retention_quadratic(**{n: x.double() for n, x in tensors.items()})[0]
+    out = power_retention(**tensors, chunk_size=128, impl="cuda")
+    assert relative_error(out, exact) < 4 * torch.finfo(dtype).eps
+    assert relative_error(small, exact) < 0.1  # the scale cancels up to the rounding of the inputs
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
+def test_normalizer(dtype: torch.dtype) -> None:
+    case = Case(B=2, T=200, Hq=4, Hk=2, dtype=dtype, chunk_size=64)
+    tensors = case.tensors()
+    _, normalizer, _, _ = power_retention_with_normalizer(**tensors, chunk_size=64, impl="cuda")
+    exact = power_retention_with_normalizer(**{n: x.double() for n, x in tensors.items()}, impl="torch")[1]
+    assert normalizer.shape == (2, 200, 4)
+    assert relative_error(normalizer, exact) < 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize(
+    ("T", "chunk_size", "state"), [(1, 64, False), (200, 64, False), (256, 256, True), (1000, 192, False)]
+)
+def test_layout_in_python_agrees_with_the_library(head_dim: int, T: int, chunk_size: int, state: bool) -> None:
+    for dtype in (BF16, FP16):
+        plan = cuda._Plan(dtype, 0, 3, T, 4, 2, head_dim, chunk_size, state)
+        layout, sizes = plan.layout, plan.sizes
+        assert layout.key - layout.query == sizes.packed_q
+        assert layout.value - layout.key == sizes.packed_k
+        assert layout.gates - layout.value == sizes.packed_v
+        assert layout.states - layout.gates == sizes.gates
+        assert layout.scales - layout.states == (sizes.states if state or chunk_size < T else 0)
+        assert all(
+            offset % 256 == 0 for offset in (layout.key, layout.value, layout.gates, layout.states, layout.scales)
+        )
+
+
+def test_million_tokens_use_64_bit_offsets() -> None:
+    T, H, D = 1 << 20, 4, 128  # 2^29 elements each: byte offsets beyond 2^30, states beyond 2^32 bytes
+    q, k, v = (torch.randn(1, T, H, D, device=DEVICE, dtype=BF16) for _ in range(3))
+    log_g = torch.full((1, T, H), -0.01, device=DEVICE)
+    out = power_retention(q, k, v, log_g, chunk_size=1024, impl="cuda")
+    tail = [x[:, -4096:, -1:] for x in (q, k, v, log_g)]  # beyond some thousand tokens nothing is left of older ones
+    exact = power_retention_quadratic(*(x.double() for x in tail))[0]
+    assert relative_error(out[:, -256:, -1:], exact[:, -256:]) < 1e-2
+
+
+def test_chosen_chunk_is_a_usable_one() -> None:
+    for T in (1, 63, 64, 65, 1000, 4096, 65536, 1 << 20):
+        for D in (32, 64, 128):
+            chunk = choose_chunk_size(tokens=T, head_dim=D, query_heads_per_key_head=4, has_state=False)
+            assert chunk % BLOCK == 0
+            assert chunk <= max(BLOCK, -(-T // BLOCK) * BLOCK)
