@@ -25,9 +25,10 @@ from powertrain.training.checkpointing import Checkpointing, StopSignals, Traini
 from powertrain.training.config import DebugConfig, LoggerConfig, OptimConfig, ScheduleConfig, TrainerConfig
 from powertrain.training.hardware import peak_flops
 from powertrain.training.length import TrainingLength
-from powertrain.training.loggers import build_loggers, truncate_metrics
+from powertrain.training.loggers import build_loggers
 from powertrain.training.module import Counters, PowertrainModule
 from powertrain.training.progress import ProgressReport
+from powertrain.training.records import truncate_metrics
 from powertrain.training.schedules import Schedule
 from powertrain.training.state import RestoreTraining, restore_before_fit, seed_loop_counters
 

@@ -17,37 +17,10 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from powertrain.training.config import LoggerConfig
+from powertrain.training.records import METRICS_FILE, read_metrics
 
-METRICS_FILE = "metrics.jsonl"
 # Counters that every record holds, and that a chart may use as its x-axis.
 AXES = ("step", "tokens", "flops", "seconds")
-
-
-def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
-    """Return the records of a run's metrics.jsonl in their order; a last line cut short by a crash is left out."""
-    path = Path(run_dir) / METRICS_FILE
-    records = []
-    if path.exists():
-        for line in path.read_text().splitlines(keepends=True):
-            if line.endswith("\n"):
-                records.append(json.loads(line))
-    return records
-
-
-def truncate_metrics(run_dir: str | Path, step: int) -> None:
-    """Drop the records after `step`, which a run resumed at `step` will write again."""
-    path = Path(run_dir) / METRICS_FILE
-    if not path.exists():
-        return
-    kept = "".join(json.dumps(record) + "\n" for record in read_metrics(run_dir) if record["step"] <= step)
-    if kept == path.read_text():
-        return
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        file.write(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 class JsonlLogger(Logger):

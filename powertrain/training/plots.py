@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from powertrain.training.loggers import read_metrics
+from powertrain.training.records import read_metrics
 
 
 def plot_curve(run_dir: str | Path) -> Path:

@@ -1,4 +1,6 @@
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -78,3 +80,14 @@ def test_whole_floats_become_counts():
 def test_bad_values_are_refused_with_what_is_allowed(cls, values, message):
     with pytest.raises(ValueError, match=message):
         cls(**values)
+
+
+@pytest.mark.parametrize("module", ["config", "length", "schedules", "records", "hardware"])
+def test_light_modules_import_neither_torch_nor_lightning(module):
+    code = f"import sys, powertrain.training.{module}; sys.exit('torch' in sys.modules or 'lightning' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+
+
+def test_a_plot_needs_no_lightning():
+    code = "import sys, powertrain.training.plots; sys.exit('lightning' in sys.modules or 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0

@@ -7,8 +7,8 @@ from rich.console import Console
 
 from powertrain.training.batching import Devices, choose_micro_batch_size, resolve_devices
 from powertrain.training.config import DebugConfig, TrainerConfig
-from powertrain.training.loggers import read_metrics
 from powertrain.training.progress import ProgressReport, amount, duration
+from powertrain.training.records import read_metrics
 from tests.training import fakes
 from tests.training.fakes import FakeData, TinyModel, run_tiny
 

@@ -9,8 +9,9 @@ import zlib
 import pytest
 
 from powertrain.training.config import LoggerConfig
-from powertrain.training.loggers import JsonlLogger, build_loggers, read_metrics, truncate_metrics, wandb_mode
+from powertrain.training.loggers import JsonlLogger, build_loggers, wandb_mode
 from powertrain.training.plots import plot_curve
+from powertrain.training.records import read_metrics, truncate_metrics
 from tests.training.fakes import run_tiny
 from tests.training.test_resume import Crash, Do, crash
 

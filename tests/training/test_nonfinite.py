@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from powertrain.training.loggers import read_metrics
 from powertrain.training.nonfinite import MAX_RECORDS, NonFiniteError, replay
+from powertrain.training.records import read_metrics
 from tests.training.fakes import FakeData, TinyModel, run_tiny
 from tests.training.test_resume import assert_same_run
 

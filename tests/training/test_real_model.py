@@ -13,8 +13,8 @@ from powertrain.models.gpt import GPT
 from powertrain.training.config import OptimConfig, ScheduleConfig, TrainerConfig
 from powertrain.training.fit import fit
 from powertrain.training.length import TrainingLength
-from powertrain.training.loggers import read_metrics
 from powertrain.training.nonfinite import NonFiniteError, replay
+from powertrain.training.records import read_metrics
 from tests.training.test_resume import Crash, Do, assert_same_run, crash
 
 CONTEXT = 64

@@ -15,7 +15,7 @@ from torch import nn
 from powertrain.training.checkpoint import CheckpointError
 from powertrain.training.config import ScheduleConfig
 from powertrain.training.fit import RunLockedError, _sole_writer
-from powertrain.training.loggers import read_metrics
+from powertrain.training.records import read_metrics
 from tests.training.fakes import FakeData, TinyModel, run_tiny
 
 NOT_REPRODUCIBLE = ("seconds", "train/tokens_per_second")
