@@ -287,18 +287,24 @@ def test_bf16_autocast(mixer: str):
     assert abs(out.loss.item() / expected.item() - 1) < 0.03
 
 
-@every_mixer
-def test_compiles_whole(mixer: str):
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("mixer", ["softmax", "softmax_gated", "linear", "hybrid"])
+def test_compiles_whole(mixer: str, checkpointing: bool):
     torch._dynamo.reset()
-    model, ids, labels = small_model(mixer), tokens(2, 40), tokens(2, 40, seed=2)
+    model, ids, labels = (
+        small_model(mixer, activation_checkpointing=checkpointing),
+        tokens(2, 40),
+        tokens(2, 40, seed=2),
+    )
     cu_seqlens = torch.tensor([0, 12, 40, 80], dtype=torch.int32)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    out = compiled(ids, labels=labels, cu_seqlens=cu_seqlens)
+    out = compiled(ids, labels=labels, cu_seqlens=cu_seqlens, collect_stats=True)
     out.loss.backward()
     actual = gradients(model)
-    expected = model(ids, labels=labels, cu_seqlens=cu_seqlens)
+    expected = model(ids, labels=labels, cu_seqlens=cu_seqlens, collect_stats=True)
     expected.loss.backward()
     torch.testing.assert_close(out.loss, expected.loss)
+    torch.testing.assert_close(out.stats, expected.stats)
     assert_same_gradients(actual, gradients(model), 1e-4)
 
 
