@@ -98,6 +98,11 @@ class ClusterConfig:
             raise ValueError(
                 f"cluster.time={self.time!r} is not allowed: write H:MM:SS or D-HH:MM:SS (in quotes where it is YAML)"
             )
+        if self.time_seconds is not None and self.time_seconds <= self.signal_seconds:
+            raise ValueError(
+                f"cluster.time={self.time} leaves nothing to train: the run saves and queues again "
+                f"cluster.signal_seconds={self.signal_seconds} before the limit; give a longer limit or a later signal"
+            )
         for name in ("partition", "account", "qos"):
             value = getattr(self, name)
             if value is not None:
@@ -123,6 +128,17 @@ class ClusterConfig:
                 raise ValueError(f"cluster.sbatch.{key}={given!r} is not allowed: it must be a text, a number or true")
             if isinstance(given, str):
                 _one_line(f"cluster.sbatch.{key}", given)
+
+    @property
+    def time_seconds(self) -> int | None:
+        """The time limit in seconds; None where there is none, or the partition's."""
+        if self.time is None or self.time.upper() == "UNLIMITED":
+            return None
+        days, dash, clock = self.time.rpartition("-")
+        parts = [int(part) for part in clock.split(":")]
+        parts += [0] * (3 - len(parts))  # after days, minutes and seconds may be left out
+        hours, minutes, seconds = parts
+        return ((int(days) if dash else 0) * 24 + hours) * 3600 + minutes * 60 + seconds
 
     @property
     def processes_per_node(self) -> int:

@@ -1,0 +1,79 @@
+"""Another attempt for a job that ends early: asked for by rank 0 once everything is saved, or by the batch script.
+
+Slurm itself starts a job again that it preempts (in its mode REQUEUE) or whose machine fails. Before a time limit, and
+where preemption only sends signals, nobody would: that is what `requeue` is for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from powertrain.cluster.queue import SlurmError, current_job_id, job_state, slurm
+from powertrain.run_status import read_status
+
+ATTEMPTS_FILE = "attempts.json"
+# A run whose attempts are too short for one step would otherwise be started for ever.
+MAX_FRUITLESS_ATTEMPTS = 3
+
+
+def requeue(run_dir: Path) -> str:
+    """Ask Slurm to start the job of this process again, unless it ends because somebody cancelled it.
+
+    To be called by one process, when nothing is left to be saved: Slurm ends the job at once.
+
+    Returns:
+        A sentence that says what happened.
+    Errors:
+        SlurmError: Slurm refuses, or several attempts in a row have not finished one step.
+    """
+    job_id = current_job_id()
+    assert job_id is not None, "requeue is for processes of a Slurm job"
+    now = job_state(job_id)
+    # A job that is being cancelled, preempted or was queued again already is COMPLETING too, for other reasons.
+    if not (now.state == "RUNNING" or now.reason == "TimeLimit"):
+        return f"job {job_id} is {now.state}: Slurm ends it, or starts it again by itself"
+    fruitless = _count_attempt(run_dir)
+    if fruitless >= MAX_FRUITLESS_ATTEMPTS:
+        raise SlurmError(
+            f"job {job_id} is not queued again: {fruitless} attempts in a row ended before their first step was saved; "
+            f"give it more time (cluster.time), or an earlier signal (cluster.signal_seconds)"
+        )
+    slurm("scontrol", "requeue", job_id)
+    return f"job {job_id} is queued again and will continue from its last checkpoint"
+
+
+def _count_attempt(run_dir: Path) -> int:
+    """Return how many attempts in a row, this one included, have not come further than the one before them."""
+    path = run_dir / "slurm" / ATTEMPTS_FILE
+    try:
+        before = json.loads(path.read_text())
+        last_step, fruitless = int(before["step"]), int(before["fruitless"])
+    except (OSError, ValueError, KeyError, TypeError):
+        last_step, fruitless = 0, 0
+    status = read_status(run_dir)
+    step = status.step if status is not None else 0
+    fruitless = 0 if step > last_step else fruitless + 1
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps({"step": max(step, last_step), "fruitless": fruitless}) + "\n")
+    os.replace(temporary, path)
+    return fruitless
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `python -m powertrain.cluster.requeue RUN_DIR`, the last resort of the batch script at the time limit."""
+    (run_dir,) = argv
+    try:
+        print(requeue(Path(run_dir)), file=sys.stderr, flush=True)
+    except SlurmError as error:
+        print(error, file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
