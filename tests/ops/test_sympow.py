@@ -1,0 +1,48 @@
+"""The symmetric power embedding, its layout and its gradient."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from powertrain.ops.sympow import monomials, monomials_backward, phi, phi_dimension, phi_weights
+
+SIZES = [(1, 1), (1, 4), (5, 1), (5, 2), (8, 2), (4, 4), (3, 3)]
+
+
+@pytest.mark.parametrize(("dim", "deg"), SIZES)
+def test_phi_is_the_power_of_the_dot_product(dim: int, deg: int) -> None:
+    q, k = torch.randn(2, 7, dim, dtype=torch.float64).unbind()
+    assert phi(q, deg).shape == (7, phi_dimension(dim, deg)) == (7, math.comb(dim + deg - 1, deg))
+    torch.testing.assert_close((phi(q, deg) * phi(k, deg)).sum(-1), (q * k).sum(-1) ** deg, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("dim", "deg"), SIZES)
+def test_order_and_weights(dim: int, deg: int) -> None:
+    x = torch.randn(dim, dtype=torch.float64)
+    expected = []
+    for indices in itertools.combinations_with_replacement(range(dim), deg):
+        orderings = math.factorial(deg) / math.prod(math.factorial(indices.count(i)) for i in set(indices))
+        expected.append(math.sqrt(orderings) * math.prod(x[i].item() for i in indices))
+    torch.testing.assert_close(phi(x, deg), torch.tensor(expected, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("dim", "deg"), SIZES)
+def test_monomials_and_their_gradient(dim: int, deg: int) -> None:
+    x = torch.randn(2, dim, 3, dtype=torch.float64, requires_grad=True)
+    values = monomials(x.detach(), deg)
+    embedded = phi(x.mT, deg).mT / phi_weights(dim, deg, x)[:, None]
+    torch.testing.assert_close(values, embedded.detach(), rtol=1e-12, atol=1e-12)
+    cotangent = torch.randn_like(values)
+    (expected,) = torch.autograd.grad(embedded, x, cotangent)
+    actual = monomials_backward(x.detach(), cotangent.clone(), deg)
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+
+
+def test_first_use_under_inference_mode_does_not_poison_training() -> None:
+    with torch.inference_mode():
+        phi(torch.randn(2, 9), 2)
+    x = torch.randn(2, 9, requires_grad=True)
+    phi(x, 2).sum().backward()
+    assert x.grad is not None
