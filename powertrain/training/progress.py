@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 from powertrain.training.module import PowertrainModule
@@ -73,9 +74,9 @@ class ProgressReport(pl.Callback):
         self._bar = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
+            BarColumn(bar_width=None, table_column=Column(ratio=1)),
             TextColumn("{task.completed:.0f}/{task.total:.0f}", style="dim"),
-            _Fields(),
+            _Fields(table_column=Column(no_wrap=True)),
             console=self.console,
             expand=True,
         )

@@ -146,8 +146,9 @@ def test_without_a_terminal_progress_is_plain_lines(tmp_path, monkeypatch):
     assert re.fullmatch(r"step 6/6  loss \d\.\d{3}  val \d\.\d{3}  tok/s \S+  left 0s", lines[-1])
 
 
-def test_on_a_terminal_there_is_one_live_bar(tmp_path, monkeypatch):
-    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+@pytest.mark.parametrize("width", [80, 120, 200])
+def test_on_a_terminal_there_is_one_live_bar_on_one_line(tmp_path, monkeypatch, width):
+    console = Console(file=io.StringIO(), force_terminal=True, width=width)
     text = run_with_console(tmp_path, monkeypatch, console)
     last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).strip().splitlines()[-1]
     assert re.search(r"training .* 6/6 .*loss \d\.\d{3}.*val \d\.\d{3}.*tok/s \S+.*left 0s", last)
