@@ -15,9 +15,9 @@
  * The backward, with the roles exchanged and time reversed:
  *     pt_pack_grad             dy, y, normalizer  -> packed dn' = [dy / d, -(dy . y) / d]
  *     pt_chunk_state reverse   q, dn'             -> gradients of the states leaving each chunk, gradient of the initial state
- *     pt_chunk_scan reverse    k, q, dn', dstates -> dv, gate_grad = -(dv' . v')
- *     pt_chunk_scan_grad       q, dn', states     -> dq         (and reverse: k, v', dstates -> dk)
- *     pt_gate_grad             gate_grad          -> dlog_G
+ *     pt_chunk_scan reverse    k, q, dn', dstates -> dv
+ *     pt_chunk_scan_grad       q, dn', states     -> dq, (q . dq) / 2         (and reverse: k, v', dstates -> dk, (k . dk) / 2)
+ *     pt_gate_grad             the two products   -> dlog_G
  */
 #ifndef POWERTRAIN_KERNELS_H
 #define POWERTRAIN_KERNELS_H
@@ -133,9 +133,12 @@ typedef struct {
 } pt_pack_grad_params;
 PT_API int pt_pack_grad(const pt_problem* problem, const pt_pack_grad_params* params, void* stream);
 
-/* dlog_G = reverse cumulative sum of gate_grad within each document. */
+/* dlog_G = reverse cumulative sum within each document of dG = sum_j w_ij dW_ij - sum_i w_ij dW_ij. Both sums come from the same rounded
+ * terms, so that of a pair of tokens on one side of a gate nothing is left; with -(dv' . v') alone the rounding of every row would add up
+ * over all later tokens. */
 typedef struct {
-  const float* gate_grad;     /* (B, Hk, Tp) as pt_chunk_scan wrote it */
+  const float* query_dots;    /* (B, Hq, Tp) as pt_chunk_scan_grad wrote it */
+  const float* key_dots;      /* (B, Hk, Tp) as pt_chunk_scan_grad reverse wrote it */
   const float* final_term;    /* (B, Hk) added to the gradient of G at the last token (<d final state, final state>), or null */
   const int32_t* cu_seqlens;  /* as in pt_gates */
   int32_t num_cu_seqlens;
@@ -209,6 +212,8 @@ typedef struct {
   const float* x_scale;     /* dq: (B, Hq) scale of q, dk: (B, Hk) scale of k: out is multiplied by it, or null */
   const float* value_scale; /* (B, Hk) out is divided by it, or null */
   const float* dn_scale;    /* (B, Hk) out is divided by it, or null */
+  float* dots;              /* out, in packed units before any scale, from the fp32 gradients: (q_i . dq_i) / 2 (B, Hq, Tp), which is the sum
+                               over j of w_ij dW_ij; reverse: (k_j . dk_j) / 2 (B, Hk, Tp), the sum over i; 0 beyond T. Or null. */
 } pt_chunk_scan_grad_params;
 PT_API int pt_chunk_scan_grad(const pt_problem* problem, const pt_chunk_scan_grad_params* params, void* stream);
 

@@ -107,7 +107,8 @@ class GateGrad(ctypes.Structure):
     """`pt_gate_grad_params`."""
 
     _fields_ = (
-        ("gate_grad", c_void_p),
+        ("query_dots", c_void_p),
+        ("key_dots", c_void_p),
         ("final_term", c_void_p),
         ("cu_seqlens", c_void_p),
         ("num_cu_seqlens", c_int32),
@@ -185,6 +186,7 @@ class ChunkScanGrad(ctypes.Structure):
         ("x_scale", c_void_p),
         ("value_scale", c_void_p),
         ("dn_scale", c_void_p),
+        ("dots", c_void_p),
     )
 
 

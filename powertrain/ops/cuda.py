@@ -381,27 +381,31 @@ def _backward(
     dk = allocate((B, T, Hk, D), dtype=dtype, device=device)
     dv = allocate((B, T, Hk, D), dtype=dtype, device=device)
     dlog_g, dstate, dsum = (allocate(0, dtype=torch.float32, device=device) for _ in range(3))
-    gate_grad = _bytes(sizes.gate_grad, device) if has_gates else None
+    # (q . dq) / 2 of every query head and (k . dk) / 2 of every key head, one after the other.
+    dots = _bytes(sizes.gate_grad * (Hq // Hk + 1), device) if has_gates else None
+    query_dots = _pointer(dots)
+    key_dots = None if query_dots is None else query_dots + sizes.gate_grad * (Hq // Hk)
     has_leaving = leaving is not None
     parameters = abi.ChunkScan(
-        1, has_leaving, q, k, dn.data_ptr(), gates, _pointer(grad_states), _strided(dv), _pointer(dn_scale), None, v,
-        _pointer(gate_grad),
-    )  # fmt: skip
+        1, has_leaving, q, k, dn.data_ptr(), gates, _pointer(grad_states), _strided(dv), _pointer(dn_scale)
+    )
     run("pt_chunk_scan", parameters, stream)
     states = base + layout.states if plan.keeps_states else None
     scales = v_scale, _pointer(dn_scale)
-    parameters = abi.ChunkScanGrad(0, has_state, q, k, v, dn.data_ptr(), gates, states, _strided(dq), q_scale, *scales)
-    run("pt_chunk_scan_grad", parameters, stream)
     parameters = abi.ChunkScanGrad(
-        1, has_leaving, q, k, v, dn.data_ptr(), gates, _pointer(grad_states), _strided(dk), k_scale, *scales
+        0, has_state, q, k, v, dn.data_ptr(), gates, states, _strided(dq), q_scale, *scales, query_dots
     )
     run("pt_chunk_scan_grad", parameters, stream)
-    if gate_grad is not None:
+    parameters = abi.ChunkScanGrad(
+        1, has_leaving, q, k, v, dn.data_ptr(), gates, _pointer(grad_states), _strided(dk), k_scale, *scales, key_dots
+    )
+    run("pt_chunk_scan_grad", parameters, stream)
+    if dots is not None:
         dlog_g = allocate((B, T, Hk), dtype=torch.float32, device=device)
         documents = 0 if cu_seqlens is None else cu_seqlens.shape[0]
         workspace = _bytes(sizes.gate_grad_workspace, device)
         parameters = abi.GateGrad(
-            gate_grad.data_ptr(), _pointer(final_term), _pointer(cu_seqlens), documents, has_state, _pointer(units),
+            query_dots, key_dots, _pointer(final_term), _pointer(cu_seqlens), documents, has_state, _pointer(units),
             dlog_g.data_ptr(), *dlog_g.stride(), workspace.data_ptr(),
         )  # fmt: skip
         run("pt_gate_grad", parameters, stream)

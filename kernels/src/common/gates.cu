@@ -138,7 +138,7 @@ __device__ __forceinline__ Segment join(Segment left, Segment right) {  // left:
   return {left.sum + (left.closed ? 0. : right.sum), left.closed | right.closed};
 }
 
-__global__ void __launch_bounds__(1024) gate_grad(const float* grad, const float* final_term, const int32_t* cu_seqlens, int num_cu_seqlens,
+__global__ void __launch_bounds__(1024) gate_grad(const float* query_dots, const float* key_dots, int group, const float* final_term, const int32_t* cu_seqlens, int num_cu_seqlens,
                                                   int has_initial_state, const float* scale, int heads, int64_t seq_len, int64_t padded, float* dlog_G,
                                                   int64_t stride_b, int64_t stride_t, int64_t stride_h) {
   constexpr int kTokens = 4, kStep = 1024 * kTokens;
@@ -157,7 +157,12 @@ __global__ void __launch_bounds__(1024) gate_grad(const float* grad, const float
 #pragma unroll
     for (int i = 0; i < kTokens; i++) {
       const int64_t t = last - i;
-      value[i] = t < seq_len ? grad[bh * padded + t] * factor : 0.;
+      value[i] = 0.;
+      if (t < seq_len) {
+        double rows = 0.;
+        for (int q = 0; q < group; q++) rows += query_dots[(bh * group + q) * padded + t];
+        value[i] = (rows - key_dots[bh * padded + t]) * factor;
+      }
       if (final_term && t == seq_len - 1) value[i] += final_term[bh];
       begins[i] = (t == 0 && !has_initial_state) ||
                   (cu_seqlens && t > 0 && t < seq_len && document_begin(cu_seqlens, num_cu_seqlens, b * seq_len + t) == b * seq_len + t);
@@ -224,11 +229,11 @@ int pt_gates(const pt_problem* problem, const pt_gates_params* params, void* str
 
 int pt_gate_grad(const pt_problem* problem, const pt_gate_grad_params* params, void* stream) {
   if (int status = validate(problem)) return status;
-  PT_REQUIRE(params && params->gate_grad && params->dlog_G && (!params->cu_seqlens || params->num_cu_seqlens > 0));
+  PT_REQUIRE(params && params->query_dots && params->key_dots && params->dlog_G && (!params->cu_seqlens || params->num_cu_seqlens > 0));
   const pt_problem& p = *problem;
   const pt_gate_grad_params& a = *params;
   gate_grad<<<(unsigned)(p.batch * p.key_heads), 1024, 0, (cudaStream_t)stream>>>(
-      a.gate_grad, a.final_term, a.cu_seqlens, a.num_cu_seqlens, a.has_initial_state, a.scale, p.key_heads, p.seq_len, padded_blocks(p.seq_len) * kBlock,
+      a.query_dots, a.key_dots, p.query_heads / p.key_heads, a.final_term, a.cu_seqlens, a.num_cu_seqlens, a.has_initial_state, a.scale, p.key_heads, p.seq_len, padded_blocks(p.seq_len) * kBlock,
       a.dlog_G, a.dlog_G_stride_b, a.dlog_G_stride_t, a.dlog_G_stride_h);
   return check_cuda(cudaGetLastError(), "gate_grad");
 }

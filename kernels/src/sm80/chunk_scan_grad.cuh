@@ -253,6 +253,26 @@ __global__ void __launch_bounds__(ChunkScanGradConfig<D>::kThreads) chunk_scan_g
   float factor = a.x_scale ? a.x_scale[p.row_bh] : 1.f;
   if (a.value_scale) factor /= a.value_scale[p.key_bh];
   if (a.dn_scale) factor /= a.dn_scale[p.key_bh];
+  if (a.dots) {
+    float dot[kM][2] = {};
+#pragma unroll
+    for (int c = 0; c < D / 8; c++) {
+      uint32_t f[kM][2];
+      load_row_features<kM>(f, rows, c, row / 8);
+#pragma unroll
+      for (int m = 0; m < kM; m++)
+#pragma unroll
+        for (int r = 0; r < 2; r++) dot[m][r] += N::low(f[m][r]) * acc[m][c][2 * r] + N::high(f[m][r]) * acc[m][c][2 * r + 1];
+    }
+#pragma unroll
+    for (int m = 0; m < kM; m++)
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+        dot[m][r] += __shfl_xor_sync(~0u, dot[m][r], 1);
+        dot[m][r] += __shfl_xor_sync(~0u, dot[m][r], 2);
+        if (t == 0) a.dots[(p.row_bh * a.blocks + p.first_block + row_block) * kBlock + row + m * 16 + r * 8 + g] = 0.5f * dot[m][r];
+      }
+  }
 #pragma unroll
   for (int m = 0; m < kM; m++)
 #pragma unroll
@@ -272,7 +292,7 @@ int run_chunk_scan_grad(const pt_problem& p, const pt_chunk_scan_grad_params& s,
   a.x = kReverse ? s.k : s.q, a.y = kReverse ? s.q : s.k;
   a.x_values = kReverse ? s.v : s.dn, a.y_values = kReverse ? s.dn : s.v;
   a.states = s.states, a.out = s.out, a.x_scale = s.x_scale, a.value_scale = s.value_scale, a.dn_scale = s.dn_scale;
-  a.has_boundary = s.has_boundary;
+  a.has_boundary = s.has_boundary, a.dots = s.dots;
   return launch_scan(chunk_scan_grad_kernel<T, D, kReverse>, Config::kThreads, Config::kSharedBytes, a, p.batch, stream, "chunk_scan_grad");
 }
 
