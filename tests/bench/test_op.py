@@ -1,0 +1,29 @@
+"""The op benchmark runs, and what it writes is enough to repeat it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from powertrain.bench.op import main
+
+
+def test_writes_rows_and_environment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "results" / "op.json"
+    arguments = ["--tokens", "64", "100", "--heads", "2", "--key-heads", "1", "--dim", "8", "--repeats", "3"]
+    assert main([*arguments, "--device", "cpu", "--output", str(output)]) == 0
+    result = json.loads(output.read_text())
+    assert [row["tokens"] for row in result["rows"]] == [64, 100]
+    for row in result["rows"]:
+        assert row["power_forward_ms"] > 0
+        assert row["forward_backward_speedup"] == row["sdpa_forward_backward_ms"] / row["power_forward_backward_ms"]
+    assert result["command"].startswith("powertrain bench op --tokens 64 100")
+    assert result["problem"]["key_heads"] == 1
+    assert result["torch"]
+    assert "speedup" in capsys.readouterr().out
+
+
+def test_unknown_arguments_exit_with_usage() -> None:
+    with pytest.raises(SystemExit) as error:
+        main(["--degree", "2"])
+    assert error.value.code == 2
