@@ -50,17 +50,27 @@ def is_run(directory: Path) -> bool:
     return (directory / "config.yaml").is_file() or (directory / "slurm" / "config.yaml").is_file()
 
 
-def run_state(status: RunStatus | None, job_id: str | None, job_state: str | None) -> str:
-    """Return the state of a run from its own word, its last submitted job, and what the queue says of that job."""
-    # Only an attempt of the job itself tells more than the queue does.
-    own = status is not None and status.job_id == job_id
-    if job_state == "PENDING" or (job_state is not None and job_state.startswith("REQUEUE")):
-        return "pending"
-    if job_state is not None and not (own and status is not None and status.state in ("running", "finished", "failed")):
-        return "starting" if job_state in ("RUNNING", "CONFIGURING") else "pending"
+def run_state(status: RunStatus | None, job_id: str | None, job_state: str | None) -> tuple[str, str | None]:
+    """Return the state of a run and why, from its own word, its last job, and what the queue says of that job.
+
+    Args:
+        job_state: Slurm's word (PENDING, RUNNING, ...); None where the job has left the queue, or there is none.
+    """
+    # COMPLETING is the end of an attempt; when the job is to start again, PENDING follows.
+    if job_state is not None and job_state != "COMPLETING":
+        if job_state not in ("RUNNING", "CONFIGURING"):
+            return "pending", None
+        # What an earlier job or attempt said is over.
+        begun = status is not None and status.job_id == job_id and status.state != "interrupted"
+        if not begun:
+            return "starting", None
     if status is None:
-        return "lost" if job_id is not None else "interrupted"
-    return "lost" if status.is_lost() else status.state
+        if job_id is None:
+            return "lost", "nothing was trained"
+        return "failed", f"job {job_id} ended before training began: see its log in slurm/"
+    if status.is_lost():
+        return "lost", f"no sign of life from process {status.pid}"
+    return status.state, status.message
 
 
 def list_runs(directory: Path) -> list[RunRow]:
@@ -71,21 +81,23 @@ def list_runs(directory: Path) -> list[RunRow]:
             status = read_status(path)
             found.append((path, status, submitted_job_id(path) or (status.job_id if status else None)))
     queue = _queue(job for _, _, job in found if job is not None)
-    rows = [
-        RunRow(
-            run=path.name,
-            state=run_state(status, job, queue.get(job or "")),
-            step=status.step if status else None,
-            total_steps=status.total_steps if status else None,
-            loss=status.loss if status else None,
-            val_loss=status.val_loss if status else None,
-            job_id=job,
-            host=status.host if status else None,
-            updated=status.updated if status else None,
-            message=status.message if status else None,
+    rows = []
+    for path, status, job in found:
+        state, message = run_state(status, job, queue.get(job or ""))
+        rows.append(
+            RunRow(
+                run=path.name,
+                state=state,
+                step=status.step if status else None,
+                total_steps=status.total_steps if status else None,
+                loss=status.loss if status else None,
+                val_loss=status.val_loss if status else None,
+                job_id=job,
+                host=status.host if status else None,
+                updated=status.updated if status else None,
+                message=message,
+            )
         )
-        for path, status, job in found
-    ]
     return sorted(rows, key=lambda row: row.updated or float("inf"), reverse=True)
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from powertrain.cluster.queue import SlurmError, current_job_id
 from powertrain.cluster.snapshot import code_version
 from powertrain.config import GROUPS, RunConfig, changes, compose, from_values, options, share_dir, to_values
-from powertrain.run_status import RunBusyError, StatusReport
+from powertrain.run_status import RunBusyError, StatusReport, check_free
 from powertrain.schema import ConfigError
 
 if TYPE_CHECKING:
@@ -154,26 +154,25 @@ def _train_here(config: RunConfig, arguments: argparse.Namespace, command: str) 
             print(f"powertrain train: {error}", file=sys.stderr)
             return 1
         if result.fit.interrupted_by is not None:
-            where = f"everything is saved at step {result.fit.counters.step}"
-            return _interrupted(config, result.fit.interrupted_by, where, command)
-        _report(config, result, arguments)
+            saved = f"Everything is saved at step {result.fit.counters.step}"
+            return _interrupted(config, result.fit.interrupted_by, saved, command)
+        _report(config, result, arguments.overrides if arguments.config is None else None)
     except _Stopped as stop:
-        return _interrupted(config, stop.signum, "no step was under way", command)
+        return _interrupted(config, stop.signum, "No step was under way", command)
     return 0
 
 
-def _interrupted(config: RunConfig, signum: int, where: str, command: str) -> int:
+def _interrupted(config: RunConfig, signum: int, saved: str, command: str) -> int:
     """Say how to resume, or in a Slurm job see to it that the run resumes by itself; return the exit code."""
-    name = signal.Signals(signum).name
     if current_job_id() is None or signum == signal.SIGINT:
-        _say(f"\nInterrupted by {name}; {where}. Resume with:\n  {command}")
+        _say(f"\nInterrupted. {saved}; resume with:\n  {command}")
         return 128 + signum
     # Of all ranks, since any other code would have srun end rank 0 before it has asked for another attempt.
     if not _is_main_process():
         return 0
     from powertrain.cluster.requeue import requeue
 
-    _say(f"\nInterrupted by {name}; {where}.")
+    _say(f"\nInterrupted by {signal.Signals(signum).name}. {saved}.")
     try:
         _say(requeue(Path(config.paths.runs) / config.resolved_run_id()))
     except SlurmError as error:
@@ -206,41 +205,41 @@ def run(config: RunConfig, *, command: str = "") -> RunResult:
     run_id = config.resolved_run_id()
     run_dir = Path(config.paths.runs) / run_id
     _check_same_run(run_dir, config)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with StatusReport(run_dir, job_id=current_job_id(), enabled=_is_main_process()) as status:
-        datamodule = TokenDataModule(
-            config.data,
-            context_length=config.trainer.context_length,
-            micro_batch_size=1,  # until fit() knows what fits
-            seed=config.seed,
-            cache_dir=config.paths.cache,
+    datamodule = TokenDataModule(
+        config.data,
+        context_length=config.trainer.context_length,
+        micro_batch_size=1,  # until fit() knows what fits
+        seed=config.seed,
+        cache_dir=config.paths.cache,
+    )
+    model_config = dataclasses.replace(config.model, vocab_size=datamodule.vocab_size)
+    length = _length(config, model_config)
+    _check_data(config, datamodule)
+    if _is_main_process():
+        check_free(run_dir, current_job_id())
+        _describe_run(run_dir, config, command)
+        datamodule.tokenizer.save(run_dir / "tokenizer")
+    report = StatusReport(run_dir, job_id=current_job_id(), enabled=_is_main_process())
+    with report, isolate_rng():
+        pl.seed_everything(config.seed, workers=True, verbose=False)
+        model = GPT(model_config)
+        _introduce(config, run_dir, datamodule, model, length)
+        result = fit(
+            model,
+            datamodule,
+            optim=config.optim,
+            schedule=config.schedule,
+            trainer=config.trainer,
+            length=length,
+            run_dir=run_dir,
+            run_id=run_id,
+            logger=config.logger,
+            debug=config.debug,
+            run_config=to_values(config),
+            callbacks=[TellProgress(report.update)],
         )
-        model_config = dataclasses.replace(config.model, vocab_size=datamodule.vocab_size)
-        length = _length(config, model_config)
-        _check_data(config, datamodule)
-        if _is_main_process():
-            _describe_run(run_dir, config, command)
-            datamodule.tokenizer.save(run_dir / "tokenizer")
-        with isolate_rng():
-            pl.seed_everything(config.seed, workers=True, verbose=False)
-            model = GPT(model_config)
-            _introduce(config, run_dir, datamodule, model, length)
-            result = fit(
-                model,
-                datamodule,
-                optim=config.optim,
-                schedule=config.schedule,
-                trainer=config.trainer,
-                length=length,
-                run_dir=run_dir,
-                run_id=run_id,
-                logger=config.logger,
-                debug=config.debug,
-                run_config=to_values(config),
-                callbacks=[TellProgress(status.update)],
-            )
         if result.interrupted_by is not None:
-            status.interrupted(signal.Signals(result.interrupted_by).name)
+            report.interrupted(signal.Signals(result.interrupted_by).name)
     latest: dict[str, float] = {}
     for record in read_metrics(run_dir):
         latest.update(record)
@@ -310,21 +309,8 @@ def environment(command: str = "") -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "threads": torch.get_num_threads(),
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        **code_version(),
     }
-
-
-def _git(*arguments: str) -> str | None:
-    """Return what git says of the checkout that powertrain runs from, or None where it is installed otherwise."""
-    package = Path(__file__).resolve().parent
-    if not (package.parent / ".git").exists():
-        return None
-    try:
-        done = subprocess.run(["git", "-C", str(package), *arguments], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _length(config: RunConfig, model_config: Any) -> TrainingLength:
@@ -382,7 +368,7 @@ def _introduce(
     )
 
 
-def _report(config: RunConfig, result: RunResult, overrides: list[str]) -> None:
+def _report(config: RunConfig, result: RunResult, overrides: list[str] | None) -> None:
     """Show what came out: losses, the curve, a sample, and how to go on."""
     if not _is_main_process():
         return
@@ -412,11 +398,13 @@ def _report(config: RunConfig, result: RunResult, overrides: list[str]) -> None:
         (result.run_dir / "sample.txt").write_text(text)
         rule = "-" * 72
         _say(f"\nA sample of {config.sample.max_new_tokens} tokens:\n{rule}\n{text}\n{rule}")
-    kept = [o for o in overrides if not o.startswith((*EXTENDABLE, "budget=", "run_id=", "model="))]
-    further = f"run_id={result.run_id} trainer.max_tokens={2 * result.length.tokens}"
-    if config.trainer.max_steps is not None:
-        further += " trainer.max_steps=null"
-    if config.budget.value is not None:
-        further += " budget.value=null"
-    _say(f"\nTrain it twice as long:  {shlex.join(['powertrain', 'train', *kept])} {further}")
+    _say()
+    if overrides is not None:
+        kept = [o for o in overrides if not o.startswith((*EXTENDABLE, "budget=", "run_id=", "model="))]
+        further = f"run_id={result.run_id} trainer.max_tokens={2 * result.length.tokens}"
+        if config.trainer.max_steps is not None:
+            further += " trainer.max_steps=null"
+        if config.budget.value is not None:
+            further += " budget.value=null"
+        _say(f"Train it twice as long:  {shlex.join(['powertrain', 'train', *kept])} {further}")
     _say(f"Generate from it:        {shlex.join(['powertrain', 'generate', str(result.run_dir)])} --prompt 'class '")
