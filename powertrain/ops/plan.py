@@ -16,9 +16,9 @@ _TILE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 _PHI_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 27}
 _CHUNK_SIZES = (64, 128, 256, 512, 1024)
 # Passes over a chunk's state (weighting, decay, scan, boundary terms; forward and backward) are bound by memory: their
-# cost per state element in FLOPs of a matrix product, fitted to `powertrain bench op` on two CPU cores.
+# cost per state element, in FLOPs of a matrix product. An estimate; `powertrain bench op --chunk-size` measures it.
 _STATE_PASS_FLOPS = 400.0
-# A FLOP of the state path costs this many of the quadratic path: it also forms and contracts phi. Fitted likewise.
+# A FLOP of the state path costs this many of the quadratic path, because it also forms and contracts phi. An estimate.
 _STATE_PATH_COST = 1.5
 
 
