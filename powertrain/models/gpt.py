@@ -155,7 +155,7 @@ class GPT(nn.Module):
         labels: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         cache: Cache | None = None,
-        loss_reduction: Literal["mean", "none"] = "mean",
+        loss_reduction: Literal["mean", "sum", "none"] = "mean",
         logits_to_keep: int | None = None,
         collect_stats: bool = False,
     ) -> GPTOutput:
@@ -164,8 +164,8 @@ class GPT(nn.Module):
         input_ids (B, T) int64. labels (B, T) int64: the next token, -100 where there is none; with them the logits of
         all tokens never exist whole. cu_seqlens (M,) int32: document offsets over the flattened B T tokens; nothing
         passes a boundary. cache: the tokens follow those that the cache has seen, and it is advanced in place.
-        loss_reduction: "mean" over the labels that are not ignored, or "none". logits_to_keep: return the logits of
-        this many last positions only. collect_stats: see GPTOutput.
+        loss_reduction: "mean" or "sum" over the labels that are not ignored, or "none". logits_to_keep: return the
+        logits of this many last positions only. collect_stats: see GPTOutput.
         """
         if cache is not None and (cu_seqlens is not None or labels is not None):
             raise ValueError("a cache continues one sequence per row: cu_seqlens and labels are not allowed with it")
