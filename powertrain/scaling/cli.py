@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from powertrain.scaling.run import SweepState
 
 DESCRIPTION = """\
-From FLOPs budgets to perplexity curves: a recipe says which mixers, sizes and budgets; `plan` says what that costs, `run`
-trains what is missing, `report` fits and draws what the records hold.
+From FLOPs budgets to perplexity curves: a recipe says which mixers, sizes and budgets; `plan` says what that costs,
+`run` trains what is missing, `report` fits and draws what the records hold.
 """
 
 EXAMPLES = """\

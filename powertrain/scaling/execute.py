@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def trunk_config(cell: Cell) -> RunConfig:
-    """Return the run that a cell's trunk is up to where the cell branches off: the same, without the fall at the end."""
+    """Return the run that a cell's trunk is up to where the cell branches off: the same, without the final fall."""
     return dataclasses.replace(
         cell.config,
         run_id=cell.trunk,
@@ -47,7 +47,7 @@ def branch(trunk: Path, run_dir: Path, decay_start: int) -> int:
         The step that the cell starts from; 0 where the trunk has no checkpoint to branch from.
     """
     from powertrain.training.checkpoint import CheckpointStore
-    from powertrain.training.loggers import METRICS_FILE, truncate_metrics
+    from powertrain.training.records import METRICS_FILE
 
     if CheckpointStore(run_dir / "checkpoints").steps():
         return max(CheckpointStore(run_dir / "checkpoints").steps())
@@ -58,8 +58,8 @@ def branch(trunk: Path, run_dir: Path, decay_start: int) -> int:
     step = max(usable)
     checkpoints = run_dir / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
+    # Records after that step are dropped when the run resumes.
     shutil.copyfile(trunk / METRICS_FILE, run_dir / METRICS_FILE)
-    truncate_metrics(run_dir, step)
     # The sidecar vouches for the file, so that it comes last.
     for suffix in ("", ".json"):
         path = source.path(step)
@@ -135,7 +135,7 @@ class TrainingExecutor:
         from powertrain.inference.generate import load_run
         from powertrain.scaling.evaluate import measure, order_fingerprint, training_curve
         from powertrain.training.batching import resolve_devices
-        from powertrain.training.loggers import read_metrics
+        from powertrain.training.records import read_metrics
 
         devices = resolve_devices(config.trainer)
         device = devices.torch_device

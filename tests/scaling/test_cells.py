@@ -1,0 +1,179 @@
+import dataclasses
+
+import pytest
+
+from powertrain.scaling.cells import Expander, infeasible, least_memory, make_cell
+from powertrain.scaling.recipe import Limits, Rule, Stage
+
+from . import synthetic
+from .fakes import FakeCatalog, fake_record
+
+STAGES = (
+    Stage((1e15,), "all", "grid"),
+    Stage((3e15, 1e16), "frontier", "tuned"),
+    Stage((1e16,), "best", "tuned", seeds=(1, 2)),
+)
+
+
+def staged(**changes):
+    return synthetic.recipe(stages=STAGES, limits=Limits(min_steps=20), warmup_steps=5, **changes)
+
+
+def expand(recipe, outcomes, failed=frozenset()):
+    return Expander(recipe, FakeCatalog(), outcomes, failed).expand()
+
+
+def run_all(recipe, failed=frozenset(), loss=lambda cell: fake_record(cell).loss):
+    """Finish whatever is decided until nothing more follows."""
+    outcomes = {}
+    while True:
+        expansion = expand(recipe, outcomes, failed)
+        missing = [c for c in expansion.cells if c.id not in outcomes and c.id not in failed]
+        if not missing:
+            return expansion, outcomes
+        outcomes.update((c.id, loss(c)) for c in missing)
+
+
+def test_a_cell_is_the_hash_of_its_resolved_config():
+    recipe = staged()
+    cell = make_cell(recipe, FakeCatalog(), "power", "3m", 65536, 1e15)
+    assert cell.id == cell.config.resolved_run_id()
+    assert cell.id.startswith("synthetic-")
+    again = make_cell(recipe, FakeCatalog(), "power", "3m", 65536, 1e15)
+    assert again.id == cell.id
+    elsewhere = dataclasses.replace(
+        cell.config,
+        paths=dataclasses.replace(cell.config.paths, runs="/elsewhere"),
+        logger=dataclasses.replace(cell.config.logger, wandb=True),
+    )
+    assert elsewhere.resolved_run_id() == cell.id, "where and how it is logged does not make another cell"
+    others = [
+        make_cell(recipe, FakeCatalog(), "softmax", "3m", 65536, 1e15),
+        make_cell(recipe, FakeCatalog(), "power", "1m", 65536, 1e15),
+        make_cell(recipe, FakeCatalog(), "power", "3m", 65536, 3e15),
+        make_cell(recipe, FakeCatalog(), "power", "3m", 65536, 1e15, seed=1),
+        make_cell(recipe, FakeCatalog(), "power", "3m", 65536, 1e15, 0, 2.0),
+    ]
+    assert len({cell.id, *(o.id for o in others)}) == 6
+
+
+def test_a_cell_spends_its_budget_within_one_step():
+    cell = make_cell(staged(), FakeCatalog(), "softmax", "8m", 65536, 1e16)
+    spent = cell.tokens * cell.cost.flops_per_token["algorithmic"]
+    assert 0 <= 1e16 - spent < cell.batch_tokens * cell.cost.flops_per_token["algorithmic"]
+    assert cell.config.budget.kind == "steps"
+    assert cell.config.budget.value == cell.steps
+
+
+def test_the_convention_decides_how_long_a_budget_lasts():
+    steps = {
+        c: make_cell(staged(convention=c), FakeCatalog(), "softmax", "8m", 65536, 1e16).steps
+        for c in ("algorithmic", "executed", "algorithmic, no head")
+    }
+    assert steps["executed"] < steps["algorithmic"] < steps["algorithmic, no head"]
+
+
+def test_budgets_share_a_trunk_and_learning_rates_do_not():
+    recipe, catalog = staged(), FakeCatalog()
+    small, large = (make_cell(recipe, catalog, "power", "3m", 65536, b) for b in (1e15, 3e15))
+    assert small.trunk == large.trunk
+    assert small.id != large.id
+    assert small.decay_start < large.decay_start
+    assert make_cell(recipe, catalog, "power", "3m", 65536, 1e15, 0, 2.0).trunk != small.trunk
+    assert make_cell(recipe, catalog, "power", "3m", 65536, 1e15, 1).trunk != small.trunk
+
+
+def test_at_first_only_the_grid_is_decided_and_the_rest_is_priced():
+    expansion = expand(staged(), {})
+    assert {c.budget for c in expansion.cells} == {1e15}
+    assert all(p.candidates for p in expansion.pending)
+    assert {(p.budget, p.mixer) for p in expansion.pending} == {(b, m) for b in (3e15, 1e16) for m in staged().mixers}
+
+
+def test_every_mixer_gets_the_same_grid_on_every_feasible_size():
+    expansion = expand(staged(), {})
+    tried = {}
+    for c in expansion.cells:
+        tried.setdefault((c.mixer, c.size), set()).add(c.learning_rate_factor)
+    assert set(map(frozenset, tried.values())) == {frozenset({0.5, 1.0, 2.0})}
+
+
+def test_later_stages_follow_the_results():
+    expansion, _ = run_all(staged())
+    assert not expansion.pending
+    later = [c for c in expansion.cells if c.budget > 1e15]
+    assert {c.learning_rate_factor for c in later} == {1.0}, "the best factor of the grid, for every mixer"
+    sizes = list(synthetic.SIZES)
+    for mixer in staged().mixers:
+        frontier = [c for c in later if c.mixer == mixer and c.budget == 3e15]
+        rungs = sorted(sizes.index(c.size) for c in frontier)
+        assert len(rungs) in (2, 3)
+        assert rungs == list(range(rungs[0], rungs[-1] + 1))
+        seeds = [c for c in expansion.cells if c.mixer == mixer and c.seed > 0]
+        at = [c for c in expansion.cells if c.mixer == mixer and c.budget == 1e16 and c.seed == 0]
+        best = min(at, key=lambda c: fake_record(c).loss)
+        assert {(c.size, c.seed) for c in seeds} == {(best.size, 1), (best.size, 2)}
+
+
+def test_a_tuned_rate_is_that_of_its_own_mixer():
+    favourite = {"power": 2.0, "softmax": 0.5, "linear": 1.0, "window": 2.0}
+
+    def loss(cell):
+        return fake_record(cell).loss - 0.2 * (cell.learning_rate_factor == favourite[cell.mixer])
+
+    expansion, _ = run_all(staged(), loss=loss)
+    for cell in expansion.cells:
+        if cell.budget > 1e15:
+            assert cell.learning_rate_factor == favourite[cell.mixer]
+
+
+def test_a_failed_cell_does_not_hold_up_the_rest():
+    first = expand(staged(), {})
+    broken = {c.id for c in first.cells if c.mixer == "power" and c.learning_rate_factor == 1.0}
+    expansion, outcomes = run_all(staged(), failed=broken)
+    assert not expansion.pending
+    assert not broken & set(outcomes)
+    later = {c.learning_rate_factor for c in expansion.cells if c.mixer == "power" and c.budget > 1e15}
+    assert later <= {0.5, 2.0}
+    everything = {c.id for c in first.cells if c.mixer == "power"}
+    expansion, _ = run_all(staged(), failed=everything)
+    assert any("no cell of power" in d.reason for d in expansion.dropped)
+
+
+def test_the_expansion_does_not_depend_on_the_order_of_results():
+    _, outcomes = run_all(staged())
+    backwards = dict(reversed(outcomes.items()))
+    assert [c.id for c in expand(staged(), outcomes).cells] == [c.id for c in expand(staged(), backwards).cells]
+
+
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [
+        (Limits(min_steps=10**6), "fewer than 1000000"),
+        (Limits(min_steps=20, max_tokens=1e6), "of the data"),
+        (Limits(min_steps=20, min_tokens_per_parameter=1e6), "tokens per parameter, fewer"),
+        (Limits(min_steps=20, max_tokens_per_parameter=1e-3), "tokens per parameter, more"),
+        (Limits(min_steps=20, memory_gib=0.01), "GiB"),
+    ],
+)
+def test_an_infeasible_cell_is_dropped_with_the_reason(limits, words):
+    recipe = synthetic.recipe(limits=limits, warmup_steps=5)
+    cell = make_cell(recipe, FakeCatalog(), "power", "3m", 65536, 1e15)
+    assert words in infeasible(recipe, cell)
+    expansion = Expander(recipe, FakeCatalog(), {}).expand()
+    assert not any(c.mixer == "power" and c.size == "3m" and c.budget == 1e15 for c in expansion.cells)
+    assert any(words in d.reason and d.size == "3m" for d in expansion.dropped)
+
+
+def test_memory_counts_weights_optimizer_and_activations():
+    recipe = synthetic.recipe()
+    cell = make_cell(recipe, FakeCatalog(), "power", "3m", 65536, 1e15)
+    model = cell.config.model
+    expected = 16 * cell.cost.parameters_total + 34 * model.d_model * model.n_layers * 65536
+    assert least_memory(cell) == expected
+
+
+def test_batches_are_whole_sequences():
+    recipe = synthetic.recipe(batch_tokens=Rule(100_000, grid=(1.0, 3.0)))
+    cells = [make_cell(recipe, FakeCatalog(), "power", "3m", 65536, 1e15, 0, 1.0, f) for f in (1.0, 3.0)]
+    assert [c.batch_tokens for c in cells] == [2 * 65536, 5 * 65536]

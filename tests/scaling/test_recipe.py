@@ -1,0 +1,88 @@
+import pytest
+
+from powertrain.config import share_dir
+from powertrain.scaling.recipe import Recipe, Rule, load_recipe
+from powertrain.schema import ConfigError, build
+
+from . import synthetic
+
+SHIPPED = sorted(p.stem for p in share_dir("recipes").glob("*.yaml"))
+
+
+def minimal(**changes):
+    values = {
+        "name": "x",
+        "question": "?",
+        "contexts": [128],
+        "mixers": {"power": {"overrides": ["mixer=power"]}, "softmax": {"overrides": ["mixer=softmax"]}},
+        "ladder": {"1m": {"overrides": ["model=1m"]}},
+        "subject": "power",
+        "baseline": "softmax",
+        "stages": [{"budgets": [1e12], "sizes": "all", "learning_rates": "grid"}],
+        "learning_rate": {"value": 1e-3},
+        "batch_tokens": {"value": 1024},
+    }
+    return {**values, **changes}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_recipes_are_valid(name):
+    recipe = load_recipe(name)
+    assert recipe.name == name
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"budget": [1e12]}, ["budget"]),
+        ({"learning_rate": {"value": 1e-3, "grids": [1]}}, ["learning_rate.grids", "learning_rate.grid"]),
+        ({"figures": ["envelop"]}, ["figures", "envelope"]),
+        ({"subject": "powr"}, ["powr", "power"]),
+        ({"baseline": "power"}, ["nothing to compare"]),
+        ({"name": "../x"}, ["../x"]),
+        ({"contexts": []}, ["contexts"]),
+        ({"stages": [{"budgets": [1e12], "sizes": "frontier", "learning_rates": "grid"}]}, ["first stage"]),
+        ({"convention": "algorithmics"}, ["convention", "executed, no head"]),
+        ({"decay_fraction": 1.0}, ["decay_fraction"]),
+        ({"warmup_steps": 90}, ["warmup_steps=90", "min_steps=100"]),
+        ({"batch_tokens": {"value": 1024, "grid": [2, 1]}}, ["grid=[2.0, 1.0]"]),
+        ({"analysis": {"confidence": 95}}, ["confidence=95"]),
+    ],
+)
+def test_a_mistake_is_one_sentence_with_what_was_given_and_what_is_allowed(changes, words):
+    with pytest.raises(ConfigError) as error:
+        build(Recipe, minimal(**changes))
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("stages", "words"),
+    [
+        ([{"budgets": [3e12], "sizes": "best"}], "needs an earlier stage there"),
+        ([{"budgets": [3e11], "sizes": "frontier"}], "needs a smaller budget before"),
+        ([{"budgets": [3e11], "sizes": "all"}], "needs a grid there or below"),
+    ],
+)
+def test_a_stage_that_depends_on_nothing_is_refused(stages, words):
+    with pytest.raises(ConfigError, match=words):
+        build(Recipe, minimal(stages=[*minimal()["stages"], *stages]))
+
+
+def test_a_file_that_does_not_parse_or_exist_is_named(tmp_path):
+    path = tmp_path / "broken.yaml"
+    path.write_text("name: [x\n")
+    with pytest.raises(ConfigError, match=r"broken\.yaml"):
+        load_recipe(str(path))
+    with pytest.raises(ConfigError, match="did you mean 'smoke'"):
+        load_recipe("smokee")
+
+
+def test_a_rule_is_a_power_law_of_the_parameters():
+    rule = Rule(4e-3, reference_parameters=1e6, exponent=-0.5)
+    assert rule.at(4e6, 2.0) == pytest.approx(4e-3)
+
+
+def test_the_fingerprint_follows_the_content():
+    assert synthetic.recipe().fingerprint() == synthetic.recipe().fingerprint()
+    assert synthetic.recipe().fingerprint() != synthetic.recipe(warmup_steps=51).fingerprint()

@@ -1,0 +1,140 @@
+import multiprocessing
+import os
+import random
+import signal
+import time
+
+import pytest
+
+from powertrain.scaling.recipe import Limits, Stage
+from powertrain.scaling.records import table
+from powertrain.scaling.run import Failures, Interrupted, SweepPaths, SweepState, run
+
+from . import synthetic
+from .fakes import FakeCatalog, FakeExecutor
+
+RECIPE = synthetic.recipe(
+    stages=(
+        Stage((1e15,), "all", "grid"),
+        Stage((3e15,), "frontier", "tuned"),
+        Stage((3e15,), "best", "tuned", seeds=(1,)),
+    ),
+    limits=Limits(min_steps=20),
+    warmup_steps=5,
+)
+
+
+def state_in(root, recipe=RECIPE):
+    return SweepState(recipe, FakeCatalog(), SweepPaths(root), lease_seconds=5.0)
+
+
+def rows(state):
+    return table(state.store.read()).to_pylist()
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """The table of a sweep that nobody disturbed."""
+    state = state_in(tmp_path_factory.mktemp("unbroken"))
+    run(state, FakeExecutor())
+    return rows(state)
+
+
+def test_a_sweep_runs_every_cell_once_and_then_nothing(tmp_path, unbroken):
+    state, executor = state_in(tmp_path), FakeExecutor()
+    outcome = run(state, executor)
+    assert sorted(executor.ran) == sorted(outcome.finished) == sorted(r["cell"] for r in unbroken)
+    assert len(set(executor.ran)) == len(executor.ran)
+    assert {r["budget"] for r in unbroken} == {1e15, 3e15}
+    assert {r["seed"] for r in unbroken} == {0, 1}
+    again = FakeExecutor()
+    run(state_in(tmp_path), again)
+    assert again.ran == []
+
+
+def test_a_failed_cell_is_reported_and_the_rest_goes_on(tmp_path):
+    state = state_in(tmp_path)
+    broken = state.expand().cells[4].id
+
+    def work(cell):
+        if cell.id == broken:
+            raise RuntimeError("out of memory")
+
+    ended = []
+    outcome = run(state, FakeExecutor(work), on_end=lambda cell, error: ended.append((cell.id, error)))
+    assert outcome.failed == [broken]
+    assert state.failures.message(broken) == "RuntimeError: out of memory"
+    assert not state.missing(state.expand())
+    assert any(cell == broken and isinstance(error, RuntimeError) for cell, error in ended)
+    executor = FakeExecutor()
+    run(state_in(tmp_path), executor)
+    assert executor.ran == [], "a failed cell is not tried again by itself"
+    Failures(state.paths.failures).forget([broken])
+    run(state_in(tmp_path), executor)
+    assert broken in executor.ran
+
+
+def test_an_interrupted_cell_leaves_nothing_behind_but_its_progress(tmp_path, unbroken):
+    state = state_in(tmp_path)
+
+    def work(cell):
+        if len(executor.ran) == 3:
+            raise Interrupted(signal.SIGTERM)
+
+    executor = FakeExecutor(work)
+    outcome = run(state, executor)
+    assert outcome.interrupted_by == signal.SIGTERM
+    assert len(outcome.finished) == 2
+    assert not list(state.paths.claims.glob("*.claim"))
+    assert not state.failures.ids()
+    run(state_in(tmp_path), FakeExecutor())
+    assert rows(state) == unbroken
+
+
+def test_stop_ends_between_cells(tmp_path):
+    state, executor = state_in(tmp_path), FakeExecutor()
+    run(state, executor, stop=lambda: len(executor.ran) >= 5)
+    assert len(executor.ran) == 5
+
+
+def _runner(root, seconds):
+    run(state_in(root), FakeExecutor(seconds), wait=time.sleep, poll_seconds=0.05)
+
+
+def _start(root, seconds):
+    process = multiprocessing.get_context("spawn").Process(target=_runner, args=(root, seconds))
+    process.start()
+    return process
+
+
+def test_two_runners_share_a_sweep_without_running_a_cell_twice(tmp_path, unbroken):
+    """Each records who ran what; the union is the whole sweep, and the parts are disjoint."""
+    processes = [_start(tmp_path, 0.02) for _ in range(2)]
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    assert rows(state_in(tmp_path)) == unbroken
+    assert not list((tmp_path / "claims").glob("*.claim"))
+
+
+def test_killed_at_random_and_resumed_the_table_is_identical(tmp_path, unbroken):
+    """SIGKILL at random times, alone and beside another runner, until the sweep is done."""
+    rng = random.Random(0)
+    state = state_in(tmp_path)
+    kills = 0
+    while state.missing(state.expand()) and kills < 12:
+        before = len(state.store.finished())
+        process = _start(tmp_path, 0.01)
+        deadline = time.monotonic() + 60
+        # Wait until it works, so that the kill meets it in the middle of a cell or of a record.
+        while len(state.store.finished()) == before and process.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0.0, 0.15))
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        process.join()
+    assert kills >= 3, "the sweep was over before it could be disturbed"
+    run(state, FakeExecutor())
+    assert not state.missing(state.expand())
+    assert rows(state) == unbroken
