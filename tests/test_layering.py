@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "train": {"config", "run_status", "schema", "models", "data", "training", "inference", "cluster", "ops", "native"},
     "runs": {"cluster", "run_status"},
     "scaling": {"train", "config", "schema", "models", "data", "training", "inference", "cluster", "ops"},
-    "bench": {"schema", "ops", "models", "native"},
+    "bench": {"version", "schema", "ops", "models", "native"},
     "cli": {"version", "schema", "train", "inference", "runs", "scaling", "bench", "native"},
     "__main__": {"cli"},
     "__init__": {"version", "ops"},
