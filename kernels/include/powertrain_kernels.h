@@ -16,8 +16,9 @@
  *     pt_pack_grad             dy, y, normalizer  -> packed dn' = [dy / d, -(dy . y) / d]
  *     pt_chunk_state reverse   q, dn'             -> gradients of the states leaving each chunk, gradient of the initial state
  *     pt_chunk_scan reverse    k, q, dn', dstates -> dv
- *     pt_chunk_scan_grad       q, dn', states     -> dq, (q . dq) / 2         (and reverse: k, v', dstates -> dk, (k . dk) / 2)
- *     pt_gate_grad             the two products   -> dlog_G
+ *     pt_chunk_scan_grad       q, dn', states     -> dq, q . dq     (and reverse: k, v', dstates -> dk, k . dk)
+ *     pt_state_flow            states, dstates    -> what passes through each chunk
+ *     pt_gate_grad             the last three     -> dlog_G
  */
 #ifndef POWERTRAIN_KERNELS_H
 #define POWERTRAIN_KERNELS_H
@@ -133,20 +134,28 @@ typedef struct {
 } pt_pack_grad_params;
 PT_API int pt_pack_grad(const pt_problem* problem, const pt_pack_grad_params* params, void* stream);
 
-/* dlog_G = reverse cumulative sum within each document of dG = sum_j w_ij dW_ij - sum_i w_ij dW_ij. Both sums come from the same rounded
- * terms, so that of a pair of tokens on one side of a gate nothing is left; with -(dv' . v') alone the rounding of every row would add up
- * over all later tokens. */
+/* What passes through each chunk from before it to after it: chunk_decay_n <states_n, grad_states_n>, (B, Hk, N) fp32 in packed units. */
 typedef struct {
-  const float* query_dots;    /* (B, Hq, Tp) as pt_chunk_scan_grad wrote it */
-  const float* key_dots;      /* (B, Hk, Tp) as pt_chunk_scan_grad reverse wrote it */
-  const float* final_term;    /* (B, Hk) added to the gradient of G at the last token (<d final state, final state>), or null */
+  const void* states;      /* forward */
+  const void* grad_states; /* reverse */
+  const void* gates;
+  float* through;          /* out */
+} pt_state_flow_params;
+PT_API int pt_state_flow(const pt_problem* problem, const pt_state_flow_params* params, void* stream);
+
+/* dlog_G_t = sum of w_ij dW_ij over the pairs i >= t > j, chunk by chunk as the sum of four parts, none of them a difference of large
+ * numbers: pairs within the chunk (suffix sums of query minus key dots; both come from the same rounded terms, so pairs on one side of t
+ * cancel), from before the chunk (suffix sums of the queries' state part), to after it (prefix sums of the keys' state part), through it. */
+typedef struct {
+  const float* query_dots;    /* as pt_chunk_scan_grad wrote it */
+  const float* key_dots;      /* as pt_chunk_scan_grad reverse wrote it */
+  const float* through;       /* as pt_state_flow wrote it, or null: nothing */
   const int32_t* cu_seqlens;  /* as in pt_gates */
   int32_t num_cu_seqlens;
   int32_t has_initial_state;  /* if 0, nothing passes the gate of a row's first token, and its gradient is zero exactly */
-  const float* scale;         /* (B, Hk) divided out of gate_grad (dn_scale * value_scale), or null */
+  const float* scale;         /* (B, Hk) divided out (dn_scale * value_scale), or null */
   float* dlog_G;              /* (B, T, Hk) out */
   int64_t dlog_G_stride_b, dlog_G_stride_t, dlog_G_stride_h;
-  void* workspace;
 } pt_gate_grad_params;
 PT_API int pt_gate_grad(const pt_problem* problem, const pt_gate_grad_params* params, void* stream);
 
@@ -212,8 +221,9 @@ typedef struct {
   const float* x_scale;     /* dq: (B, Hq) scale of q, dk: (B, Hk) scale of k: out is multiplied by it, or null */
   const float* value_scale; /* (B, Hk) out is divided by it, or null */
   const float* dn_scale;    /* (B, Hk) out is divided by it, or null */
-  float* dots;              /* out, in packed units before any scale, from the fp32 gradients: (q_i . dq_i) / 2 (B, Hq, Tp), which is the sum
-                               over j of w_ij dW_ij; reverse: (k_j . dk_j) / 2 (B, Hk, Tp), the sum over i; 0 beyond T. Or null. */
+  float* dots;              /* out, in packed units before any scale, 0 beyond T, from the fp32 gradients; or null. (q_i . dq_i) / 2,
+                               (B, Hq, Tp): sum_j w_ij dW_ij over everything before i. Reverse: (2, B, Hk, Tp): (k_j . dk_j) / 2, the sum
+                               over everything after j; then its part from later chunks, decay_out_j phi(k_j) E v'_j. */
 } pt_chunk_scan_grad_params;
 PT_API int pt_chunk_scan_grad(const pt_problem* problem, const pt_chunk_scan_grad_params* params, void* stream);
 

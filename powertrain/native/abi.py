@@ -109,7 +109,7 @@ class GateGrad(ctypes.Structure):
     _fields_ = (
         ("query_dots", c_void_p),
         ("key_dots", c_void_p),
-        ("final_term", c_void_p),
+        ("through", c_void_p),
         ("cu_seqlens", c_void_p),
         ("num_cu_seqlens", c_int32),
         ("has_initial_state", c_int32),
@@ -118,8 +118,13 @@ class GateGrad(ctypes.Structure):
         ("dlog_G_stride_b", c_int64),
         ("dlog_G_stride_t", c_int64),
         ("dlog_G_stride_h", c_int64),
-        ("workspace", c_void_p),
     )
+
+
+class StateFlow(ctypes.Structure):
+    """`pt_state_flow_params`."""
+
+    _fields_ = (("states", c_void_p), ("grad_states", c_void_p), ("gates", c_void_p), ("through", c_void_p))
 
 
 class Boundary(ctypes.Structure):
@@ -196,6 +201,7 @@ STAGE_PARAMETERS: dict[str, type[ctypes.Structure]] = {
     "pt_pack": Pack,
     "pt_pack_grad": PackGrad,
     "pt_gate_grad": GateGrad,
+    "pt_state_flow": StateFlow,
     "pt_boundary": Boundary,
     "pt_chunk_state": ChunkState,
     "pt_chunk_scan": ChunkScan,

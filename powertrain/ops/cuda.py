@@ -315,8 +315,6 @@ def _backward(
     grad_sum: Tensor | None,
     out: Tensor,
     normalizer: Tensor,
-    final_state: Tensor,
-    final_sum: Tensor,
     saved: Tensor,
     cu_seqlens: Tensor | None,
     key_heads: int,
@@ -349,9 +347,8 @@ def _backward(
         at = layout.scales + B * (Hq + Hk) * 4
         units = dn_scale * saved[at : at + B * Hk * 4].view(torch.float32).view(B, Hk)
 
-    final_term = leaving = None
+    leaving = None
     if grad_state is not None and grad_sum is not None:
-        final_term = (grad_state * final_state).sum((2, 3)) + (grad_sum * final_sum).sum(2)
         if units is not None:
             grad_state, grad_sum = grad_state * units[..., None, None], grad_sum * units[..., None]
         grad_state, grad_sum = grad_state.contiguous(), grad_sum.contiguous()
@@ -381,10 +378,11 @@ def _backward(
     dk = allocate((B, T, Hk, D), dtype=dtype, device=device)
     dv = allocate((B, T, Hk, D), dtype=dtype, device=device)
     dlog_g, dstate, dsum = (allocate(0, dtype=torch.float32, device=device) for _ in range(3))
-    # (q . dq) / 2 of every query head and (k . dk) / 2 of every key head, one after the other.
-    dots = _bytes(sizes.gate_grad * (Hq // Hk + 1), device) if has_gates else None
+    # q . dq of every query head, then k . dk of every key head and its part from later chunks.
+    group = Hq // Hk
+    dots = _bytes(sizes.gate_grad * (group + 2), device) if has_gates else None
     query_dots = _pointer(dots)
-    key_dots = None if query_dots is None else query_dots + sizes.gate_grad * (Hq // Hk)
+    key_dots = None if query_dots is None else query_dots + sizes.gate_grad * group
     has_leaving = leaving is not None
     parameters = abi.ChunkScan(
         1, has_leaving, q, k, dn.data_ptr(), gates, _pointer(grad_states), _strided(dv), _pointer(dn_scale)
@@ -403,10 +401,13 @@ def _backward(
     if dots is not None:
         dlog_g = allocate((B, T, Hk), dtype=torch.float32, device=device)
         documents = 0 if cu_seqlens is None else cu_seqlens.shape[0]
-        workspace = _bytes(sizes.gate_grad_workspace, device)
+        through = None
+        if states is not None and grad_states is not None:
+            through = allocate((B, Hk, -(-T // chunk_size)), dtype=torch.float32, device=device)
+            run("pt_state_flow", abi.StateFlow(states, grad_states.data_ptr(), gates, through.data_ptr()), stream)
         parameters = abi.GateGrad(
-            query_dots, key_dots, _pointer(final_term), _pointer(cu_seqlens), documents, has_state, _pointer(units),
-            dlog_g.data_ptr(), *dlog_g.stride(), workspace.data_ptr(),
+            query_dots, key_dots, _pointer(through), _pointer(cu_seqlens), documents, has_state, _pointer(units),
+            dlog_g.data_ptr(), *dlog_g.stride(),
         )  # fmt: skip
         run("pt_gate_grad", parameters, stream)
     if entering is not None:
@@ -477,8 +478,6 @@ def power_retention_cuda_bwd_op(
     grad_sum: Tensor | None,
     out: Tensor,
     normalizer: Tensor,
-    final_state: Tensor,
-    final_sum: Tensor,
     saved: Tensor,
     cu_seqlens: Tensor | None,
     key_heads: int,
@@ -489,7 +488,7 @@ def power_retention_cuda_bwd_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The backward pass as an op: gradients of q, k, v, log_g, state, sum_of_keys; of size 0 where not given."""
     return _backward(
-        grad_out, grad_state, grad_sum, out, normalizer, final_state, final_sum, saved, cu_seqlens,
+        grad_out, grad_state, grad_sum, out, normalizer, saved, cu_seqlens,
         key_heads, has_gates, has_state, chunk_size, arch,
     )  # fmt: skip
 
@@ -501,8 +500,6 @@ def _(
     grad_sum: Tensor | None,
     out: Tensor,
     normalizer: Tensor,
-    final_state: Tensor,
-    final_sum: Tensor,
     saved: Tensor,
     cu_seqlens: Tensor | None,
     key_heads: int,
@@ -529,26 +526,29 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, k, _, log_g, state, _, cu_seqlens, ctx.chunk_size, ctx.final_state, ctx.arch = inputs
-    out, normalizer, new_state, new_sum, saved = output
+    out, normalizer, new_state, _, saved = output
+    ctx.state_shape = new_state.shape
     ctx.key_heads, ctx.has_gates, ctx.has_state = k.shape[2], log_g is not None, state is not None
     ctx.mark_non_differentiable(normalizer, saved)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(out, normalizer, new_state, new_sum, saved, cu_seqlens)
+    ctx.save_for_backward(out, normalizer, saved, cu_seqlens)
 
 
 def _autograd_backward(
     ctx: Any, grad_out: Tensor | None, _: Any, grad_state: Tensor | None, grad_sum: Tensor | None, __: Any
 ) -> tuple[Tensor | None, ...]:
-    out, normalizer, final_state, final_sum, saved, cu_seqlens = ctx.saved_tensors
+    out, normalizer, saved, cu_seqlens = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     if not ctx.final_state or (grad_state is None and grad_sum is None):
         grad_state = grad_sum = None
     else:
-        grad_state = torch.zeros_like(final_state) if grad_state is None else grad_state
-        grad_sum = torch.zeros_like(final_sum) if grad_sum is None else grad_sum
+        if grad_state is None:
+            grad_state = out.new_zeros(ctx.state_shape, dtype=torch.float32)
+        if grad_sum is None:
+            grad_sum = out.new_zeros(ctx.state_shape[:3], dtype=torch.float32)
     dq, dk, dv, dlog_g, dstate, dsum = power_retention_cuda_bwd_op(
-        grad_out, grad_state, grad_sum, out, normalizer, final_state, final_sum, saved, cu_seqlens,
+        grad_out, grad_state, grad_sum, out, normalizer, saved, cu_seqlens,
         ctx.key_heads, ctx.has_gates, ctx.has_state, ctx.chunk_size, ctx.arch,
     )  # fmt: skip
     state_grads = (dstate, dsum) if ctx.has_state else (None, None)
@@ -586,8 +586,7 @@ def _forward_formula(
 
 @register_flop_formula(torch.ops.powertrain.power_retention_cuda_bwd)
 def _backward_formula(
-    grad_out: Any, grad_state: Any, grad_sum: Any, out: Any, normalizer: Any, final_state: Any, final_sum: Any,
-    saved: Any, cu_seqlens: Any, key_heads: int, has_gates: bool, has_state: bool, chunk_size: int,
+    grad_out: Any, grad_state: Any, grad_sum: Any, out: Any, normalizer: Any, saved: Any, cu_seqlens: Any, key_heads: int, has_gates: bool, has_state: bool, chunk_size: int,
     *args: Any, **kwargs: Any,
 ) -> int:  # fmt: skip
     return _call_flops(out, key_heads, chunk_size, has_state, grad_state is not None).backward.total

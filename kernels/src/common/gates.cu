@@ -1,4 +1,5 @@
 // pt_gates, pt_gate_grad: gates and document boundaries as products of decays, and the way back.
+#include "numeric.cuh"
 #include "stages.h"
 
 namespace powertrain {
@@ -128,73 +129,123 @@ __global__ void __launch_bounds__(kThreads) chunk_gates(int64_t blocks, int64_t 
   }
 }
 
-// One thread block per (b, h) walks from the last token to the first, four tokens a thread; sums are kept in fp64, because a row may hold a
-// million terms of both signs that nearly cancel.
+// Sums of a thread block's values in the order of threads (lower threads first), exclusive of the thread's own; `closed` cuts off what lies
+// before. fp64, because a chunk may be the whole sequence and its terms nearly cancel.
 struct Segment {
   double sum;
-  int closed;  // a document begins in here: nothing later reaches what is to the left
+  int closed;
 };
-__device__ __forceinline__ Segment join(Segment left, Segment right) {  // left: earlier in time
-  return {left.sum + (left.closed ? 0. : right.sum), left.closed | right.closed};
+__device__ __forceinline__ Segment then(Segment before, Segment after) {
+  return {after.sum + (after.closed ? 0. : before.sum), before.closed | after.closed};
+}
+__device__ __forceinline__ double exclusive_sum(Segment mine, double* carried, Segment* warps) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  Segment scan = mine;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const Segment before = {__shfl_up_sync(~0u, scan.sum, step), __shfl_up_sync(~0u, scan.closed, step)};
+    if (lane >= step) scan = then(before, scan);
+  }
+  if (lane == 31) warps[warp] = scan;
+  Segment within = {__shfl_up_sync(~0u, scan.sum, 1), __shfl_up_sync(~0u, scan.closed, 1)};
+  if (lane == 0) within = {0., 0};
+  __syncthreads();
+  Segment before_warp = {*carried, 0}, all = {*carried, 0};
+#pragma unroll
+  for (int w = 0; w < kThreads / 32; w++) {
+    if (w < warp) before_warp = then(before_warp, warps[w]);
+    all = then(all, warps[w]);
+  }
+  __syncthreads();
+  *carried = all.sum;
+  return then(before_warp, within).sum;
 }
 
-__global__ void __launch_bounds__(1024) gate_grad(const float* query_dots, const float* key_dots, int group, const float* final_term, const int32_t* cu_seqlens, int num_cu_seqlens,
-                                                  int has_initial_state, const float* scale, int heads, int64_t seq_len, int64_t padded, float* dlog_G,
-                                                  int64_t stride_b, int64_t stride_t, int64_t stride_h) {
-  constexpr int kTokens = 4, kStep = 1024 * kTokens;
-  __shared__ Segment warps[32];
-  const int64_t bh = blockIdx.x, b = bh / heads, h = bh % heads;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const double factor = scale ? 1. / scale[bh] : 1.;
+// One thread block per chunk, four tokens a thread.
+__global__ void __launch_bounds__(kThreads) gate_grad(pt_gate_grad_params a, int heads, int group, int64_t batch_heads, int64_t seq_len, int64_t padded,
+                                                      int64_t chunk_size, int64_t chunk_count) {
+  constexpr int kTokens = 4, kStep = kThreads * kTokens;
+  __shared__ Segment warps[kThreads / 32];
+  const int64_t bh = blockIdx.x / chunk_count, n = blockIdx.x % chunk_count, b = bh / heads, h = bh % heads;
+  const int64_t begin = n * chunk_size, end = min(begin + chunk_size, seq_len);
+  const double factor = a.scale ? 1. / a.scale[bh] : 1., through = a.through ? a.through[blockIdx.x] : 0.;
+  float* out = a.dlog_G + b * a.dlog_G_stride_b + h * a.dlog_G_stride_h;
+  const float *keys = a.key_dots + bh * padded, *key_states = keys + batch_heads * padded;
+  const float* queries = a.query_dots + bh * group * padded;
+
   double carried = 0.;
-  for (int64_t end = ceil_div(seq_len, kStep) * kStep; end > 0; end -= kStep) {
-    // Thread 0 holds the latest tokens; token i of a thread is its i-th from the right.
-    const int64_t last = end - 1 - (int64_t)threadIdx.x * kTokens;
+  for (int64_t done = 0; begin + done < end; done += kStep) {  // from the left: what goes on to later chunks
+    const int64_t first = begin + done + threadIdx.x * kTokens;
+    double value[kTokens], mine = 0.;
+#pragma unroll
+    for (int i = 0; i < kTokens; i++) mine += value[i] = first + i < end ? key_states[first + i] : 0.f;
+    double sum = exclusive_sum({mine, 0}, &carried, warps);
+#pragma unroll
+    for (int i = 0; i < kTokens; i++) {
+      if (first + i < end) out[(first + i) * a.dlog_G_stride_t] = (float)((sum + through) * factor);
+      sum += value[i];
+    }
+  }
+  carried = 0.;
+  for (int64_t done = 0; begin + done < end; done += kStep) {  // from the right: everything else
+    const int64_t last = end - 1 - done - threadIdx.x * kTokens;
     double value[kTokens];
-    bool begins[kTokens];  // this token's gate is closed whatever it says
-    double sum = 0.;       // from the right, within this thread, reset where a document begins
+    bool closed[kTokens];  // a document begins here (or the row, from nothing): its gate has no say, and nothing later reaches further left
     Segment mine = {0., 0};
 #pragma unroll
     for (int i = 0; i < kTokens; i++) {
       const int64_t t = last - i;
-      value[i] = 0.;
-      if (t < seq_len) {
-        double rows = 0.;
-        for (int q = 0; q < group; q++) rows += query_dots[(bh * group + q) * padded + t];
-        value[i] = (rows - key_dots[bh * padded + t]) * factor;
+      value[i] = 0., closed[i] = false;
+      if (t >= begin) {
+        double sum = (double)key_states[t] - keys[t];
+        for (int q = 0; q < group; q++) sum += queries[q * padded + t];
+        value[i] = sum;
+        closed[i] = t == 0 ? !a.has_initial_state
+                           : a.cu_seqlens && document_begin(a.cu_seqlens, a.num_cu_seqlens, b * seq_len + t) == b * seq_len + t;
       }
-      if (final_term && t == seq_len - 1) value[i] += final_term[bh];
-      begins[i] = (t == 0 && !has_initial_state) ||
-                  (cu_seqlens && t > 0 && t < seq_len && document_begin(cu_seqlens, num_cu_seqlens, b * seq_len + t) == b * seq_len + t);
-      mine = join({begins[i] ? 0. : value[i], begins[i]}, mine);
+      mine = then(mine, {closed[i] ? 0. : value[i], closed[i]});
     }
-    // Inclusive over threads to the right (lower lanes), then over warps.
-    Segment scan = mine;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const Segment right = {__shfl_up_sync(~0u, scan.sum, step), __shfl_up_sync(~0u, scan.closed, step)};
-      if (lane >= step) scan = join(scan, right);
-    }
-    if (lane == 31) warps[warp] = scan;
-    Segment before = {__shfl_up_sync(~0u, scan.sum, 1), __shfl_up_sync(~0u, scan.closed, 1)};
-    if (lane == 0) before = {0., 0};
-    __syncthreads();
-    Segment right_of_warp = {carried, 0}, all = {carried, 0};
-    for (int w = 0; w < 32; w++) {
-      if (w < warp) right_of_warp = join(warps[w], right_of_warp);
-      all = join(warps[w], all);
-    }
-    __syncthreads();
-    sum = join(before, right_of_warp).sum;
+    double sum = exclusive_sum(mine, &carried, warps);
 #pragma unroll
     for (int i = 0; i < kTokens; i++) {
       const int64_t t = last - i;
-      sum += value[i];
-      // The closed gate of a document's first token has no say; nor does what lies to its right reach further left.
-      if (begins[i]) sum = 0.;
-      if (t < seq_len) dlog_G[b * stride_b + t * stride_t + h * stride_h] = (float)sum;
+      sum = closed[i] ? 0. : sum + value[i];
+      if (t >= begin) out[t * a.dlog_G_stride_t] = closed[i] ? 0.f : out[t * a.dlog_G_stride_t] + (float)(sum * factor);
     }
-    carried = all.sum;
+  }
+}
+
+// One thread block per chunk.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) state_flow(const T* states, const T* grad_states, const float* chunk_decay, int head_dim, float scale,
+                                                       float* through) {
+  __shared__ float partial[kThreads / 32];
+  const float decay = chunk_decay[blockIdx.x];
+  const int tiles = phi_tiles(head_dim), groups = head_dim / 8 + 1;
+  const int64_t at = (int64_t)blockIdx.x * tiles * state_tile_elements(head_dim);
+  float sum = 0.f;
+  if (decay > 0.f) {
+    for (int piece = threadIdx.x; piece < tiles * groups * kBlock; piece += kThreads) {  // eight columns of one row
+      const uint4 s = *(const uint4*)(states + at + (int64_t)piece * 8), e = *(const uint4*)(grad_states + at + (int64_t)piece * 8);
+      const uint32_t *sw = &s.x, *ew = &e.x;
+      float dot = 0.f;
+      if (piece / kBlock % groups == head_dim / 8) {  // the normaliser, hi and lo
+        dot = (Numeric<T>::low(sw[0]) + Numeric<T>::high(sw[0])) * (Numeric<T>::low(ew[0]) + Numeric<T>::high(ew[0]));
+      } else {
+#pragma unroll
+        for (int i = 0; i < 4; i++) dot += Numeric<T>::low(sw[i]) * Numeric<T>::low(ew[i]) + Numeric<T>::high(sw[i]) * Numeric<T>::high(ew[i]);
+      }
+      // Both carry the weight of their tile, and the product is to have it once.
+      sum += tile_pair(piece / (kBlock * groups), head_dim).distance == 0 ? dot : 0.5f * dot;
+    }
+  }
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
+  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = sum;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int w = 1; w < kThreads / 32; w++) sum += partial[w];
+    through[blockIdx.x] = decay * sum * scale;
   }
 }
 
@@ -227,14 +278,29 @@ int pt_gates(const pt_problem* problem, const pt_gates_params* params, void* str
   return check_cuda(cudaGetLastError(), "chunk_gates");
 }
 
+int pt_state_flow(const pt_problem* problem, const pt_state_flow_params* params, void* stream) {
+  if (int status = validate(problem)) return status;
+  PT_REQUIRE(params && params->states && params->grad_states && params->gates && params->through);
+  const pt_problem& p = *problem;
+  const unsigned grid = (unsigned)(p.batch * p.key_heads * chunks(p.seq_len, p.chunk_size));
+  const float* chunk_decay = gates_of(p, params->gates).chunk_decay;
+  const float scale = 1.f / (p.state_scale * p.state_scale);
+  if (p.dtype == PT_BF16)
+    state_flow<__nv_bfloat16><<<grid, kThreads, 0, (cudaStream_t)stream>>>((const __nv_bfloat16*)params->states, (const __nv_bfloat16*)params->grad_states,
+                                                                           chunk_decay, p.head_dim, scale, params->through);
+  else
+    state_flow<__half><<<grid, kThreads, 0, (cudaStream_t)stream>>>((const __half*)params->states, (const __half*)params->grad_states, chunk_decay,
+                                                                    p.head_dim, scale, params->through);
+  return check_cuda(cudaGetLastError(), "state_flow");
+}
+
 int pt_gate_grad(const pt_problem* problem, const pt_gate_grad_params* params, void* stream) {
   if (int status = validate(problem)) return status;
   PT_REQUIRE(params && params->query_dots && params->key_dots && params->dlog_G && (!params->cu_seqlens || params->num_cu_seqlens > 0));
   const pt_problem& p = *problem;
-  const pt_gate_grad_params& a = *params;
-  gate_grad<<<(unsigned)(p.batch * p.key_heads), 1024, 0, (cudaStream_t)stream>>>(
-      a.query_dots, a.key_dots, p.query_heads / p.key_heads, a.final_term, a.cu_seqlens, a.num_cu_seqlens, a.has_initial_state, a.scale, p.key_heads, p.seq_len, padded_blocks(p.seq_len) * kBlock,
-      a.dlog_G, a.dlog_G_stride_b, a.dlog_G_stride_t, a.dlog_G_stride_h);
+  const int64_t heads = (int64_t)p.batch * p.key_heads, chunk_count = chunks(p.seq_len, p.chunk_size);
+  gate_grad<<<(unsigned)(heads * chunk_count), kThreads, 0, (cudaStream_t)stream>>>(*params, p.key_heads, p.query_heads / p.key_heads, heads, p.seq_len,
+                                                                                    padded_blocks(p.seq_len) * kBlock, p.chunk_size, chunk_count);
   return check_cuda(cudaGetLastError(), "gate_grad");
 }
 

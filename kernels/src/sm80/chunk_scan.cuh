@@ -203,7 +203,7 @@ int run_chunk_scan(const pt_problem& p, const pt_chunk_scan_params& s, cudaStrea
   a.x = kReverse ? s.k : s.q, a.y = kReverse ? s.q : s.k, a.x_values = s.v, a.y_values = s.u;
   a.states = s.states, a.out = s.out, a.out_scale = s.out_scale, a.normalizer = s.normalizer, a.gate_grad = s.gate_grad;
   a.has_boundary = s.has_boundary;
-  return launch_scan(chunk_scan_kernel<T, D, kReverse>, Config::kThreads, Config::kSharedBytes, a, p.batch, stream, "chunk_scan");
+  return launch_scan(chunk_scan_kernel<T, D, kReverse>, Config::kThreads, Config::kSharedBytes, a, stream, "chunk_scan");
 }
 
 // One configuration is one translation unit, so that a build uses every core.

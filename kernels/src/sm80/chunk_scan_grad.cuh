@@ -22,6 +22,32 @@ struct ChunkScanGradConfig : ScanConfig<D> {
   static constexpr int kSharedBytes = Base::kRowBytes + (kStateBytes > kWalkBytes ? kStateBytes : kWalkBytes);
 };
 
+// (x . dx) / 2 of a warp's rows, times `decay` where given.
+template <typename T, int D, int kM>
+__device__ __forceinline__ void write_dots(float* dots, const float (&dx)[kM][D / 8][4], uint32_t rows, int row, int64_t block, const float* decay) {
+  using N = Numeric<T>;
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  float dot[kM][2] = {};
+#pragma unroll
+  for (int c = 0; c < D / 8; c++) {
+    uint32_t f[kM][2];
+    load_row_features<kM>(f, rows, c, row / 8);
+#pragma unroll
+    for (int m = 0; m < kM; m++)
+#pragma unroll
+      for (int r = 0; r < 2; r++) dot[m][r] += N::low(f[m][r]) * dx[m][c][2 * r] + N::high(f[m][r]) * dx[m][c][2 * r + 1];
+  }
+#pragma unroll
+  for (int m = 0; m < kM; m++)
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      dot[m][r] += __shfl_xor_sync(~0u, dot[m][r], 1);
+      dot[m][r] += __shfl_xor_sync(~0u, dot[m][r], 2);
+      const int local = row + m * 16 + r * 8 + g;
+      if (t == 0) dots[block * kBlock + local] = 0.5f * dot[m][r] * (decay ? decay[local] : 1.f);
+    }
+}
+
 template <typename T, int D, bool kReverse>
 __global__ void __launch_bounds__(ChunkScanGradConfig<D>::kThreads) chunk_scan_grad_kernel(const ScanArguments a) {
   using Config = ChunkScanGradConfig<D>;
@@ -165,6 +191,11 @@ __global__ void __launch_bounds__(ChunkScanGradConfig<D>::kThreads) chunk_scan_g
           acc[m][c][0] = sum.x * a.inverse_state_scale, acc[m][c][1] = sum.y * a.inverse_state_scale;
           acc[m][c][2] = sum.z * a.inverse_state_scale, acc[m][c][3] = sum.w * a.inverse_state_scale;
         }
+      if (kReverse && a.dots) {
+        const int64_t block = p.first_block + row_block, heads = (int64_t)a.batch * a.row_heads;
+        const float* decay = a.gates.chunk_out + (p.key_bh * a.blocks + block) * kBlock;
+        write_dots<T, D, kM>(a.dots, acc, rows, row, (heads + p.row_bh) * a.blocks + block, decay);
+      }
     }
     cp_async_wait<0>();
     __syncthreads();
@@ -175,6 +206,15 @@ __global__ void __launch_bounds__(ChunkScanGradConfig<D>::kThreads) chunk_scan_g
       for (int c = 0; c < D / 8; c++)
 #pragma unroll
         for (int i = 0; i < 4; i++) acc[m][c][i] = 0.f;
+    if (kReverse && a.dots && active) {
+      const int64_t block = ((int64_t)a.batch * a.row_heads + p.row_bh) * a.blocks + p.first_block + row_block;
+      if (t == 0) {
+#pragma unroll
+        for (int m = 0; m < kM; m++)
+#pragma unroll
+          for (int r = 0; r < 2; r++) a.dots[block * kBlock + row + m * 16 + r * 8 + g] = 0.f;
+      }
+    }
   }
 
   const uint32_t ring = base + Config::kRowBytes;
@@ -253,26 +293,7 @@ __global__ void __launch_bounds__(ChunkScanGradConfig<D>::kThreads) chunk_scan_g
   float factor = a.x_scale ? a.x_scale[p.row_bh] : 1.f;
   if (a.value_scale) factor /= a.value_scale[p.key_bh];
   if (a.dn_scale) factor /= a.dn_scale[p.key_bh];
-  if (a.dots) {
-    float dot[kM][2] = {};
-#pragma unroll
-    for (int c = 0; c < D / 8; c++) {
-      uint32_t f[kM][2];
-      load_row_features<kM>(f, rows, c, row / 8);
-#pragma unroll
-      for (int m = 0; m < kM; m++)
-#pragma unroll
-        for (int r = 0; r < 2; r++) dot[m][r] += N::low(f[m][r]) * acc[m][c][2 * r] + N::high(f[m][r]) * acc[m][c][2 * r + 1];
-    }
-#pragma unroll
-    for (int m = 0; m < kM; m++)
-#pragma unroll
-      for (int r = 0; r < 2; r++) {
-        dot[m][r] += __shfl_xor_sync(~0u, dot[m][r], 1);
-        dot[m][r] += __shfl_xor_sync(~0u, dot[m][r], 2);
-        if (t == 0) a.dots[(p.row_bh * a.blocks + p.first_block + row_block) * kBlock + row + m * 16 + r * 8 + g] = 0.5f * dot[m][r];
-      }
-  }
+  if (a.dots) write_dots<T, D, kM>(a.dots, acc, rows, row, p.row_bh * a.blocks + p.first_block + row_block, nullptr);
 #pragma unroll
   for (int m = 0; m < kM; m++)
 #pragma unroll
@@ -293,7 +314,7 @@ int run_chunk_scan_grad(const pt_problem& p, const pt_chunk_scan_grad_params& s,
   a.x_values = kReverse ? s.v : s.dn, a.y_values = kReverse ? s.dn : s.v;
   a.states = s.states, a.out = s.out, a.x_scale = s.x_scale, a.value_scale = s.value_scale, a.dn_scale = s.dn_scale;
   a.has_boundary = s.has_boundary, a.dots = s.dots;
-  return launch_scan(chunk_scan_grad_kernel<T, D, kReverse>, Config::kThreads, Config::kSharedBytes, a, p.batch, stream, "chunk_scan_grad");
+  return launch_scan(chunk_scan_grad_kernel<T, D, kReverse>, Config::kThreads, Config::kSharedBytes, a, stream, "chunk_scan_grad");
 }
 
 // One configuration is one translation unit, so that a build uses every core.

@@ -40,7 +40,7 @@ struct ScanArguments {
   const float *x_scale, *value_scale, *dn_scale, *out_scale;
   float *normalizer, *gate_grad, *dots;
   int64_t blocks, chunk_count, seq_len;
-  int row_heads, key_heads;  // row_heads: Hq (reverse: Hk)
+  int batch, row_heads, key_heads;  // row_heads: Hq (reverse: Hk)
   int group;                 // query heads per key head
   int blocks_per_chunk, tiles_per_chunk;
   int has_boundary;
@@ -196,7 +196,7 @@ inline ScanArguments scan_arguments(const pt_problem& p, const void* gates) {
   ScanArguments a = {};
   a.gates = gates_of(p, gates);
   a.blocks = padded_blocks(p.seq_len), a.chunk_count = chunks(p.seq_len, p.chunk_size), a.seq_len = p.seq_len;
-  a.row_heads = kReverse ? p.key_heads : p.query_heads, a.key_heads = p.key_heads, a.group = p.query_heads / p.key_heads;
+  a.batch = p.batch, a.row_heads = kReverse ? p.key_heads : p.query_heads, a.key_heads = p.key_heads, a.group = p.query_heads / p.key_heads;
   a.blocks_per_chunk = p.chunk_size / kBlock;
   const int64_t most = a.blocks < a.blocks_per_chunk ? a.blocks : a.blocks_per_chunk;
   a.tiles_per_chunk = (int)ceil_div(most, kRowBlocks);
@@ -205,8 +205,8 @@ inline ScanArguments scan_arguments(const pt_problem& p, const void* gates) {
 }
 
 template <typename Kernel>
-int launch_scan(Kernel kernel, int threads, int shared_bytes, const ScanArguments& a, int batch, cudaStream_t stream, const char* what) {
-  const int64_t grid = (int64_t)batch * a.row_heads * a.chunk_count * a.tiles_per_chunk;
+int launch_scan(Kernel kernel, int threads, int shared_bytes, const ScanArguments& a, cudaStream_t stream, const char* what) {
+  const int64_t grid = (int64_t)a.batch * a.row_heads * a.chunk_count * a.tiles_per_chunk;
   if (grid > INT32_MAX) return fail(PT_UNSUPPORTED, "%s: %lld thread blocks are too many", what, (long long)grid);
   if (a.out.stride_b % 2 || a.out.stride_t % 2 || a.out.stride_h % 2 || (uintptr_t)a.out.data % 4)
     return fail(PT_INVALID, "%s: out must be aligned to 4 bytes in every row", what);
