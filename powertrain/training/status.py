@@ -16,7 +16,7 @@ class Progress(Protocol):
 
 
 class TellProgress(pl.Callback):
-    """Calls `tell` when training begins, after every step, and after every validation."""
+    """Calls `tell` when training begins, after every step and validation, and where an error or a signal ends it."""
 
     def __init__(self, tell: Progress) -> None:
         self.tell = tell
@@ -34,4 +34,8 @@ class TellProgress(pl.Callback):
         self._tell(pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._tell(pl_module)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        # A callback before this one may have ended training at the last step.
         self._tell(pl_module)
