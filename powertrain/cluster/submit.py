@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import sys
 import time
 from dataclasses import dataclass
@@ -185,9 +186,9 @@ def main(config: RunConfig) -> int:
         processes += " with a GPU each"
     lines = [
         f"submitted job {run.job_id}: run {run.run_id} on {processes}",
-        f"  log       tail -F {run.log}",
+        f"  log       tail -F {shlex.quote(str(run.log))}",
         f"  queue     squeue --job {run.job_id}",
-        f"  progress  powertrain runs {config.paths.runs}",
+        f"  progress  powertrain runs {shlex.quote(str(run.run_dir.parent))}",
         f"  end it    scancel {run.job_id}     (the same command again continues the run)",
     ]
     print("\n".join(lines))

@@ -3,8 +3,8 @@
     python tests/cluster/slurm_cluster.py install          Debian, Ubuntu; root
     python tests/cluster/slurm_cluster.py run -- bash      a shell in which sbatch, squeue and the like work
 
-Needs root, because slurmd starts processes for users. Every instance has a directory, keys and ports of its own, so that
-several run beside each other; the daemons die with the process that started them.
+Needs root, because slurmd starts processes for users. Every instance has a directory, keys and ports of its own, so
+that several run beside each other; the daemons die with the process that started them.
 """
 
 from __future__ import annotations
@@ -158,11 +158,12 @@ class SlurmCluster:
         ports = _free_ports(self.nodes + 1)
         host = socket.gethostname().partition(".")[0]
         nodes = []
+        cpus = f"CPUs={CPUS_PER_NODE} Boards=1 SocketsPerBoard=1 CoresPerSocket={CPUS_PER_NODE} ThreadsPerCore=1"
         for index, port in enumerate(ports[1:], start=1):
             (self.home / "spool" / f"node{index}").mkdir(parents=True)
             nodes.append(
-                f"NodeName=node{index} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={CPUS_PER_NODE} Boards=1 "
-                f"SocketsPerBoard=1 CoresPerSocket={CPUS_PER_NODE} ThreadsPerCore=1 RealMemory=8000 State=UNKNOWN"
+                f"NodeName=node{index} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} {cpus} "
+                f"RealMemory=8000 State=UNKNOWN"
             )
         (self.home / "slurm.conf").write_text(
             CONFIG.format(home=self.home, host=host, ports=ports, nodes="\n".join(nodes))

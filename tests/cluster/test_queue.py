@@ -1,0 +1,52 @@
+import json
+
+import pytest
+
+from powertrain.cluster.queue import SlurmError, current_job_id, job_state, queued_states, slurm
+
+
+@pytest.mark.parametrize(
+    ("variables", "job_id"),
+    [
+        ({}, None),
+        ({"SLURM_JOB_ID": "17"}, "17"),
+        # The last task of an array to start has the array's own id.
+        ({"SLURM_JOB_ID": "17", "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "3"}, "17_3"),
+    ],
+)
+def test_the_job_of_this_process(variables, job_id):
+    assert current_job_id(variables) == job_id
+
+
+def test_the_state_of_a_job(stub):
+    calls = stub(
+        "scontrol", "JobId=7 JobName=a JobState=COMPLETING Reason=TimeLimit Dependency=(null) Comment=Reason=x\n"
+    )
+    state = job_state("7")
+    assert (state.state, state.reason) == ("COMPLETING", "TimeLimit")
+    assert json.loads(calls.read_text())["argv"] == ["--oneliner", "show", "job", "7"]
+
+
+def test_the_queue_is_asked_for_jobs_and_tasks_of_arrays(stub):
+    stub("squeue", "7|RUNNING\n8_0|PENDING\n8_1|RUNNING\n9|PENDING\n")
+    assert queued_states(["7", "8_1", "6"]) == {"7": "RUNNING", "8_1": "RUNNING"}
+
+
+def test_without_jobs_nobody_is_asked(stub):
+    calls = stub("squeue")
+    assert queued_states([]) == {}
+    assert not calls.exists()
+
+
+def test_what_slurm_says_is_passed_on_in_one_sentence(stub):
+    stub("sbatch", code=1, error="sbatch: error: invalid partition specified: x\nsbatch: error: failed\n")
+    with pytest.raises(SlurmError, match=r"^sbatch --parsable failed: sbatch: error: invalid partition.* failed$"):
+        slurm("sbatch", "--parsable", "f")
+
+
+def test_a_machine_without_slurm_is_one_sentence(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(SlurmError, match="scontrol is not installed here"):
+        job_state("1")
+    with pytest.raises(SlurmError, match="squeue is not installed here"):
+        queued_states(["1"])

@@ -1,0 +1,74 @@
+import json
+import re
+
+import pytest
+
+from powertrain.cluster.queue import SlurmError
+from powertrain.cluster.requeue import MAX_FRUITLESS_ATTEMPTS, main, requeue
+from powertrain.run_status import RunStatus, write_status
+
+
+@pytest.fixture
+def in_job(monkeypatch, stub):
+    """Return a function that makes this process one of a job in a state, and returns the calls of scontrol."""
+
+    def enter(state, reason="None"):
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
+        monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "5")
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+        return stub("scontrol", f"JobId=7 JobState={state} Reason={reason}\n")
+
+    return enter
+
+
+def requeued(calls):
+    return [c["argv"] for c in map(json.loads, calls.read_text().splitlines()) if c["argv"][0] == "requeue"]
+
+
+@pytest.mark.parametrize(
+    ("state", "reason"), [("RUNNING", "None"), ("COMPLETING", "TimeLimit"), ("TIMEOUT", "TimeLimit")]
+)
+def test_a_job_that_would_be_gone_is_queued_again_by_the_id_of_its_task(in_job, tmp_path, state, reason):
+    calls = in_job(state, reason)
+    assert requeue(tmp_path) == "job 5_2 is queued again and will continue from its last checkpoint"
+    assert requeued(calls) == [["requeue", "5_2"]]
+
+
+@pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED", "PENDING", "PREEMPTED"])
+def test_a_job_that_is_cancelled_or_queued_already_is_left_to_slurm(in_job, tmp_path, state):
+    calls = in_job(state)
+    assert requeue(tmp_path) == f"job 5_2 is {state}: Slurm ends it, or starts it again by itself"
+    assert requeued(calls) == []
+
+
+def test_attempts_that_come_no_further_end_after_some(in_job, tmp_path):
+    calls = in_job("RUNNING")
+    write_status(tmp_path, RunStatus("interrupted", step=4))
+    for _ in range(MAX_FRUITLESS_ATTEMPTS):
+        requeue(tmp_path)
+    with pytest.raises(SlurmError, match=re.escape(f"{MAX_FRUITLESS_ATTEMPTS} attempts in a row ended before")):
+        requeue(tmp_path)
+    assert len(requeued(calls)) == MAX_FRUITLESS_ATTEMPTS
+    # Progress makes good for all of them.
+    write_status(tmp_path, RunStatus("interrupted", step=5))
+    for _ in range(MAX_FRUITLESS_ATTEMPTS):
+        requeue(tmp_path)
+    with pytest.raises(SlurmError):
+        requeue(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"step": null, "fruitless": 0}'])
+def test_a_damaged_record_of_attempts_begins_anew(in_job, tmp_path, content):
+    in_job("RUNNING")
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "attempts.json").write_text(content)
+    assert "queued again" in requeue(tmp_path)
+    assert json.loads((tmp_path / "slurm" / "attempts.json").read_text()) == {"step": 0, "fruitless": 1}
+
+
+def test_the_batch_script_gets_a_sentence_and_a_code(in_job, tmp_path, capsys, stub):
+    in_job("COMPLETING", "TimeLimit")
+    assert main([str(tmp_path)]) == 0
+    stub("scontrol", code=1, error="slurm_load_jobs error: Unable to contact slurm controller")
+    assert main([str(tmp_path)]) == 1
+    assert "Unable to contact slurm controller" in capsys.readouterr().err
