@@ -135,7 +135,8 @@ def unpack_states(states: Tensor, head_dim: int) -> Tensor:
 def error(out: Tensor, reference: Tensor) -> float:
     if not torch.isfinite(out).all():
         return math.nan
-    return float((out.double() - reference).norm() / reference.norm().clamp(min=1e-300))
+    floor = 1e-3 * reference.numel() ** 0.5  # what is exactly zero (the gate's gradient at T = 1) has no relative error
+    return float((out.double() - reference).norm() / reference.norm().clamp(min=floor))
 
 
 @dataclass

@@ -14,7 +14,7 @@ inline void named_barrier(int id, int threads) { emulate::named_barrier(id, thre
 inline void bulk_load(uint32_t destination, const void* source, uint32_t bytes, uint32_t barrier) {
   emulate::bulk_load(destination, source, bytes, barrier);
 }
-constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 template <int kRegisters>
 void give_registers() {}
 template <int kRegisters>

@@ -15,13 +15,20 @@ int launch_chunk_scan(const pt_problem& problem, const pt_chunk_scan_params& par
 template <int kHeadDim, typename T, bool kReverse>
 int launch_chunk_scan_grad(const pt_problem& problem, const pt_chunk_scan_grad_params& params, cudaStream_t stream);
 
-// Calls function<head_dim, dtype, ...>(...); `supports` has let only compiled configurations through.
+// Calls function<head_dim, dtype, ...>(...); `supports` lets only compiled configurations through.
 #define PT_CASE(k, type, tag, function, arguments, ...) \
   if (problem.head_dim == k && problem.dtype == tag) return function<k, type __VA_OPT__(, ) __VA_ARGS__> arguments;
-#define PT_DISPATCH(function, arguments, ...) PT_CASE(64, __nv_bfloat16, PT_BF16, function, arguments __VA_OPT__(, ) __VA_ARGS__)
+#define PT_DISPATCH(function, arguments, ...)                                                \
+  PT_CASE(32, __nv_bfloat16, PT_BF16, function, arguments __VA_OPT__(, ) __VA_ARGS__)        \
+  PT_CASE(64, __nv_bfloat16, PT_BF16, function, arguments __VA_OPT__(, ) __VA_ARGS__)        \
+  PT_CASE(128, __nv_bfloat16, PT_BF16, function, arguments __VA_OPT__(, ) __VA_ARGS__)       \
+  PT_CASE(32, __half, PT_FP16, function, arguments __VA_OPT__(, ) __VA_ARGS__)               \
+  PT_CASE(64, __half, PT_FP16, function, arguments __VA_OPT__(, ) __VA_ARGS__)               \
+  PT_CASE(128, __half, PT_FP16, function, arguments __VA_OPT__(, ) __VA_ARGS__)
 
 bool supports(const pt_problem& problem, int stage) {
-  return problem.dtype == PT_BF16 && problem.head_dim == 64 && stage <= PT_STAGE_CHUNK_SCAN;
+  return (problem.head_dim == 32 || problem.head_dim == 64 || problem.head_dim == 128) && (problem.dtype == PT_BF16 || problem.dtype == PT_FP16) &&
+         stage >= PT_STAGE_CHUNK_STATE && stage <= PT_STAGE_CHUNK_SCAN_GRAD;
 }
 
 int64_t chunk_state_workspace(const pt_problem& problem) {
@@ -47,7 +54,12 @@ int chunk_scan(const pt_problem& problem, const pt_chunk_scan_params& params, cu
   return not_compiled(problem, "chunk_scan");
 }
 
-int chunk_scan_grad(const pt_problem& problem, const pt_chunk_scan_grad_params&, cudaStream_t) {
+int chunk_scan_grad(const pt_problem& problem, const pt_chunk_scan_grad_params& params, cudaStream_t stream) {
+  if (params.reverse) {
+    PT_DISPATCH(launch_chunk_scan_grad, (problem, params, stream), true);
+  } else {
+    PT_DISPATCH(launch_chunk_scan_grad, (problem, params, stream), false);
+  }
   return not_compiled(problem, "chunk_scan_grad");
 }
 

@@ -5,13 +5,14 @@
 // streams blocks of keys and values (reverse: queries and dn') from the diagonal away, so that decays between blocks are a running product.
 // Row tiles are taken in turns by a persistent grid: the producing warpgroup runs ahead into the next one.
 #pragma once
-#include "../common/stages.h"
+#include "../common/numeric.cuh"
 #include "pipeline.cuh"
+#include "scan_tile.cuh"
 #include "wgmma.cuh"
 
 namespace powertrain::sm90 {
 
-struct ChunkScanParams {
+struct ChunkScanParams : ScanShape {
   const void *rows, *columns, *u;   // packed q, k, v'; reverse: k, q, dn'
   const void *states, *v;           // v: packed v', reverse only
   const float* row_chunk_decay;     // (B, Hk, Tp): chunk_in; reverse: chunk_out
@@ -23,8 +24,6 @@ struct ChunkScanParams {
   int64_t out_stride_b, out_stride_t, out_stride_h;
   const float* out_scale;
   float *normalizer, *gate_grad;
-  int64_t seq_len, tiles;  // tiles: row tiles of the whole problem
-  int blocks, chunks, blocks_per_chunk, tiles_per_chunk, query_heads, key_heads, has_boundary;
   float inverse_state_scale;
 };
 
@@ -40,65 +39,45 @@ struct ChunkScan {
   static constexpr int kStageBytes = 2 * kTileBytes;
   static_assert(kXBytes + kUBytes + 3 * kVectorBytes <= kStageBytes, "a stage holds two phi tiles or one block of columns");
   // Shared memory holds 227 KiB: rows twice where that leaves enough stages, so that the next tile's rows load early.
-  static constexpr int kRowBuffers = kHeadDim == 128 ? 1 : 2, kStages = kHeadDim == 128 ? 4 : (kHeadDim == 64 ? 8 : 12);
+  static constexpr int kRowBuffers = kHeadDim == 128 ? 1 : 2, kStages = kHeadDim == 128 ? 4 : 8;
   static constexpr int kRowBytes = kRowBlocks * kXBytes;
-  static constexpr int kSharedBytes = kRowBuffers * kRowBytes + kStages * kStageBytes + 16 * (kStages + kRowBuffers) + 128;
+  // What registers allow beside the accumulators (72 at K = 64, 136 at K = 128).
+  static constexpr bool kExpanded = kHeadDim < 128;
+  static constexpr int kSlices = kHeadDim < 128 ? 2 : 1;  // slices of 16 phi rows of one wgmma group, of the 4 of a tile
+  static constexpr int kScoreSteps = kHeadDim < 128 ? kHeadDim / 16 : 2;  // products of the scores in flight at once
+  static constexpr int kSharedBytes = kRowBuffers * kRowBytes + kStages * kStageBytes + 16 * (kStages + kRowBuffers);
 
-  // One row tile, decoded from its index: row tiles of a chunk are neighbours, then chunks, then heads.
-  struct Tile {
-    int row_head, key_head, chunk;   // flat (b, h) of rows and of the state
-    int row_block, row_blocks;       // first block of rows, blocks of rows (up to kRowBlocks)
-    int column_heads, column_count;  // heads that columns come from, blocks of columns of each
-    int first_column_head;
-    bool has_state;
-    __device__ Tile(const ChunkScanParams& p, int64_t index) {
-      const int within = (int)(index % p.tiles_per_chunk);
-      chunk = (int)(index / p.tiles_per_chunk % p.chunks);
-      row_head = (int)(index / p.tiles_per_chunk / p.chunks);
-      const int group = p.query_heads / p.key_heads;
-      key_head = kReverse ? row_head : row_head / group;  // (b Hq + h) / group = b Hk + h / group
-      const int first_block = chunk * p.blocks_per_chunk, chunk_blocks = min(p.blocks_per_chunk, p.blocks - first_block);
-      row_block = first_block + within * kRowBlocks;
-      row_blocks = min(kRowBlocks, chunk_blocks - within * kRowBlocks);  // <= 0: past the end of a short last chunk
-      column_heads = kReverse ? group : 1;
-      first_column_head = kReverse ? row_head * group : key_head;
-      column_count = kReverse ? chunk_blocks - within * kRowBlocks : within * kRowBlocks + row_blocks;
-      has_state = p.has_boundary || (kReverse ? chunk + 1 < p.chunks : chunk > 0);
-    }
-    // Columns run from the diagonal away.
-    __device__ int column_block(int index) const { return kReverse ? row_block + index : row_block + row_blocks - 1 - index; }
-  };
+  using Tile = ScanTile<kReverse, kRowBlocks>;
 
   __device__ static void produce(const ChunkScanParams& p, uint32_t rows, uint32_t stages, uint32_t ring_barriers, uint32_t row_barriers) {
     Ring<kStages> ring(ring_barriers);
     Ring<kRowBuffers> row_ring(row_barriers);
 #pragma unroll 1
-    for (int64_t index = blockIdx.x; index < p.tiles; index += gridDim.x) {
+    for (int index = blockIdx.x; index < p.tiles; index += gridDim.x, row_ring.advance()) {
       const Tile tile(p, index);
-      if (tile.row_blocks <= 0) continue;
       row_ring.wait_empty();
-      barrier_expect(row_ring.full_barrier(), tile.row_blocks * kXBytes);
-      bulk_load(rows + row_ring.stage * kRowBytes, (const T*)p.rows + ((int64_t)tile.row_head * p.blocks + tile.row_block) * feature_block_elements(kHeadDim),
+      barrier_expect(row_ring.full_barrier(), max(tile.row_blocks, 0) * kXBytes);
+      if (tile.row_blocks <= 0) continue;
+      bulk_load(rows + row_ring.stage() * kRowBytes, (const T*)p.rows + ((int64_t)tile.row_head * p.blocks + tile.row_block) * feature_block_elements(kHeadDim),
                 tile.row_blocks * kXBytes, row_ring.full_barrier());
-      row_ring.advance();
       if (tile.has_state) {
         const T* state = (const T*)p.states + ((int64_t)tile.key_head * p.chunks + tile.chunk) * kPhiTiles * state_tile_elements(kHeadDim);
 #pragma unroll 1
         for (int t = 0; t < kPhiTiles; t += 2) {
           ring.wait_empty();
           barrier_expect(ring.full_barrier(), 2 * kTileBytes);
-          bulk_load(stages + ring.stage * kStageBytes, state + t * state_tile_elements(kHeadDim), 2 * kTileBytes, ring.full_barrier());
+          bulk_load(stages + ring.stage() * kStageBytes, state + t * state_tile_elements(kHeadDim), 2 * kTileBytes, ring.full_barrier());
           ring.advance();
         }
       }
 #pragma unroll 1
-      for (int g = 0; g < tile.column_heads; g++) {
+      for (int g = 0; g < Tile::column_heads(p); g++) {
         const int64_t head = tile.first_column_head + g, batch = tile.key_head / p.key_heads;
 #pragma unroll 1
         for (int i = 0; i < tile.column_count; i++) {
           const int block = tile.column_block(i);
           const int64_t at = head * p.blocks + block;
-          const uint32_t x = stages + ring.stage * kStageBytes, u = x + kXBytes, vectors = u + kUBytes;
+          const uint32_t x = stages + ring.stage() * kStageBytes, u = x + kXBytes, vectors = u + kUBytes;
           ring.wait_empty();
           const uint32_t full = ring.full_barrier();
           barrier_expect(full, kXBytes + kUBytes + 3 * kVectorBytes);
@@ -128,9 +107,14 @@ struct ChunkScan {
       if (lane == 0) ring.release(stage);
     }
 
-    // The eight x_i of block I at this thread's rows, each in both halves of a register. Matrix s of the ldmatrix repeats the rows of features
-    // 2 s and 2 s + 1 four times, so that every thread of a row gets that pair.
-    __device__ __forceinline__ void load_scalars(uint32_t (&xi)[kM][2][8], uint32_t rows, int i_block) const {
+    // The eight x_i of block I at this thread's rows: each in both halves of a register, or (not kExpanded) two to a register. Matrix s of the
+    // ldmatrix repeats the rows of features 2 s and 2 s + 1 four times, so that every thread of a row gets that pair.
+    using Scalars = uint32_t[kM][2][kExpanded ? 8 : 4];
+    __device__ static __forceinline__ uint32_t scalar(const uint32_t (&xi)[kExpanded ? 8 : 4], int i) {
+      if constexpr (kExpanded) return xi[i];
+      return i % 2 ? both_high(xi[i / 2]) : both_low(xi[i / 2]);
+    }
+    __device__ __forceinline__ void load_scalars(Scalars& xi, uint32_t rows, int i_block) const {
 #pragma unroll
       for (int m = 0; m < kM; m++)
 #pragma unroll
@@ -138,41 +122,47 @@ struct ChunkScan {
           uint32_t pairs[4];
           load_matrices_transposed(pairs, rows + m * kXBytes + ((i_block * 8 + 2 * warp + half) * 64 + (2 * (lane >> 3) + (lane & 1)) * 8) * 2);
 #pragma unroll
-          for (int s = 0; s < 4; s++) xi[m][half][2 * s] = both_low(pairs[s]), xi[m][half][2 * s + 1] = both_high(pairs[s]);
+          for (int s = 0; s < 4; s++) {
+            if constexpr (kExpanded)
+              xi[m][half][2 * s] = both_low(pairs[s]), xi[m][half][2 * s + 1] = both_high(pairs[s]);
+            else
+              xi[m][half][s] = pairs[s];
+          }
         }
     }
 
-    // acc += phi tile (I, J) of the rows times the tile of the state at `tile`. First and second 32 phi rows are one wgmma group each.
-    __device__ __forceinline__ void multiply_tile(const uint32_t (&xi)[kM][2][8], uint32_t (&a)[2][kM][2][4], uint32_t rows, int j_block, uint32_t tile,
+    // acc += phi tile (I, J) of the rows times the tile of the state at `tile`.
+    __device__ __forceinline__ void multiply_tile(const Scalars& xi, uint32_t (&a)[2][kM][kSlices][4], uint32_t rows, int j_block, uint32_t tile,
                                   bool release_previous) {
       const CoreMatrices state(tile, 128, 1024);
       uint32_t xj[4];  // (block m, rows + 0 or 8) = matrices 2 m + half
       load_matrices_transposed(xj, rows + (lane >> 4) * kXBytes + ((j_block * 8 + 2 * warp + (lane >> 3 & 1)) * 64 + (lane & 7) * 8) * 2);
 #pragma unroll
-      for (int group = 0; group < 2; group++) {
-        wgmma_wait<1>();  // the products that read a[group] are done
+      for (int group = 0; group < 4 / kSlices; group++) {
+        wgmma_wait<1>();  // the products that read a[group % 2] are done
         if (release_previous && group == 1) release(ring.previous());
 #pragma unroll
         for (int m = 0; m < kM; m++)
 #pragma unroll
-          for (int s = 0; s < 2; s++)
+          for (int s = 0; s < kSlices; s++)
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-              a[group][m][s][half] = Pair<T>::multiply(xj[2 * m + half], xi[m][half][4 * group + 2 * s]);
-              a[group][m][s][half + 2] = Pair<T>::multiply(xj[2 * m + half], xi[m][half][4 * group + 2 * s + 1]);
+              const int i = 2 * (group * kSlices + s);
+              a[group % 2][m][s][half] = Pair<T>::multiply(xj[2 * m + half], scalar(xi[m][half], i));
+              a[group % 2][m][s][half + 2] = Pair<T>::multiply(xj[2 * m + half], scalar(xi[m][half], i + 1));
             }
         wgmma_fence();
 #pragma unroll
-        for (int s = 0; s < 2; s++)
+        for (int s = 0; s < kSlices; s++)
 #pragma unroll
-          for (int m = 0; m < kM; m++)
-            wgmma<T, true>(acc[m], a[group][m][s], state.at((2 * group + s) * 256), true);
+          for (int m = 0; m < kM; m++) wgmma<T, true>(acc[m], a[group % 2][m][s], state.at((group * kSlices + s) * 256), true);
         wgmma_commit();
       }
     }
 
     __device__ __forceinline__ void scan_state(uint32_t rows) {
-      uint32_t xi[kM][2][8], a[2][kM][2][4];
+      Scalars xi;
+      uint32_t a[2][kM][kSlices][4];
       // Tiles of distance < NB/2 first, I by I; then those of distance NB/2. Two tiles a stage.
 #pragma unroll 1
       for (int t = 0; t < kPhiTiles; t++) {
@@ -180,7 +170,7 @@ struct ChunkScan {
         const int i = near ? t / kHalf : t - kFeatureBlocks * kHalf, distance = near ? t % kHalf : kHalf;
         if (t % 2 == 0) ring.wait_full();
         if (!near || distance == 0) load_scalars(xi, rows, i);
-        multiply_tile(xi, a, rows, (i + distance) % kFeatureBlocks, stages + ring.stage * kStageBytes + t % 2 * kTileBytes, t > 0 && t % 2 == 0);
+        multiply_tile(xi, a, rows, (i + distance) % kFeatureBlocks, stages + ring.stage() * kStageBytes + t % 2 * kTileBytes, t > 0 && t % 2 == 0);
         if (t % 2 == 1) ring.advance();
       }
       wgmma_wait<0>();
@@ -190,17 +180,20 @@ struct ChunkScan {
     // One block of columns against one block of rows: acc[m] += P u with P = (x . columns)^2 decay, rounded to 16 bits.
     __device__ __forceinline__ void attend(bool diagonal, int m, uint32_t rows, uint32_t x, const float (&row_decay)[2]) {
       const uint32_t u = x + kXBytes, vectors = u + kUBytes + 8 * (lane % 4);
-      uint32_t xa[kHeadDim / 16][4];
-#pragma unroll
-      for (int k = 0; k < kHeadDim / 16; k++)
-        load_matrices_transposed(xa[k],
-                                 rows + m * kXBytes + (((2 * k + (lane >> 4)) * 8 + 2 * warp + (lane >> 3 & 1)) * 64 + (lane & 7) * 8) * 2);
       float s[kBlock / 2];
-      wgmma_fence();
 #pragma unroll
-      for (int k = 0; k < kHeadDim / 16; k++) wgmma<T, true>(s, xa[k], CoreMatrices(x, 1024, 128).at(k * 2048), k > 0);
-      wgmma_commit();
-      wgmma_wait<0>();
+      for (int first = 0; first < kHeadDim / 16; first += kScoreSteps) {
+        uint32_t xa[kScoreSteps][4];
+#pragma unroll
+        for (int k = 0; k < kScoreSteps; k++)
+          load_matrices_transposed(
+              xa[k], rows + m * kXBytes + (((2 * (first + k) + (lane >> 4)) * 8 + 2 * warp + (lane >> 3 & 1)) * 64 + (lane & 7) * 8) * 2);
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < kScoreSteps; k++) wgmma<T, true>(s, xa[k], CoreMatrices(x, 1024, 128).at((first + k) * 2048), first + k > 0);
+        wgmma_commit();
+        wgmma_wait<0>();
+      }
       uint32_t weights[kBlock / 16][4];
       if (diagonal) {  // rows and columns are the same tokens
         float row_log2[2];
@@ -247,23 +240,15 @@ struct ChunkScan {
     }
 
     __device__ __forceinline__ void scan_columns(const Tile& tile, uint32_t rows) {
-      float row_decay[kM][2];
-#pragma unroll
-      for (int m = 0; m < kM; m++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-          const int block = min(tile.row_block + warpgroup * kM + m, p.blocks - 1);
-          row_decay[m][half] = p.row_block_decay[((int64_t)tile.key_head * p.blocks + block) * kBlock + 16 * warp + lane / 4 + half * 8];
-        }
 #pragma unroll 1
-      for (int g = 0; g < tile.column_heads; g++) {
+      for (int g = 0; g < Tile::column_heads(p); g++) {
         float between[kM] = {1.f, 1.f};  // decay across the blocks between these rows and the columns
+        const int end = tile.column_block(tile.column_count);
 #pragma unroll 1
-        for (int i = 0; i < tile.column_count; i++) {
-          const int block = tile.column_block(i);
+        for (int block = tile.column_block(0); block != end; block += kReverse ? 1 : -1) {
           const float across = p.block_decay[(int64_t)tile.key_head * p.blocks + block];
           ring.wait_full();
-          const uint32_t x = stages + ring.stage * kStageBytes;
+          const uint32_t x = stages + ring.stage() * kStageBytes;
 #pragma unroll
           for (int m = 0; m < kM; m++) {
             const int mine = tile.row_block + warpgroup * kM + m;
@@ -271,12 +256,13 @@ struct ChunkScan {
             const bool diagonal = block == mine;
             if (!diagonal && (kReverse ? block < mine : block > mine)) continue;
             if (diagonal || between[m] > 0.f) {
-              const float decay[2] = {row_decay[m][0] * between[m], row_decay[m][1] * between[m]};
+              const float* row_decay = p.row_block_decay + ((int64_t)tile.key_head * p.blocks + mine) * kBlock + 16 * warp + lane / 4;
+              const float decay[2] = {row_decay[0] * between[m], row_decay[8] * between[m]};
               attend(diagonal, m, rows, x, decay);
             }
             if (!diagonal) between[m] *= across;
           }
-          release(ring.stage);
+          release(ring.stage());
           ring.advance();
         }
       }
@@ -318,8 +304,7 @@ struct ChunkScan {
           const float d = __shfl_sync(0xffffffffu, norm, lane & ~3);
           float factor = unscale;
           if constexpr (!kReverse) {
-            // 1e-37: just above the smallest normal number, so that the reciprocal is finite.
-            factor *= fabsf(d) > 1e-37f ? 1.f / d : 0.f;
+            factor *= fabsf(d) < kSmallestNormalizer ? 0.f : 1.f / d;
             if (lane % 4 == 0 && token < p.seq_len) p.normalizer[(int64_t)tile.row_head * p.seq_len + token] = d;
           } else if (p.gate_grad) {
             const T* v = (const T*)p.v + ((int64_t)tile.row_head * p.blocks + block) * value_block_elements(kHeadDim) + value_index(2 * (lane % 4), row);
@@ -336,13 +321,8 @@ struct ChunkScan {
           T* out = (T*)p.out + batch * p.out_stride_b + token * p.out_stride_t + head * p.out_stride_h;
 #pragma unroll
           for (int c = 0; c < kColumnGroups - 1; c += 2) {
-            // Neighbouring threads exchange halves, so that four of them write 32 contiguous bytes.
-            const uint32_t first = Pair<T>::pack(acc[m][4 * c + 2 * half] * factor, acc[m][4 * c + 2 * half + 1] * factor);
-            const uint32_t second = Pair<T>::pack(acc[m][4 * c + 4 + 2 * half] * factor, acc[m][4 * c + 5 + 2 * half] * factor);
-            const bool odd = lane & 1;
-            const uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? first : second, 1);
-            const uint2 both = odd ? make_uint2(other, second) : make_uint2(first, other);
-            if (token < p.seq_len) *(uint2*)(out + 8 * (odd ? c + 1 : c) + 2 * (lane % 4 & 2)) = both;
+            const float* from = acc[m] + 4 * c + 2 * half;
+            store_two_groups(out + 8 * c, token < p.seq_len, lane, from[0] * factor, from[1] * factor, from[4] * factor, from[5] * factor);
           }
         }
       }
@@ -351,16 +331,14 @@ struct ChunkScan {
 
   __device__ static void consume(const ChunkScanParams& p, uint32_t rows, uint32_t stages, uint32_t ring_barriers, uint32_t row_barriers) {
     Consumer consumer(p, stages, ring_barriers);
-    Ring<kRowBuffers> row_ring(row_barriers);
+    Ring<kRowBuffers> row_ring(row_barriers);  // its counter is the turn
 #pragma unroll 1
-    for (int64_t index = blockIdx.x; index < p.tiles; index += gridDim.x) {
-      const Tile tile(p, index);
-      if (tile.row_blocks <= 0) continue;
+    for (; (int)(blockIdx.x + row_ring.count * gridDim.x) < p.tiles; row_ring.advance()) {
+      const Tile tile(p, blockIdx.x + row_ring.count * gridDim.x);
       row_ring.wait_full();
-      consumer.run(tile, rows + row_ring.stage * kRowBytes + consumer.warpgroup * kM * kXBytes);
-      if (consumer.lane == 0) row_ring.release(row_ring.stage);
-      row_ring.advance();
-      consumer.store(tile);
+      if (tile.row_blocks > 0) consumer.run(tile, rows + row_ring.stage() * kRowBytes + consumer.warpgroup * kM * kXBytes);
+      if (consumer.lane == 0) row_ring.release(row_ring.stage());
+      if (tile.row_blocks > 0) consumer.store(tile);
     }
   }
 };
@@ -368,8 +346,8 @@ struct ChunkScan {
 template <int kHeadDim, typename T, bool kReverse>
 __global__ void __launch_bounds__(ChunkScan<kHeadDim, T, kReverse>::kThreads, 1) chunk_scan_kernel(const __grid_constant__ ChunkScanParams p) {
   using Kernel = ChunkScan<kHeadDim, T, kReverse>;
-  extern __shared__ __align__(128) uint8_t shared_memory[];
-  const uint32_t rows = (shared_address(shared_memory) + 127) & ~127u, stages = rows + Kernel::kRowBuffers * Kernel::kRowBytes;
+  extern __shared__ __align__(1024) uint8_t shared_memory[];
+  const uint32_t rows = shared_address(shared_memory), stages = rows + Kernel::kRowBuffers * Kernel::kRowBytes;
   const uint32_t ring_barriers = stages + Kernel::kStages * Kernel::kStageBytes, row_barriers = ring_barriers + 16 * Kernel::kStages;
   if (threadIdx.x == 0) {
     Ring<Kernel::kStages>::init(ring_barriers, Kernel::kWarpgroups * 4);
@@ -407,17 +385,11 @@ int launch_chunk_scan(const pt_problem& problem, const pt_chunk_scan_params& par
   p.out_scale = params.out_scale;
   p.normalizer = params.normalizer;
   p.gate_grad = params.gate_grad;
-  p.seq_len = problem.seq_len;
-  p.blocks = (int)padded_blocks(problem.seq_len);
-  p.chunks = (int)chunks(problem.seq_len, problem.chunk_size);
-  p.blocks_per_chunk = problem.chunk_size / kBlock;
-  p.tiles_per_chunk = (int)ceil_div(p.blocks_per_chunk, Kernel::kRowBlocks);
-  p.query_heads = problem.query_heads, p.key_heads = problem.key_heads;
-  p.tiles = (int64_t)problem.batch * (kReverse ? problem.key_heads : problem.query_heads) * p.chunks * (int64_t)p.tiles_per_chunk;
-  p.has_boundary = params.has_boundary;
+  static_cast<ScanShape&>(p) = scan_shape(problem, kReverse, Kernel::kRowBlocks, params.has_boundary);
   p.inverse_state_scale = 1.f / problem.state_scale;
   auto* kernel = chunk_scan_kernel<kHeadDim, T, kReverse>;
   if (int status = allow_shared_memory((const void*)kernel, Kernel::kSharedBytes)) return status;
+  if (p.tiles == 0) return fail(PT_UNSUPPORTED, "%s: batch * heads * seq_len is too large for one launch", "chunk_scan");
   const unsigned grid = (unsigned)(p.tiles < multiprocessors() ? p.tiles : multiprocessors());
   kernel<<<grid, Kernel::kThreads, Kernel::kSharedBytes, stream>>>(p);
   return check_cuda(cudaGetLastError(), "chunk_scan");

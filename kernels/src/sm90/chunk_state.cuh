@@ -16,7 +16,7 @@ struct ChunkStateConfig;
 // Accumulators take kTiles * (V + 8) / 2 registers a thread: 100, 144, 136. Stages fill shared memory up to about 140 KiB at least.
 template <>
 struct ChunkStateConfig<32> {
-  static constexpr int kTiles = 5, kGroups = 2, kSharedGroups = 2, kStages = 12;
+  static constexpr int kTiles = 5, kGroups = 2, kSharedGroups = 2, kStages = 16;
 };
 template <>
 struct ChunkStateConfig<64> {
@@ -24,7 +24,7 @@ struct ChunkStateConfig<64> {
 };
 template <>
 struct ChunkStateConfig<128> {
-  static constexpr int kTiles = 2, kGroups = 68, kSharedGroups = 64, kStages = 6;
+  static constexpr int kTiles = 2, kGroups = 68, kSharedGroups = 64, kStages = 4;
 };
 
 struct ChunkStateParams {
@@ -50,7 +50,7 @@ struct ChunkState {
   static constexpr int kXBytes = feature_block_elements(kHeadDim) * 2, kUBytes = value_block_elements(kHeadDim) * 2;
   static constexpr int kStageBytes = kXBytes + kUBytes + kBlock * 4;
   static constexpr int kWarpgroups = 2, kThreads = (kWarpgroups + 1) * 128;  // the last warpgroup produces
-  static constexpr int kSharedBytes = kStages * kStageBytes + 16 * kStages + 128;
+  static constexpr int kSharedBytes = kStages * kStageBytes + 16 * kStages;
   static constexpr int kBlocksPerHead = (Config::kGroups + kWarpgroups - 1) / kWarpgroups;
 
   // Which phi tile is the m-th of a group. K = 32 takes (I, I), (I, I+1), (I+1, I+1), (I+1, I+2) and one at distance 2.
@@ -79,7 +79,7 @@ struct ChunkState {
 #pragma unroll 1
         for (int b = 0; b < count; b++) {
           ring.wait_empty();
-          const uint32_t at = shared + ring.stage * kStageBytes, full = ring.full_barrier();
+          const uint32_t at = shared + ring.stage() * kStageBytes, full = ring.full_barrier();
           barrier_expect(full, kStageBytes);
           bulk_load(at, (const T*)p.x + (start + b) * feature_block_elements(kHeadDim), kXBytes, full);
           bulk_load(at + kXBytes, (const T*)p.u + (start + b) * value_block_elements(kHeadDim), kUBytes, full);
@@ -149,7 +149,7 @@ struct ChunkState {
 #pragma unroll 1
       for (int step = 0; step < steps; step++) {
         ring.wait_full();
-        const uint32_t x = shared + ring.stage * kStageBytes, u = x + kXBytes, decay = u + kUBytes + 8 * (lane % 4);
+        const uint32_t x = shared + ring.stage() * kStageBytes, u = x + kXBytes, decay = u + kUBytes + 8 * (lane % 4);
         const CoreMatrices columns(u, 128, 1024);
 #pragma unroll
         for (int k = 0; k < kBlock / 16; k++) {
@@ -232,8 +232,8 @@ struct ChunkState {
 template <int kHeadDim, typename T>
 __global__ void __launch_bounds__(ChunkState<kHeadDim, T>::kThreads, 1) chunk_state_kernel(const __grid_constant__ ChunkStateParams p) {
   using Kernel = ChunkState<kHeadDim, T>;
-  extern __shared__ __align__(128) uint8_t shared_memory[];
-  const uint32_t shared = (shared_address(shared_memory) + 127) & ~127u, barriers = shared + Kernel::kStages * Kernel::kStageBytes;
+  extern __shared__ __align__(1024) uint8_t shared_memory[];
+  const uint32_t shared = shared_address(shared_memory), barriers = shared + Kernel::kStages * Kernel::kStageBytes;
   const int first_group = blockIdx.x * Kernel::kWarpgroups;
   const int active = min(Kernel::kWarpgroups, Kernel::Config::kGroups - first_group);
   if (threadIdx.x == 0) {

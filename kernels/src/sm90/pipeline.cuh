@@ -3,27 +3,26 @@
 
 namespace powertrain::sm90 {
 
-// A ring of shared-memory stages between one producing thread and the consuming warps.
+// A ring of shared-memory stages between one producing thread and the consuming warps; 2 kStages mbarriers. One counter says where it is.
 template <int kStages>
 struct Ring {
-  uint32_t full, empty;  // addresses of kStages barriers each
-  int stage = 0;
-  uint32_t phase = 0;
-  __device__ Ring(uint32_t barriers) : full(barriers), empty(barriers + 8 * kStages) {}
+  static_assert((kStages & (kStages - 1)) == 0, "the counter wraps by masking");
+  uint32_t barriers, count = 0;
+  __device__ Ring(uint32_t barriers) : barriers(barriers) {}
   __device__ static void init(uint32_t barriers, int consumers) {
     for (int i = 0; i < kStages; i++) {
       barrier_init(barriers + 8 * i, 1);
       barrier_init(barriers + 8 * (kStages + i), consumers);
     }
   }
-  __device__ uint32_t full_barrier() const { return full + 8 * stage; }
-  __device__ void wait_full() const { barrier_wait(full + 8 * stage, phase); }
-  __device__ void wait_empty() const { barrier_wait(empty + 8 * stage, phase ^ 1); }
-  __device__ void release(int which) const { barrier_arrive(empty + 8 * which); }
-  __device__ int previous() const { return stage == 0 ? kStages - 1 : stage - 1; }
-  __device__ void advance() {
-    if (++stage == kStages) stage = 0, phase ^= 1;
-  }
+  __device__ int stage() const { return count % kStages; }
+  __device__ int previous() const { return (count - 1) % kStages; }
+  __device__ uint32_t phase() const { return count / kStages & 1; }
+  __device__ uint32_t full_barrier() const { return barriers + 8 * stage(); }
+  __device__ void wait_full() const { barrier_wait(full_barrier(), phase()); }
+  __device__ void wait_empty() const { barrier_wait(barriers + 8 * (kStages + stage()), phase() ^ 1); }
+  __device__ void release(int which) const { barrier_arrive(barriers + 8 * (kStages + which)); }
+  __device__ void advance() { count++; }
 };
 
 }  // namespace powertrain::sm90

@@ -30,8 +30,8 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       "r"(parity)
       : "memory");
 }
-// Registers move from the producing warpgroup to two consuming ones: 40 + 2 * 232 <= 3 * 168, the cap of a block of 384 threads.
-constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+// Registers move from the producing warpgroup to two consuming ones: 24 + 2 * 240 <= 3 * 168, the cap of a block of 384 threads.
+constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 template <int kRegisters>
 __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
@@ -75,6 +75,9 @@ __device__ __forceinline__ float2 load_shared_float2(uint32_t address) {
   return v;
 }
 
+__device__ __forceinline__ void store_shared_float2(uint32_t address, float2 v) {
+  asm volatile("st.shared.v2.f32 [%0], {%1,%2};" ::"r"(address), "f"(v.x), "f"(v.y) : "memory");
+}
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

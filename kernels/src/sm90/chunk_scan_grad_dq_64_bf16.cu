@@ -1,0 +1,2 @@
+#include "chunk_scan_grad.cuh"
+PT_SM90_CHUNK_SCAN_GRAD(64, __nv_bfloat16, "bf16", false)

@@ -1,0 +1,64 @@
+// How the rows of a problem are cut into row tiles, shared by chunk_scan and chunk_scan_grad.
+#pragma once
+#include "../common/stages.h"
+#include "ptx.cuh"
+
+namespace powertrain::sm90 {
+
+struct ScanShape {
+  int64_t seq_len;
+  int tiles, group;  // row tiles of the whole problem; query heads per key head
+  int blocks, chunks, blocks_per_chunk, tiles_per_chunk, query_heads, key_heads, has_boundary;
+};
+
+inline ScanShape scan_shape(const pt_problem& problem, bool reverse, int row_blocks, int has_boundary) {
+  ScanShape s;
+  s.seq_len = problem.seq_len;
+  s.blocks = (int)padded_blocks(problem.seq_len);
+  s.chunks = (int)chunks(problem.seq_len, problem.chunk_size);
+  s.blocks_per_chunk = problem.chunk_size / kBlock;
+  s.tiles_per_chunk = (int)ceil_div(s.blocks_per_chunk < s.blocks ? s.blocks_per_chunk : s.blocks, row_blocks);
+  s.query_heads = problem.query_heads, s.key_heads = problem.key_heads;
+  s.group = problem.query_heads / problem.key_heads;
+  const int64_t tiles = (int64_t)problem.batch * (reverse ? problem.key_heads : problem.query_heads) * s.chunks * s.tiles_per_chunk;
+  s.tiles = tiles < INT32_MAX / 2 ? (int)tiles : 0;  // 0: too many for one launch
+  s.has_boundary = has_boundary;
+  return s;
+}
+
+// One row tile, decoded from its index: row tiles of a chunk are neighbours, then chunks, then heads.
+template <bool kReverse, int kRowBlocks>
+struct ScanTile {
+  int row_head, key_head, chunk;   // flat (b, h) of rows and of the state
+  int row_block, row_blocks;       // first block of rows, blocks of rows (up to kRowBlocks; <= 0: past the end of a short last chunk)
+  int first_column_head, column_count;  // the first of the column_heads heads that columns come from, blocks of columns of each
+  bool has_state;
+  __device__ ScanTile(const ScanShape& p, int index) {
+    const int within = index % p.tiles_per_chunk, chunk_of_all = index / p.tiles_per_chunk;
+    chunk = chunk_of_all % p.chunks;
+    row_head = chunk_of_all / p.chunks;
+    key_head = kReverse ? row_head : row_head / p.group;  // (b Hq + h) / group = b Hk + h / group
+    const int first_block = chunk * p.blocks_per_chunk, chunk_blocks = min(p.blocks_per_chunk, p.blocks - first_block);
+    row_block = first_block + within * kRowBlocks;
+    row_blocks = min(kRowBlocks, chunk_blocks - within * kRowBlocks);
+    first_column_head = kReverse ? row_head * p.group : key_head;
+    column_count = kReverse ? chunk_blocks - within * kRowBlocks : within * kRowBlocks + row_blocks;
+    has_state = p.has_boundary || (kReverse ? chunk + 1 < p.chunks : chunk > 0);
+  }
+  __device__ static int column_heads(const ScanShape& p) { return kReverse ? p.group : 1; }
+  // Columns run from the diagonal away.
+  __device__ int column_block(int index) const { return kReverse ? row_block + index : row_block + row_blocks - 1 - index; }
+};
+
+// Writes this thread's part (columns 2 (lane % 4) and + 1) of two neighbouring groups of 8 columns of one row. Neighbouring threads exchange
+// halves first, so that four of them write 32 contiguous bytes.
+template <typename T>
+__device__ __forceinline__ void store_two_groups(T* row, bool exists, int lane, float a0, float a1, float b0, float b1) {
+  const uint32_t first = Pair<T>::pack(a0, a1), second = Pair<T>::pack(b0, b1);
+  const bool odd = lane & 1;
+  const uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? first : second, 1);
+  const uint2 both = odd ? make_uint2(other, second) : make_uint2(first, other);
+  if (exists) *(uint2*)(row + (odd ? 8 : 0) + 2 * (lane % 4 & 2)) = both;
+}
+
+}  // namespace powertrain::sm90
