@@ -143,8 +143,8 @@ def law(recipe: Recipe, mixer: str, iso: Sequence[IsoFlop]) -> LawFinding:
     settings = recipe.analysis
     shifts = None
     if used:
-        replicates = np.stack([p.replicates for p in used], axis=1)[: settings.law_bootstrap]
         # What all points share when the evaluation documents change; the seeds' share is in the residuals already.
+        replicates = np.stack([p.document_replicates for p in used], axis=1)[: settings.law_bootstrap]
         common = np.log(replicates / replicates.mean(axis=0)).mean(axis=1, keepdims=True)
         shifts = np.broadcast_to(common, replicates.shape)
     try:

@@ -212,6 +212,7 @@ class Expander:
         outcomes: loss by cell id, of finished cells.
         failed: ids of cells that failed for good; they count as settled, and as no candidate for any optimum.
         memory_gib: memory of the planned device, where the recipe gives none.
+        made: cells that earlier expansions of the same recipe and catalog made; filled here.
     """
 
     def __init__(
@@ -221,10 +222,11 @@ class Expander:
         outcomes: Mapping[str, float],
         failed: Set[str] = frozenset(),
         memory_gib: float | None = None,
+        made: dict[tuple, Cell] | None = None,
     ) -> None:
         self.recipe, self.catalog, self.outcomes, self.failed = recipe, catalog, outcomes, failed
         self.memory_gib = memory_gib
-        self._made: dict[tuple, Cell] = {}
+        self._made = made if made is not None else {}
 
     def cell(self, *key: object) -> Cell:
         """Return the cell of a combination, made once."""

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from powertrain.scaling.cells import Cell, Expansion
-from powertrain.scaling.run import SweepState
+from powertrain.scaling.run import Interrupted, SweepState
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -161,6 +161,8 @@ class LiveStatus:
         if error is None:
             loss = self.state.outcomes()[cell.id]
             self._line(f"done    {cell.id}  {_describe(cell)}: loss {loss:.4f} in {seconds:.0f} s")
+        elif isinstance(error, Interrupted):
+            self._line(f"stopped {cell.id}  {_describe(cell)}: {error} after {seconds:.0f} s")
         else:
             message = str(error).splitlines()[0] if str(error) else type(error).__name__
             self._line(f"failed  {cell.id}  {_describe(cell)}: {message}")

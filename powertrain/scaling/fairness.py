@@ -22,6 +22,7 @@ class Flag:
     mixer: str
     budget: float
     kind: str  # learning rate, batch or size
+    size: str  # rung at which it was found
     text: str
 
 
@@ -56,18 +57,18 @@ def edge_flags(recipe: Recipe, sample: Sample, iso: Sequence[IsoFlop]) -> list[F
         rates = [p.first.learning_rate for p in points]
         text = _edge(rates, best.first.learning_rate, "learning rate")
         if text:
-            flags.append(Flag(mixer, budget, "learning rate", f"{size}: {text}"))
+            flags.append(Flag(mixer, budget, "learning rate", size, text))
         text = _edge([p.first.batch_tokens for p in points], best.first.batch_tokens, "batch")
         if text:
-            flags.append(Flag(mixer, budget, "batch", f"{size}: {text}"))
+            flags.append(Flag(mixer, budget, "batch", size, text))
     for i in iso:
         best = min(i.points, key=lambda p: p.loss)
         if len(i.points) == 1:
-            flags.append(Flag(i.mixer, i.budget, "size", f"only one size was measured, {best.size}"))
+            flags.append(Flag(i.mixer, i.budget, "size", best.size, "only one size was measured"))
         elif best is i.points[0]:
-            flags.append(Flag(i.mixer, i.budget, "size", f"the smallest size measured, {best.size}, is the best"))
+            flags.append(Flag(i.mixer, i.budget, "size", best.size, "the smallest size measured is the best"))
         elif best is i.points[-1]:
-            flags.append(Flag(i.mixer, i.budget, "size", f"the largest size measured, {best.size}, is the best"))
+            flags.append(Flag(i.mixer, i.budget, "size", best.size, "the largest size measured is the best"))
         elif i.parabola is not None and i.parabola.on_edge:
             flags.append(
                 Flag(i.mixer, i.budget, "size", "the parabola's minimum lies outside the sizes it was fitted on")

@@ -165,22 +165,24 @@ class RecordStore:
             temporary.unlink(missing_ok=True)
         return True
 
-    def read(self) -> list[CellRecord]:
-        """Return all records, ordered by cell id.
+    def read_one(self, cell: str) -> CellRecord:
+        """Return the record of a cell.
 
         Errors:
             ConfigError: names the file that cannot be read.
         """
-        records = []
-        for path in sorted(self.directory.glob("*.json")):
-            try:
-                record = from_json(path.read_text(encoding="utf-8"))
-            except ConfigError as error:
-                raise ConfigError(f"{path}: {error}") from error
-            if record.cell != path.stem:
-                raise ConfigError(f"{path}: holds the record of cell {record.cell!r}")
-            records.append(record)
-        return records
+        path = self.path(cell)
+        try:
+            record = from_json(path.read_text(encoding="utf-8"))
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
+        if record.cell != cell:
+            raise ConfigError(f"{path}: holds the record of cell {record.cell!r}")
+        return record
+
+    def read(self) -> list[CellRecord]:
+        """Return all records, ordered by cell id; errors as `read_one`."""
+        return [self.read_one(cell) for cell in sorted(self.finished())]
 
 
 # One row per cell; what `table.parquet` holds.

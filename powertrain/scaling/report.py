@@ -89,7 +89,8 @@ def _verdict_rows(recipe: Recipe, findings: Findings) -> list[list[str]]:
         duel = v.duels[0]
         margin = f"{v.margin:.4f} ({_interval(*v.margin_interval)}) below {recipe.label(v.runner_up)}"
         flips = findings.flips(recipe, v.budget)
-        doubts = [f for f in findings.flags if f.budget == v.budget and f.mixer in (recipe.subject, duel.rival)]
+        used = {m: findings.selected[m, v.budget].size for m in (recipe.subject, duel.rival)}
+        doubts = [f for f in findings.flags if f.budget == v.budget and f.size == used.get(f.mixer)]
         rows.append(
             [
                 f"{v.budget:.3g}",
@@ -276,8 +277,8 @@ def _context_section(recipe: Recipe, findings: Findings, kinds: Sequence[Figure]
         lines += ["### Sizes at equal FLOPs", "", *_table(header, _isoflop_rows(recipe, findings))]
         lines += ["### Parametric law", "", *_law_lines(recipe, findings)]
     if findings.flags:
-        rows = [[recipe.label(f.mixer), f"{f.budget:.3g}", f.kind, f.text] for f in findings.flags]
-        lines += ["### At the edge of what was tried", "", *_table(["mixer", "FLOPs", "what", "finding"], rows)]
+        rows = [[recipe.label(f.mixer), f"{f.budget:.3g}", f.size, f.kind, f.text] for f in findings.flags]
+        lines += ["### At the edge of what was tried", "", *_table(["mixer", "FLOPs", "size", "what", "finding"], rows)]
     marks = {True: "yes", False: "**no**", None: "not recorded"}
     rows = [[c.name, marks[c.passed], c.evidence] for c in findings.checks]
     lines += ["### Fairness, judged from the records", "", *_table(["condition", "met", "evidence"], rows)]

@@ -29,7 +29,8 @@ class Point:
     batch_factor: float
     records: tuple[CellRecord, ...]  # one per seed, in the seeds' order
     loss: float
-    replicates: Array  # (R,)
+    replicates: Array  # (R,) over documents and seeds
+    document_replicates: Array  # (R,) over documents alone
 
     @property
     def first(self) -> CellRecord:
@@ -106,9 +107,10 @@ def resample(records: Sequence[CellRecord], replicates: int, seed: int = 0) -> S
         values = np.full(replicates, loss)
         if weights is not None:
             values = weights @ np.mean([r.document_loss for r in rs], axis=0)
+        by_documents = values
         if noise is not None:
             values = values + rng.standard_t(noise.degrees, size=replicates) * noise.deviation / np.sqrt(len(rs))
-        points.append(Point(mixer, size, context, budget, lr, batch, rs, loss, values))
+        points.append(Point(mixer, size, context, budget, lr, batch, rs, loss, values, by_documents))
     return Sample(tuple(points), documents, noise)
 
 

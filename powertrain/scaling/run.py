@@ -121,18 +121,19 @@ class SweepState:
         self.failures = Failures(self.paths.failures)
         self.claims = Claims(self.paths.claims, self.lease_seconds)
         self._losses: dict[str, float] = {}
+        self._made: dict[tuple, Cell] = {}
 
     def outcomes(self) -> dict[str, float]:
         """Return the loss of every finished cell; a record is read once, because it never changes."""
         new = self.store.finished() - self._losses.keys()
         if new:
-            self._losses.update((r.cell, r.loss) for r in self.store.read() if r.cell in new)
+            self._losses.update((cell, self.store.read_one(cell).loss) for cell in new)
         return dict(self._losses)
 
     def expand(self) -> Expansion:
         """Return the cells that the recipe and the results so far amount to."""
         failed = self.failures.ids()
-        return Expander(self.recipe, self.catalog, self.outcomes(), failed, self.memory_gib).expand()
+        return Expander(self.recipe, self.catalog, self.outcomes(), failed, self.memory_gib, self._made).expand()
 
     def missing(self, expansion: Expansion) -> dict[str, list[Cell]]:
         """Return the cells that are neither finished nor failed, by trunk, each trunk's smallest budget first."""

@@ -279,7 +279,7 @@ def published_records():
 
 
 def test_the_published_curves_give_the_gain_one_reads_off_the_original_figure():
-    """Power (deg 2) ends at 2.179 after 25.7 A100-hours; softmax is that low between 33.2 h (2.209) and 40.0 h (2.137)."""
+    """Power (deg 2) ends at 2.179 after 25.7 A100-hours; softmax between 33.2 h (2.209) and 40 h (2.137)."""
     curves = {r.mixer: trunk_curve(r, "algorithmic") for r in published_records()}
     power, softmax = (envelope([curves[m]]) for m in ("power", "softmax"))
     assert (power.loss[-1], power.compute[-1] / A100 / 3600) == (
@@ -291,7 +291,7 @@ def test_the_published_curves_give_the_gain_one_reads_off_the_original_figure():
     share = (2.2093939781188965 - 2.1789915561676025) / (2.2093939781188965 - 2.137006998062134)
     by_hand = 119485.62 * (143916.93 / 119485.62) ** share / 92429.04
     assert not found.bound
-    assert found.gain == pytest.approx(by_hand, rel=1e-6)
+    assert found.gain == pytest.approx(by_hand, rel=1e-5)
     assert found.gain == pytest.approx(1.40, abs=0.005)
     # At the same compute softmax is where the issue says: 2.272 at its next point, against 2.179.
     after = softmax.compute / A100 >= 92429.04
