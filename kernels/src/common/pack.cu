@@ -105,7 +105,8 @@ __global__ void __launch_bounds__(kThreads) pack_values(Strided<T> x, int heads,
 }
 
 // A group of D / 8 lanes holds one row of dn' = scale * [dy / d, -(dy . y) / d].
-template <typename T, int D>
+// Before the scale is known the values are not rounded: they may lie beyond the type.
+template <typename T, int D, bool kRounded>
 struct GradRow {
   float value[8];
   float last;
@@ -117,9 +118,12 @@ struct GradRow {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       // The last column answers to the rounded values, so that dn' . o' vanishes for what is stored.
-      const uint32_t w = Numeric<T>::pack(Numeric<T>::low(dyw[i]) * inverse, Numeric<T>::high(dyw[i]) * inverse);
-      value[2 * i] = Numeric<T>::low(w);
-      value[2 * i + 1] = Numeric<T>::high(w);
+      value[2 * i] = Numeric<T>::low(dyw[i]) * inverse;
+      value[2 * i + 1] = Numeric<T>::high(dyw[i]) * inverse;
+      if (kRounded) {
+        const uint32_t w = Numeric<T>::pack(value[2 * i], value[2 * i + 1]);
+        value[2 * i] = Numeric<T>::low(w), value[2 * i + 1] = Numeric<T>::high(w);
+      }
       dot += value[2 * i] * Numeric<T>::low(yw[i]) + value[2 * i + 1] * Numeric<T>::high(yw[i]);
     }
 #pragma unroll
@@ -148,7 +152,7 @@ __global__ void __launch_bounds__(kThreads) pack_grad(Strided<T> dy, Strided<T> 
       b = load8(y.row(at.b, t, at.h) + lane * 8, vector);
       d = normalizer[((int64_t)at.b * query_heads + at.h) * seq_len + t];
     }
-    const GradRow<T, D> row(a, b, d, vs, scale);
+    const GradRow<T, D, !kOnlyMaximum> row(a, b, d, vs, scale);
     if (kOnlyMaximum) {
 #pragma unroll
       for (int i = 0; i < 8; i++) largest = fmaxf(largest, fabsf(row.value[i]));
