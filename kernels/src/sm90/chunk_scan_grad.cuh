@@ -23,6 +23,7 @@ struct ChunkScanGradParams : ScanShape {
   void* out;
   int64_t out_stride_b, out_stride_t, out_stride_h;
   const float *x_scale, *value_scale, *dn_scale;
+  float *dots, *state_dots;  // (B, H, Tp), the latter in reverse alone; or null
   float inverse_state_scale;
 };
 
@@ -350,6 +351,33 @@ struct ChunkScanGrad {
       }
     }
 
+    // (x . dx) / 2 of every row, from acc as it is; `zero` where there is nothing.
+    __device__ __forceinline__ void write_dots(const Tile& tile, float* dots, bool zero) const {
+#pragma unroll
+      for (int m = 0; m < kM; m++) {
+        if (warpgroup * kM + m >= tile.row_blocks) continue;
+        float dot[2] = {};
+#pragma unroll
+        for (int c = 0; c < kFeatureBlocks && !zero; c += 2) {
+          uint32_t x[4];
+          load_matrices_transposed(x, rows_x + m * kXBytes + (((c + (lane >> 4)) * 8 + 2 * warp + (lane >> 3 & 1)) * 64 + (lane & 7) * 8) * 2);
+#pragma unroll
+          for (int half = 0; half < 2; half++) {
+            const float2 a = Pair<T>::unpack(x[half]), b = Pair<T>::unpack(x[half + 2]);
+            const float* dx = acc[m] + 4 * c + 2 * half;
+            dot[half] += a.x * dx[0] + a.y * dx[1] + b.x * dx[4] + b.y * dx[5];
+          }
+        }
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          dot[half] += __shfl_xor_sync(0xffffffffu, dot[half], 1);
+          dot[half] += __shfl_xor_sync(0xffffffffu, dot[half], 2);
+          const int64_t block = (int64_t)tile.row_head * p.blocks + tile.row_block + warpgroup * kM + m;
+          if (lane % 4 == 0) dots[block * kBlock + 16 * warp + lane / 4 + half * 8] = 0.5f * dot[half];
+        }
+      }
+    }
+
     __device__ __forceinline__ void run(const Tile& tile) {
       if (tile.has_state) {
         scan_state();
@@ -373,7 +401,9 @@ struct ChunkScanGrad {
 #pragma unroll
           for (int c = 0; c < kHeadDim / 2; c++) acc[m][c] = 0.f;
       }
+      if (kReverse && p.state_dots) write_dots(tile, p.state_dots, !tile.has_state);
       scan_columns(tile);
+      if (p.dots) write_dots(tile, p.dots, false);
     }
 
     __device__ __forceinline__ void store(const Tile& tile) {
@@ -455,6 +485,8 @@ int launch_chunk_scan_grad(const pt_problem& problem, const pt_chunk_scan_grad_p
   p.out = params.out.data;
   p.out_stride_b = params.out.stride_b, p.out_stride_t = params.out.stride_t, p.out_stride_h = params.out.stride_h;
   p.x_scale = params.x_scale, p.value_scale = params.value_scale, p.dn_scale = params.dn_scale;
+  p.dots = params.dots;
+  p.state_dots = params.dots ? params.dots + (int64_t)problem.batch * problem.key_heads * p.blocks * kBlock : nullptr;
   p.inverse_state_scale = 1.f / problem.state_scale;
   auto* kernel = chunk_scan_grad_kernel<kHeadDim, T, kReverse>;
   if (int status = allow_shared_memory((const void*)kernel, Kernel::kSharedBytes)) return status;
