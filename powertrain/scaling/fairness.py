@@ -70,9 +70,8 @@ def edge_flags(recipe: Recipe, sample: Sample, iso: Sequence[IsoFlop]) -> list[F
         elif best is i.points[-1]:
             flags.append(Flag(i.mixer, i.budget, "size", best.size, "the largest size measured is the best"))
         elif i.parabola is not None and i.parabola.on_edge:
-            flags.append(
-                Flag(i.mixer, i.budget, "size", "the parabola's minimum lies outside the sizes it was fitted on")
-            )
+            text = "the parabola's minimum lies outside the sizes it was fitted on"
+            flags.append(Flag(i.mixer, i.budget, "size", best.size, text))
     return flags
 
 

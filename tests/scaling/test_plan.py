@@ -1,0 +1,173 @@
+import dataclasses
+import json
+import math
+import time
+
+import pytest
+
+from powertrain.scaling import cli
+from powertrain.scaling.catalog import ComposedCatalog, state_size
+from powertrain.scaling.cells import Expander
+from powertrain.scaling.plan import ASSUMED_UTILISATION, OVERHEAD_SECONDS, Pricer, find_device, make_plan, summary
+from powertrain.scaling.recipe import Limits, Recipe, Stage
+from powertrain.schema import ConfigError, build
+
+from . import synthetic
+from .fakes import FakeCatalog, fake_record
+from .test_recipe import SHIPPED
+
+T, D, LAYERS, HEADS, WIDTH, FF, VOCABULARY, CHUNK, WINDOW = 512, 64, 2, 4, 16, 128, 512, 64, 100
+
+
+def small_recipe():
+    shape = [f"model.n_layers={LAYERS}", f"model.d_model={D}", f"model.n_heads={HEADS}", f"model.n_kv_heads={HEADS}"]
+    shape += [f"model.head_dim={WIDTH}", f"model.d_ff={FF}", f"data.tokenizer.vocab_size={VOCABULARY}"]
+    mixers = {
+        "power": [f"mixer.chunk_size={CHUNK}"],
+        "linear": [f"mixer.chunk_size={CHUNK}"],
+        "window": [f"mixer.window={WINDOW}"],
+        "softmax": [],
+    }
+    values = {
+        "name": "hand",
+        "question": "?",
+        "contexts": [T],
+        "mixers": {m: {"overrides": [f"mixer={m}", *extra]} for m, extra in mixers.items()},
+        "ladder": {"one": {"overrides": ["model=1m", *shape]}},
+        "subject": "power",
+        "baseline": "softmax",
+        "stages": [{"budgets": [1e12], "sizes": "all", "learning_rates": "grid"}],
+        "learning_rate": {"value": 1e-3},
+        "batch_tokens": {"value": T},
+    }
+    return build(Recipe, values)
+
+
+def by_hand(mixer):
+    """Forward and backward FLOPs of one sequence by part, counted token by token; a multiply-add is two.
+
+    Every weight is used once forward and twice backward. Attention over a pair of tokens: q.k and p v forward (4 d);
+    backward q.k again, dv, dp, dq and dk (10 d). Power and linear carry one more column in v, the normaliser.
+    """
+    gates = HEADS if mixer in ("power", "linear") else 0
+    matrices = D * HEADS * WIDTH * 4 + D * gates + 3 * D * FF
+    parts = {"weights": 3 * 2 * matrices * LAYERS * T, "head": 3 * 2 * D * VOCABULARY * T}
+    pairs = updates = queries = 0
+    for i in range(T):
+        if mixer == "softmax":
+            pairs += i + 1
+        elif mixer == "window":
+            pairs += min(i + 1, WINDOW)
+        else:
+            pairs += i % CHUNK + 1
+            # The last chunk's state has no reader, and the first chunk has no state to read.
+            updates += i < T - CHUNK
+            queries += i >= CHUNK
+    features = {"power": WIDTH * (WIDTH + 1) // 2, "linear": WIDTH}.get(mixer, 0)
+    columns = WIDTH + 1 if features else WIDTH
+    forward, backward = 2 * (WIDTH + columns), 2 * (3 * WIDTH + 2 * columns)
+    parts["intra_chunk"] = (forward + backward) * pairs * HEADS * LAYERS
+    parts["state_update"] = 3 * 2 * features * columns * updates * HEADS * LAYERS
+    parts["state_query"] = 3 * 2 * features * columns * queries * HEADS * LAYERS
+    return parts
+
+
+@pytest.fixture(scope="module")
+def planned():
+    recipe = small_recipe()
+    return {c.mixer: c for c in Expander(recipe, ComposedCatalog(recipe), {}).expand().cells}
+
+
+@pytest.mark.parametrize("mixer", ["power", "linear", "window", "softmax"])
+def test_planned_flops_equal_a_count_by_hand(planned, mixer):
+    cell = planned[mixer]
+    expected = by_hand(mixer)
+    for part, flops in expected.items():
+        assert cell.cost.flops_by_part[part] * T == pytest.approx(flops, rel=1e-12), part
+    total = sum(expected.values())
+    assert cell.cost.flops_per_token["algorithmic"] * T == pytest.approx(total, rel=1e-12)
+    assert cell.cost.flops_per_token["algorithmic, no head"] * T == pytest.approx(total - expected["head"], rel=1e-12)
+    assert cell.cost.flops_per_token["executed"] >= cell.cost.flops_per_token["algorithmic"]
+    assert cell.steps == int(1e12 / total)
+
+
+def test_state_sizes_are_what_a_sequence_is_remembered_by(planned):
+    features = WIDTH * (WIDTH + 1) // 2
+    assert planned["power"].cost.state_size == LAYERS * HEADS * features * (WIDTH + 1)
+    assert planned["linear"].cost.state_size == LAYERS * HEADS * WIDTH * (WIDTH + 1)
+    assert planned["window"].cost.state_size == LAYERS * 2 * HEADS * WIDTH * WINDOW
+    assert planned["softmax"].cost.state_size == 0
+    model = planned["window"].config.model
+    assert state_size(model, 10) == LAYERS * 2 * HEADS * WIDTH * 10
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_recipe_is_planned_in_seconds(name, tmp_path, capsys):
+    start = time.process_time()
+    assert cli.main(["plan", name, "--directory", str(tmp_path), "--json"]) == 0
+    assert time.process_time() - start < 30
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {r["mixer"] for r in rows} > {"softmax"}
+    for row in rows:
+        assert row["flops"]["algorithmic"] <= row["budget"]
+        assert row["flops"]["algorithmic"] == pytest.approx(sum(row["flops_by_part"].values()))
+    assert not list(tmp_path.iterdir()), "a plan leaves nothing behind"
+
+
+def fake_plan(stages, records=(), device="H200", finished=()):
+    recipe = synthetic.recipe(stages=stages, limits=Limits(min_steps=20), warmup_steps=5)
+    outcomes = {r.cell: r.loss for r in records}
+    return make_plan(Expander(recipe, FakeCatalog(), outcomes).expand(), find_device(device), records, finished)
+
+
+def test_time_is_executed_flops_over_the_assumed_rate():
+    plan = fake_plan((Stage((1e15,), "all", "grid"),))
+    cell = plan.expansion.cells[0]
+    flops = cell.tokens * cell.cost.flops_per_token["executed"]
+    expected = flops / (989.4e12 * ASSUMED_UTILISATION) + OVERHEAD_SECONDS
+    assert plan.estimates[cell.id].seconds == pytest.approx(expected)
+    assert plan.hours == pytest.approx(sum(e.seconds for e in plan.estimates.values()) / 3600)
+    assert "assuming 30%" in summary(plan)
+
+
+def test_measured_rates_replace_the_assumed_one():
+    plan = fake_plan((Stage((1e15,), "all", "grid"),))
+    cell = plan.expansion.cells[0]
+    record = dataclasses.replace(fake_record(cell), seconds=100.0, device="NVIDIA H200")
+    estimate = Pricer(find_device("H200"), [record]).estimate([cell])[cell.id]
+    assert estimate.measured
+    assert estimate.seconds == pytest.approx(100.0 + OVERHEAD_SECONDS)
+    other = Pricer(find_device("H100"), [record]).estimate([cell])[cell.id]
+    assert not other.measured
+
+
+def test_budgets_of_a_trunk_pay_for_shared_steps_once():
+    plan = fake_plan((Stage((1e15, 3e15), "all", "grid"),))
+    trunks = {}
+    for cell in plan.expansion.cells:
+        trunks.setdefault(cell.trunk, []).append(cell)
+    both = next(sorted(cells, key=lambda c: c.steps) for cells in trunks.values() if len(cells) == 2)
+    small, large = both
+    assert plan.estimates[small.id].new_steps == small.steps
+    assert plan.estimates[large.id].new_steps == large.steps - small.decay_start
+
+
+def test_finished_cells_cost_nothing_more():
+    plan = fake_plan((Stage((1e15,), "all", "grid"),))
+    done = {c.id for c in plan.expansion.cells}
+    after = fake_plan((Stage((1e15,), "all", "grid"),), finished=done)
+    assert after.hours == 0
+    assert "finished" in summary(after)
+
+
+def test_without_a_known_rate_there_is_no_time():
+    plan = fake_plan((Stage((1e15,), "all", "grid"),), device="cpu")
+    assert plan.hours is None
+    assert "unknown" in summary(plan)
+
+
+def test_an_unknown_device_names_the_nearest():
+    with pytest.raises(ConfigError, match="did you mean 'H200'"):
+        find_device("H2000")
+    assert find_device("h200").memory_gib > 100
+    assert math.isclose(find_device("A100").peak_flops, 312e12)

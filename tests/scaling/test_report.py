@@ -1,0 +1,181 @@
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from powertrain.scaling.analysis import analyse
+from powertrain.scaling.recipe import Analysis
+from powertrain.scaling.report import build, page, summary, write
+
+from . import synthetic
+from .test_compare import published_records
+
+# Small, so that a report takes seconds; intervals are tested elsewhere.
+QUICK = Analysis(bootstrap=200, law_bootstrap=20)
+TWO = {m: synthetic.LAWS[m] for m in ("power", "softmax")}
+FIGURES = ("envelope", "isoflop", "perplexity", "position", "seconds", "gain", "state_size")
+
+
+def recipe(**changes):
+    mixers = {m: v for m, v in synthetic.recipe().mixers.items() if m in TWO}
+    return synthetic.recipe(**{"mixers": mixers, "analysis": QUICK, "figures": FIGURES, **changes})
+
+
+def records(**changes):
+    return synthetic.make_records(**{"laws": TWO, "documents": 40, "seeds": (0, 1), "rng_seed": 2, **changes})
+
+
+@pytest.fixture(scope="module")
+def files():
+    return build(recipe(), records())
+
+
+def test_a_report_has_every_figure_a_page_and_a_table(files):
+    for kind in FIGURES:
+        assert files[f"figures/{kind}-65536.png"].startswith(b"\x89PNG")
+        assert b"<svg" in files[f"figures/{kind}-65536.svg"][:1000]
+        assert f"figures/{kind}-65536.png" in files["README.md"].decode()
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(io.BytesIO(files["table.parquet"]))
+    assert table.num_rows == len(records())
+
+
+_AGAIN = """
+import hashlib, sys
+from tests.scaling.test_report import build, recipe, records
+files = build(recipe(), list(reversed(records())))
+for name in sorted(files):
+    print(name, hashlib.sha256(files[name]).hexdigest())
+"""
+
+
+def test_the_same_records_give_the_same_bytes_in_another_process(files, tmp_path):
+    """Another hash seed, thread count, matplotlibrc, locale, directory and order of the records."""
+    (tmp_path / "matplotlibrc").write_text("font.size: 30\nsavefig.dpi: 50\nsvg.fonttype: none\n")
+    root = Path(__file__).parents[2]
+    environment = {
+        **os.environ,
+        "PYTHONHASHSEED": "7",
+        "OMP_NUM_THREADS": "2",
+        "MATPLOTLIBRC": str(tmp_path / "matplotlibrc"),
+        "LC_ALL": "C",
+        "TZ": "Asia/Tokyo",
+        "PYTHONPATH": str(root),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", _AGAIN], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    theirs = dict(line.split() for line in done.stdout.splitlines())
+    ours = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    assert theirs == ours
+
+
+def test_the_page_states_verdicts_conventions_and_fairness(files):
+    text = files["README.md"].decode()
+    assert "power, deg 2 against its best rival wins" in text
+    for words in ("conventions that flip it", "executed, no head", "same evaluation documents", "powertrain sweep run"):
+        assert words in text
+    values = json.loads(files["summary.json"])["contexts"]["65536"]
+    assert {v["outcome"] for v in values["verdicts"]["algorithmic"]} == {"wins"}
+    checks = {c["name"]: c["passed"] for c in values["checks"]}
+    assert checks["same training documents and tokenizer"]
+    assert checks["learning rate tuned with equal effort"]
+    assert checks["same seeds for every mixer"]
+
+
+def broken_checks(changed):
+    found = analyse(recipe(), changed, 65536)
+    return {c.name for c in found.checks if c.passed is False}
+
+
+def test_unfair_records_are_called_so():
+    fair = records(curves=False, budgets=(1e15, 3e15))
+    assert broken_checks(fair) == set()
+    first = fair[0]
+    swap = lambda **changes: [dataclasses.replace(first, **changes), *fair[1:]]  # noqa: E731
+    assert broken_checks(swap(data={**first.data, "tokens": "z"})) == {"same training documents and tokenizer"}
+    assert broken_checks(swap(data={**first.data, "order": "z"})) == {
+        "same order of the data for every mixer of a seed"
+    }
+    assert broken_checks(swap(device="another")) == {"one kind of device"}
+    shorter = swap(document_loss=(first.loss * 7,), document_tokens=(7,))
+    assert "same evaluation documents and positions" in broken_checks(shorter)
+    untuned = [r for r in fair if not (r.mixer == "softmax" and r.learning_rate_factor == 2.0)]
+    assert broken_checks(untuned) == {"learning rate tuned with equal effort"}
+    seeds = [r for r in fair if not (r.mixer == "softmax" and r.seed == 1)]
+    assert "same seeds for every mixer" in broken_checks(seeds)
+
+
+def test_edges_are_flagged_and_never_silently_used():
+    few = {s: n for s, n in synthetic.SIZES.items() if s in ("1m", "3m")}
+    found = analyse(recipe(), records(curves=False, sizes=few, factors=(1.0, 2.0), budgets=(3e16,)), 65536)
+    flags = {(f.mixer, f.kind, f.text) for f in found.flags}
+    assert ("power", "size", "the largest size measured is the best") in flags
+    assert any(kind == "learning rate" and "lowest learning rate tried" in text for _, kind, text in flags)
+    text = page(recipe(), [found], [])
+    assert "### At the edge of what was tried" in text
+    assert "lowest learning rate tried" in text.split("### At the edge")[0], "a doubt stands beside its verdict"
+
+
+def test_the_published_curves_go_through_a_report():
+    published = recipe(contexts=(32768,), figures=("envelope", "gain", "perplexity", "position"))
+    made = build(published, published_records())
+    assert set(made) == {
+        *(f"figures/{kind}-32768.{suffix}" for kind in ("envelope", "gain") for suffix in ("png", "svg")),
+        "README.md",
+        "summary.json",
+        "table.parquet",
+    }
+    text = made["README.md"].decode()
+    assert "Not drawn, because the records hold nothing for it: perplexity, position." in text
+    assert "there is no verdict, only curves" in text
+    end = json.loads(made["summary.json"])["contexts"]["32768"]["envelope_gains"]["power"][-1]
+    assert end["loss"] == pytest.approx(2.179, abs=5e-4)
+    assert end["gain"] == pytest.approx(1.40, abs=0.005)
+
+
+def test_held_out_budgets_are_predicted():
+    found = analyse(recipe(), records(curves=False, seeds=(0,)), 65536)
+    for law in found.laws:
+        assert law.held_out_budget == 3e16
+        assert len(law.held_out) == len(synthetic.SIZES)
+        assert law.held_out_error < 0.01
+        assert all(p.first.budget < 3e16 for i in found.isoflops for p in i.points if i.budget < 3e16)
+
+
+def test_parabolas_agree_with_the_law_where_both_exist():
+    found = analyse(recipe(), records(curves=False, noise=0.0), 65536)
+    for i in found.isoflops:
+        if i.parabola is None or i.parabola.on_edge:
+            continue
+        low, high = i.parabola.fitted[0], i.parabola.fitted[-1]
+        assert low < i.parabola.parameters < high
+        lowest = min(p.loss for p in i.points)
+        assert i.parabola.loss == pytest.approx(lowest, rel=0.02)
+
+
+def test_no_records_is_one_sentence():
+    with pytest.raises(ValueError, match="powertrain sweep run synthetic"):
+        build(recipe(), [])
+
+
+def test_writing_replaces_the_report_before(tmp_path):
+    write({"README.md": b"a", "figures/x-1.png": b"b"}, tmp_path)
+    write({"README.md": b"c", "figures/y-1.png": b"d"}, tmp_path)
+    assert (tmp_path / "README.md").read_bytes() == b"c"
+    assert [p.name for p in (tmp_path / "figures").iterdir()] == ["y-1.png"]
+
+
+def test_a_summary_holds_no_digit_beyond_the_sixth():
+    found = analyse(recipe(), records(curves=False, budgets=(1e15,)), 65536)
+    for number in json.dumps(json.loads(summary(recipe(), [found]))).replace(",", " ").split():
+        digits = number.strip('[]{}":').split("e")[0].replace(".", "").replace("-", "").lstrip("0")
+        if digits.isdigit():
+            assert len(digits.rstrip("0")) <= 6, number
