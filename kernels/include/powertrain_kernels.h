@@ -112,6 +112,17 @@ typedef struct {
 } pt_gates_params;
 PT_API int pt_gates(const pt_problem* problem, const pt_gates_params* params, void* stream);
 
+/* fp16's second rescue, before the backward pass: y does not depend on the length of a query, so each is multiplied by a power of two near
+ * d^(-1/4), in [2^-6, 2^2]. That halves, in powers of two, the range of d and so of dn'. Gradients of q are multiplied by row_scale after. */
+typedef struct {
+  const void* packed_q;
+  const float* normalizer;  /* (B, Hq, T) as pt_chunk_scan wrote it */
+  void* scaled_q;           /* out, packed */
+  float* scaled_normalizer; /* out, (B, Hq, T): d row_scale^2 */
+  float* row_scale;         /* out, (B, Hq, T) */
+} pt_row_scale_params;
+PT_API int pt_row_scale(const pt_problem* problem, const pt_row_scale_params* params, void* stream);
+
 /* Copies x into tiles of 64 tokens, zero beyond T. PT_PACK_FEATURES: q or k. PT_PACK_VALUES: v, with a column of ones appended. */
 typedef struct {
   pt_tensor x;        /* (B, T, heads, K) of problem.dtype */

@@ -70,6 +70,18 @@ class PowerScale(ctypes.Structure):
     _fields_ = (("x", StridedTensor), ("heads", c_int32), ("groups", c_int32), ("scale", c_void_p))
 
 
+class RowScale(ctypes.Structure):
+    """`pt_row_scale_params`."""
+
+    _fields_ = (
+        ("packed_q", c_void_p),
+        ("normalizer", c_void_p),
+        ("scaled_q", c_void_p),
+        ("scaled_normalizer", c_void_p),
+        ("row_scale", c_void_p),
+    )
+
+
 class Gates(ctypes.Structure):
     """`pt_gates_params`."""
 
@@ -197,6 +209,7 @@ class ChunkScanGrad(ctypes.Structure):
 
 STAGE_PARAMETERS: dict[str, type[ctypes.Structure]] = {
     "pt_power_scale": PowerScale,
+    "pt_row_scale": RowScale,
     "pt_gates": Gates,
     "pt_pack": Pack,
     "pt_pack_grad": PackGrad,

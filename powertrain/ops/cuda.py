@@ -141,9 +141,10 @@ class _Plan:
         self, dtype: torch.dtype, arch: int, B: int, T: int, Hq: int, Hk: int, D: int, chunk_size: int, has_state: bool
     ) -> None:
         self.scaled = dtype == torch.float16
-        # fp16: |phi| and |v'| are at most 1 in packed units and a state sums at most T of them (its gradient T Hq /
-        # Hk), twice that off the diagonal; half of the largest number is left as headroom.
-        largest = 2 * T * (Hq // Hk) if self.scaled else 1
+        # fp16: |phi| and |v'| are at most 1 in packed units and a state sums at most T of them; its gradient T Hq / Hk, with
+        # queries lengthened up to 4 times where weights are small (few rows, so a factor of 4 of the 16 is allowed for).
+        # Twice that off the diagonal; half of the largest number is left as headroom.
+        largest = 8 * T * (Hq // Hk) if self.scaled else 1
         state_scale = 2.0 ** -max(0, math.ceil(math.log2(largest)) - 15)
         self.problem = abi.Problem(DTYPES[dtype], arch, B, Hq, Hk, D, chunk_size, state_scale, T)
         self.problem_ref = ctypes.byref(self.problem)
@@ -335,6 +336,13 @@ def _backward(
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.contiguous()
 
+    row_scale = scaled_q = None
+    if plan.scaled:
+        scaled_q, row_scale = _bytes(sizes.packed_q, device), allocate((B, Hq, T), dtype=torch.float32, device=device)
+        scaled_normalizer = allocate((B, Hq, T), dtype=torch.float32, device=device)
+        pointers = (x.data_ptr() for x in (normalizer, scaled_q, scaled_normalizer, row_scale))
+        run("pt_row_scale", abi.RowScale(q, *pointers), stream)
+        q, normalizer = scaled_q.data_ptr(), scaled_normalizer
     dn = _bytes(sizes.packed_dn, device)
     dn_scale = allocate((B, Hk), dtype=torch.float32, device=device) if plan.scaled else None
     parameters: ctypes.Structure = abi.PackGrad(
@@ -398,6 +406,8 @@ def _backward(
         1, has_leaving, q, k, v, dn.data_ptr(), gates, _pointer(grad_states), _strided(dk), k_scale, *scales, key_dots
     )
     run("pt_chunk_scan_grad", parameters, stream)
+    if row_scale is not None:
+        dq *= row_scale.transpose(1, 2)[..., None]
     if dots is not None:
         dlog_g = allocate((B, T, Hk), dtype=torch.float32, device=device)
         documents = 0 if cu_seqlens is None else cu_seqlens.shape[0]

@@ -2,7 +2,8 @@
 same 16-bit type.
 
 Every output and workspace starts as NaN here (`nan_filled`), so an element that a kernel forgets to write, or reads
-before it is written, shows. Each case runs on the kernels that the device would choose and on the sm80 ones.
+before it is written, shows. On a GPU each case runs on the kernels that the device would choose and on the sm80 ones;
+without one, the sm80 kernels run emulated, on fewer and smaller cases.
 """
 
 import math
@@ -14,15 +15,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from powertrain.ops import cuda, power_retention, power_retention_with_normalizer
+from powertrain.native import loader
+from powertrain.ops import cuda, cuda_plan, power_retention, power_retention_with_normalizer
 from powertrain.ops.cuda_plan import BLOCK, choose_chunk_size
 from powertrain.ops.reference import power_retention_quadratic
 from powertrain.ops.sympow import phi_dimension
+from tests.ops.emulation import emulated_library
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs an NVIDIA GPU")
 
 BF16, FP16 = torch.bfloat16, torch.float16
 FACTOR = 2.0
+SMALL = 64 if ON_GPU else 32  # head dim of tests that are not about it
 
 
 def nan_filled(*size: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -35,7 +41,25 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "allocate", nan_filled)
 
 
-@pytest.fixture(params=[0, 80], ids=["chosen", "sm80"], autouse=True)
+@pytest.fixture(scope="module", autouse=True)
+def _library() -> Iterator[None]:
+    if ON_GPU:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("POWERTRAIN_KERNELS_LIBRARY", str(emulated_library(without=("sm90",))))
+        patch.setattr(cuda_plan, "DEVICE_TYPES", ["cpu"])
+        _forget_library()
+        yield
+    _forget_library()
+
+
+def _forget_library() -> None:
+    for cached in (loader._load_once, cuda._plan, cuda._is_library_usable):
+        cached.cache_clear()
+
+
+@pytest.fixture(params=[0, 80] if ON_GPU else [80], ids=["chosen", "sm80"] if ON_GPU else ["emulated"], autouse=True)
 def _arch(request: pytest.FixtureRequest) -> Iterator[None]:
     with cuda.force_arch(request.param):
         yield
@@ -136,8 +160,11 @@ def measure(case: Case, seed: int = 0) -> dict[str, tuple[float, float]]:
 
 def assert_accurate(case: Case, seed: int = 0) -> None:
     failures = []
-    for name, (error, plain) in measure(case, seed).items():
-        allowed = max(FACTOR * plain, 2 * torch.finfo(case.dtype).eps)
+    errors = measure(case, seed)
+    # Where the plain formula overflows in fp16, a row's weights nearly all vanish and are subnormal here: finite, not exact.
+    overflows = not all(math.isfinite(plain) for _, plain in errors.values())
+    for name, (error, plain) in errors.items():
+        allowed = 0.1 if overflows else max(FACTOR * plain, 2 * torch.finfo(case.dtype).eps)
         if not error <= allowed:
             failures.append(f"{name}: error {error:.2e}, allowed {allowed:.2e}")
     assert not failures, "; ".join(failures)
@@ -169,25 +196,45 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("head_dim", [32, 64, 128])
-@pytest.mark.parametrize("name", CASES)
+# The emulation takes seconds a case: every kind of case at K = 32, the kinds of index arithmetic at the others.
+EMULATED_DIMS = {
+    "one_token": (32, 64, 128),
+    "above_block": (32, 64, 128),
+    "ragged": (32, 64),
+    "state_one_chunk": (32, 64),
+}
+NOT_EMULATED = {"default_chunk"}
+
+
+def _grid() -> Iterator[Any]:
+    for name in CASES:
+        for head_dim in (32, 64, 128):
+            for dtype in (BF16, FP16):
+                if not ON_GPU and (name in NOT_EMULATED or head_dim not in EMULATED_DIMS.get(name, (32,))):
+                    continue
+                yield pytest.param(name, head_dim, dtype, id=f"{name}-{head_dim}-{str(dtype)[6:]}")
+
+
+@pytest.mark.parametrize(("name", "head_dim", "dtype"), _grid())
 def test_output_and_gradients_are_as_accurate_as_the_formula(name: str, head_dim: int, dtype: torch.dtype) -> None:
     assert_accurate(replace(CASES[name], D=head_dim, dtype=dtype))
 
 
+@needs_gpu
 @pytest.mark.parametrize("seed", range(3))
 def test_fresh_inputs(seed: int) -> None:
     assert_accurate(Case(T=777, Hq=4, Hk=2, B=2), seed)
 
 
 def random_inputs(T: int = 300, **changes: Any) -> dict[str, Tensor]:
-    return Case(T=T, **changes).tensors()
+    return Case(T=T, **{"D": SMALL, **changes}).tensors()
 
 
 @pytest.mark.parametrize("documents", [False, True])
 def test_two_runs_give_the_same_bits(documents: bool) -> None:
-    case = Case(B=2, T=1500, Hq=4, Hk=2, chunk_size=256, state=not documents, documents=documents)
+    case = Case(
+        B=2, T=1500 if ON_GPU else 150, Hq=4, Hk=2, chunk_size=64, D=SMALL, state=not documents, documents=documents
+    )
     runs = [
         evaluate(power_retention, case.tensors(), None, chunk_size=case.chunk_size, impl="cuda", **case.keywords())[0]
         for _ in range(2)
@@ -196,6 +243,7 @@ def test_two_runs_give_the_same_bits(documents: bool) -> None:
         assert torch.equal(value, runs[1][name]), name
 
 
+@needs_gpu
 def test_strided_inputs_need_no_copy() -> None:
     B, T, H, D = 2, 300, 2, 64
     packed = torch.randn(B, T, 3 * H, D, device=DEVICE).to(BF16)
@@ -236,7 +284,7 @@ def test_a_sequence_in_two_calls_is_the_sequence_in_one() -> None:
     assert relative_error(torch.cat([first[0], second[0]], 1), whole) < 2e-2
     assert relative_error(second[1], state) < 1e-2
     assert relative_error(second[2], total) < 1e-2
-    assert state.shape == (1, 2, phi_dimension(64, 2), 64)
+    assert state.shape == (1, 2, phi_dimension(SMALL, 2), SMALL)
 
 
 def test_nothing_leaks_across_documents() -> None:
@@ -270,7 +318,9 @@ def test_hostile_inputs_give_finite_results(kind: str, dtype: torch.dtype) -> No
     elif kind == "huge_key":
         tensors["K"][:, 77] = 3e4
     elif kind == "large_scores":  # |scale q.k| up to 1e3
-        tensors["Q"], tensors["K"] = (torch.sign(tensors[n].float()).mul(math.sqrt(1e3 / 8)).to(dtype) for n in "QK")
+        tensors["Q"], tensors["K"] = (
+            torch.sign(tensors[n].float()).mul(math.sqrt(1e3 / math.sqrt(SMALL))).to(dtype) for n in "QK"
+        )
     elif kind == "tiny":
         tensors["Q"] *= 1e-6
         tensors["K"] *= 1e-6
@@ -284,7 +334,9 @@ def test_hostile_inputs_give_finite_results(kind: str, dtype: torch.dtype) -> No
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
 def test_large_scores_stay_accurate(dtype: torch.dtype) -> None:
     tensors = random_inputs(T=512, dtype=dtype)
-    factor = math.sqrt(1e3 / (tensors["Q"].float().norm(dim=-1).max() * tensors["K"].float().norm(dim=-1).max() / 8))
+    factor = math.sqrt(
+        1e3 / (tensors["Q"].float().norm(dim=-1).max() * tensors["K"].float().norm(dim=-1).max() / math.sqrt(SMALL))
+    )
     small = evaluate(power_retention, tensors, None, chunk_size=128, impl="cuda")[0]["out0"]
     tensors["Q"], tensors["K"] = ((tensors[n].double() * factor).to(dtype) for n in "QK")
     exact = power_retention_quadratic(**{n: x.double() for n, x in tensors.items()})[0]
@@ -295,7 +347,7 @@ def test_large_scores_stay_accurate(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
 def test_normalizer(dtype: torch.dtype) -> None:
-    case = Case(B=2, T=200, Hq=4, Hk=2, dtype=dtype, chunk_size=64)
+    case = Case(B=2, T=200, Hq=4, Hk=2, D=SMALL, dtype=dtype, chunk_size=64)
     tensors = case.tensors()
     _, normalizer, _, _ = power_retention_with_normalizer(**tensors, chunk_size=64, impl="cuda")
     exact = power_retention_with_normalizer(**{n: x.double() for n, x in tensors.items()}, impl="torch")[1]
@@ -321,6 +373,7 @@ def test_layout_in_python_agrees_with_the_library(head_dim: int, T: int, chunk_s
         )
 
 
+@needs_gpu
 def test_million_tokens_use_64_bit_offsets() -> None:
     T, H, D = 1 << 20, 4, 128  # 2^29 elements each: byte offsets beyond 2^30, states beyond 2^32 bytes
     q, k, v = (torch.randn(1, T, H, D, device=DEVICE, dtype=BF16) for _ in range(3))

@@ -215,6 +215,42 @@ int finish_scales(float* scale, int count, cudaStream_t stream) {
 }
 
 template <typename T, int D>
+__global__ void __launch_bounds__(kThreads) scale_rows(const T* packed, const float* normalizer, int64_t seq_len, int64_t blocks, T* scaled_q,
+                                                       float* scaled_normalizer, float* row_scale) {
+  __shared__ float scales[kBlock];
+  const int64_t head = blockIdx.x / blocks, first = blockIdx.x % blocks * kBlock;
+  if (threadIdx.x < kBlock) {
+    const int64_t token = first + threadIdx.x;
+    float scale = 1.f;
+    if (token < seq_len) {
+      const float d = normalizer[head * seq_len + token];
+      if (d >= kSmallestNormalizer) scale = exp2f(fminf(2.f, fmaxf(-6.f, rintf(-0.25f * log2f(d)))));
+      scaled_normalizer[head * seq_len + token] = d * scale * scale;
+      row_scale[head * seq_len + token] = scale;
+    }
+    scales[threadIdx.x] = scale;
+  }
+  __syncthreads();
+  const int64_t at = (int64_t)blockIdx.x * feature_block_elements(D);
+  for (int e = threadIdx.x; e < kBlock * D / 8; e += kThreads) {  // eight tokens of one feature
+    uint4 v = *(const uint4*)(packed + at + e * 8);
+    const float* s = scales + e / 8 % 8 * 8;
+    uint32_t* w = &v.x;
+#pragma unroll
+    for (int i = 0; i < 4; i++) w[i] = Numeric<T>::pack(Numeric<T>::low(w[i]) * s[2 * i], Numeric<T>::high(w[i]) * s[2 * i + 1]);
+    *(uint4*)(scaled_q + at + e * 8) = v;
+  }
+}
+
+template <typename T, int D>
+int run_row_scale(const pt_problem& p, const pt_row_scale_params& a, cudaStream_t stream) {
+  const int64_t blocks = padded_blocks(p.seq_len);
+  scale_rows<T, D><<<(unsigned)(blocks * p.batch * p.query_heads), kThreads, 0, stream>>>(
+      (const T*)a.packed_q, a.normalizer, p.seq_len, blocks, (T*)a.scaled_q, a.scaled_normalizer, a.row_scale);
+  return check_cuda(cudaGetLastError(), "pt_row_scale");
+}
+
+template <typename T, int D>
 int run_pack(const pt_problem& p, const pt_pack_params& a, cudaStream_t stream) {
   const int64_t blocks = padded_blocks(p.seq_len);
   const dim3 grid((unsigned)(blocks * p.batch * a.heads));
@@ -285,6 +321,14 @@ int pt_power_scale(const pt_problem* problem, const pt_power_scale_params* param
   PT_REQUIRE(params->heads % params->groups == 0);
   return with_type(*problem, [&](auto element, auto dim) {
     return run_power_scale<decltype(element), dim.value>(*problem, *params, (cudaStream_t)stream);
+  });
+}
+
+int pt_row_scale(const pt_problem* problem, const pt_row_scale_params* params, void* stream) {
+  if (int status = validate(problem)) return status;
+  PT_REQUIRE(params && params->packed_q && params->normalizer && params->scaled_q && params->scaled_normalizer && params->row_scale);
+  return with_type(*problem, [&](auto element, auto dim) {
+    return run_row_scale<decltype(element), dim.value>(*problem, *params, (cudaStream_t)stream);
   });
 }
 
