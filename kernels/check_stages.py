@@ -135,8 +135,10 @@ def unpack_states(states: Tensor, head_dim: int) -> Tensor:
 def error(out: Tensor, reference: Tensor) -> float:
     if not torch.isfinite(out).all():
         return math.nan
-    floor = 1e-3 * reference.numel() ** 0.5  # what is exactly zero (the gate's gradient at T = 1) has no relative error
-    return float((out.double() - reference).norm() / reference.norm().clamp(min=floor))
+    wrong = float((out.double() - reference).norm())
+    if wrong <= 1e-5 * reference.numel() ** 0.5:  # what is exactly zero (dq at T = 1) has no relative error
+        return 0.0
+    return wrong / float(reference.norm().clamp(min=1e-300))
 
 
 @dataclass
@@ -193,7 +195,7 @@ class Run:
         self.state_shape = (c.batch * c.key_heads, -(-c.tokens // c.chunk), tiles, (c.head_dim + NORM) // 8, BLOCK, 8)
         self.boundary_shape = (c.batch * c.key_heads, tiles, BLOCK, c.head_dim + NORM)
         self.workspace = torch.full((self.sizes.chunk_state_workspace // 4 + 1,), math.nan, device=DEVICE)
-        self.initial = self.dfinal = None
+        self.initial = self.dfinal = self.dfinal_scaled = self.dn_scale = None
         if c.boundary:
             keys = torch.randn(c.batch * c.key_heads, 64, c.head_dim, generator=g, device=DEVICE).double()
             values = torch.randn(c.batch * c.key_heads, 64, c.head_dim, generator=g, device=DEVICE).double()
@@ -245,7 +247,7 @@ class Run:
 
     def chunk_state(self, reverse: bool, states: Tensor | None, final: Tensor | None) -> None:
         x, u = (self.packed_q, self.packed_dn) if reverse else (self.packed_k, self.packed_v)
-        boundary = self.dfinal if reverse else self.initial
+        boundary = (self.dfinal if self.dn_scale is None else self.dfinal_scaled) if reverse else self.initial
         params = ChunkState(
             reverse,
             *(None if t is None else t.data_ptr() for t in (x, u, self.gates, boundary, states, final, self.workspace)),
@@ -256,10 +258,11 @@ class Run:
         self, reverse: bool, states: Tensor, out: Tensor, normalizer: Tensor | None, gate_grad: Tensor | None
     ) -> None:
         u = self.packed_dn if reverse else self.packed_v
-        pointers = [None if t is None else t.data_ptr() for t in (normalizer, self.packed_v, gate_grad)]
+        scale = self.dn_scale if reverse else None
+        pointers = [None if t is None else t.data_ptr() for t in (scale, normalizer, self.packed_v, gate_grad)]
         params = ChunkScan(
             reverse, self.case.boundary, self.packed_q.data_ptr(), self.packed_k.data_ptr(), u.data_ptr(), self.gates.data_ptr(),
-            states.data_ptr(), strided(out), None, *pointers,
+            states.data_ptr(), strided(out), *pointers,
         )  # fmt: skip
         self.call("pt_chunk_scan", ctypes.byref(params), self.stream())
 
@@ -267,15 +270,24 @@ class Run:
         pointers = [
             t.data_ptr() for t in (self.packed_q, self.packed_k, self.packed_v, self.packed_dn, self.gates, states)
         ]
-        params = ChunkScanGrad(reverse, self.case.boundary, *pointers, strided(out), None, None, None)
+        scale = None if self.dn_scale is None else self.dn_scale.data_ptr()
+        params = ChunkScanGrad(reverse, self.case.boundary, *pointers, strided(out), None, None, scale)
         self.call("pt_chunk_scan_grad", ctypes.byref(params), self.stream())
 
     def new(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.full(shape, math.nan, dtype=dtype, device=DEVICE)
 
     def pack_dn(self, dy: Tensor, y: Tensor, normalizer: Tensor) -> Tensor:
+        """Packs dn' and, in fp16, sets dn_scale (B, Hk): powers of two that bring the largest |dn'| of a key head below 1."""
         d = normalizer.permute(0, 2, 1)[..., None]
-        dn = (dy.float() / d).to(dy.dtype)
+        dn = dy.float() / d
+        self.dn_scale = None
+        if dy.dtype == torch.float16:
+            last = -(dn * y.float()).sum(-1, keepdim=True)
+            largest = torch.cat([dn, last], -1).abs().unflatten(2, (self.case.key_heads, -1)).amax((1, 3, 4))
+            self.dn_scale = (2.0 ** -(largest.log2().floor() + 1)).contiguous()
+            dn = dn * self.dn_scale.repeat_interleave(dn.shape[2] // self.case.key_heads, 1)[:, None, :, None]
+        dn = dn.to(dy.dtype)
         last = -(dn.float() * y.float()).sum(-1)
         return pack_values(dn, hi_lo(last, dy.dtype))
 
@@ -300,12 +312,17 @@ class Run:
             "dv": self.new(*self.v.shape, dtype=c.dtype),
             "gate_grad": self.new(c.batch, c.key_heads, -(-c.tokens // BLOCK) * BLOCK, dtype=torch.float32),
         }
+        if self.dn_scale is not None and self.dfinal is not None:
+            self.dfinal_scaled = self.dfinal * self.dn_scale.flatten()[:, None, None, None]
         self.chunk_state(True, out["dstates"], out["dinitial"])
         self.chunk_scan(True, out["dstates"], out["dv"], None, out["gate_grad"])
         if grad_stage:
             out["dq"], out["dk"] = self.new(*self.q.shape, dtype=c.dtype), self.new(*self.k.shape, dtype=c.dtype)
             self.chunk_scan_grad(False, forward["states"], out["dq"])
             self.chunk_scan_grad(True, out["dstates"], out["dk"])
+        if self.dn_scale is not None:
+            out["dinitial"] /= self.dn_scale.flatten()[:, None, None, None]
+            out["gate_grad"] /= self.dn_scale[..., None]
         return out
 
 
@@ -346,10 +363,12 @@ def quadratic(run: Run, exact: bool) -> dict[str, Tensor]:
         o = torch.einsum("bhtgr,bhgrc->bhtc", pq, rounded(S0[..., : c.head_dim + 1])) * G_in
         n, d = n + o[..., :-1], d + o[..., -1:]
     y = rounded(n / d)
-    dn = rounded(dy / d)
+    dn = dy / d
+    unit = 1.0 if exact or c.dtype != torch.float16 else 2.0 ** -(float(dn.abs().max().log2().floor()) + 1)
+    dn = rounded(dn * unit) / unit
     last = -(dn * y).sum(-1, keepdim=True)
     dW = dn @ v.transpose(-1, -2) + last
-    ds = rounded(2 * s * D * dW)
+    ds = rounded(2 * s * D * dW * unit) / unit
     dq, dk, dv = ds @ k, ds.transpose(-1, -2) @ q, W.transpose(-1, -2) @ dn
     row, column = (W * dW).sum(-1), (W * dW).sum(-2)
     out = {"y": y, "normalizer": d.squeeze(-1)}
@@ -451,7 +470,9 @@ def check(library: ctypes.CDLL, case: Case, arch: int, stages: int) -> dict:
         for name in exact:
             if name in out:
                 rows[name] = (error(out[name], exact[name]), error(plain[name], exact[name]))
-    return {name: {"error": e, "plain": p, "ok": e <= 2 * p + 1e-7} for name, (e, p) in rows.items()}
+        # The normaliser is not rounded to 16 bits at the end, the operands of its sum are.
+        rows["normalizer"] = (rows["normalizer"][0], max(rows["normalizer"][1], eps / 2))
+    return {name: {"error": e, "plain": p, "ok": e <= 2 * p} for name, (e, p) in rows.items()}
 
 
 def median_ms(call, repeats: int = 10) -> float:
@@ -500,7 +521,8 @@ def cases(head_dim: int, dtype: torch.dtype) -> dict[str, Case]:
         "documents": Case(tokens=1024, chunk=256, documents=(1, 65, 128, 300, 512, 777), gate=0.01, **base),
         "boundary": Case(tokens=600, chunk=256, boundary=True, query_heads=4, key_heads=2, **base),
         "strong gate": Case(tokens=512, chunk=512, gate=20.0, **base),
-        "many segments": Case(tokens=4096, chunk=128, query_heads=1, key_heads=1, gate=0.001, **base),
+        "segments": Case(tokens=1000, chunk=64, query_heads=1, key_heads=1, gate=0.001, boundary=True, **base),
+        "segments and documents": Case(tokens=1000, chunk=64, query_heads=2, key_heads=1, documents=(500,), **base),
     }  # fmt: skip
 
 

@@ -1,9 +1,8 @@
 #include "segments.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <algorithm>
+
+#include "numeric.cuh"
 
 namespace powertrain {
 namespace {
@@ -21,74 +20,74 @@ struct JoinParams {
   float state_scale;
 };
 
-__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ inline float to_float(__half x) { return __half2float(x); }
+// Eight 16-bit values plus factor * incoming; the normaliser's are a sum hi + lo.
 template <typename T>
-__device__ T from_float(float x);
-template <>
-__device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
-  return __float2bfloat16_rn(x);
-}
-template <>
-__device__ inline __half from_float<__half>(float x) {
-  return __float2half_rn(x);
+__device__ inline uint4 add(uint4 old, const float (&incoming)[8], float factor, bool is_norm) {
+  alignas(16) T values[8];
+  *(uint4*)values = old;
+  if (is_norm) {
+    const float total = Numeric<T>::to_float(values[0]) + Numeric<T>::to_float(values[1]) + factor * incoming[0];
+    values[0] = Numeric<T>::from_float(total);
+    values[1] = Numeric<T>::from_float(total - Numeric<T>::to_float(values[0]));
+  } else {
+#pragma unroll
+    for (int c = 0; c < 8; c++) values[c] = Numeric<T>::from_float(Numeric<T>::to_float(values[c]) + factor * incoming[c]);
+  }
+  return *(uint4*)values;
 }
 
-// Grid (8-column row pieces of all tiles / kThreads, segments, B * Hk). A thread owns 8 columns of one row of a tile.
+// Grid (8-column row pieces of all tiles / kThreads, B * Hk). A thread owns 8 columns of one row of a tile and walks through time; the states of
+// kAhead chunks are in flight at once.
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kThreads) join_kernel(const JoinParams p) {
-  constexpr int kColumns = kHeadDim + kNormColumns, kGroups = kColumns / 8;
+  constexpr int kColumns = kHeadDim + kNormColumns, kGroups = kColumns / 8, kAhead = 4;
   const int piece = blockIdx.x * kThreads + threadIdx.x;
   if (piece >= p.tiles * kGroups * kBlock) return;
   const int row = piece % kBlock, group = piece / kBlock % kGroups, tile = piece / (kBlock * kGroups);
-  const int64_t head = blockIdx.z;
-  const int segment = blockIdx.y + 1;  // `segment == p.segments` stands for the final state
+  const int64_t head = blockIdx.y;
   const int64_t boundary_at = (head * p.tiles + tile) * kBlock * kColumns + (int64_t)row * kColumns + group * 8;
   const float* decay = p.chunk_decay + head * p.chunks;
+  const float weight = (tile_pair(tile, kHeadDim).distance ? 2.f : 1.f) * p.state_scale;
+  T* const states = p.states ? (T*)p.states + (head * p.chunks * p.tiles + tile) * (kBlock * kColumns) + state_index(row, group * 8) : nullptr;
+  const int64_t stride = p.reverse ? -(int64_t)p.tiles * (kBlock * kColumns) : (int64_t)p.tiles * (kBlock * kColumns);
   auto physical = [&](int64_t logical) { return p.reverse ? p.chunks - 1 - logical : logical; };
 
   float incoming[8] = {};
-  for (int s = 0; s < segment; s++) {
-    float carried = s == 0 ? 0.f : 1.f;
-    for (int64_t l = segment_begin(p.chunks, p.segments, s); l < segment_begin(p.chunks, p.segments, s + 1) && carried > 0.f; l++)
-      carried *= decay[physical(l)];
-    const float* local = p.locals + s * p.boundary_stride + boundary_at;
+  for (int segment = 0; segment < p.segments; segment++) {
+    const int64_t begin = segment_begin(p.chunks, p.segments, segment), end = segment_begin(p.chunks, p.segments, segment + 1);
+    float carried = segment == 0 ? 0.f : 1.f;
+    int64_t l = begin;
+    if (states)
+      for (; l < end && carried > kNegligible; l += kAhead) {
+        T* at = states + physical(l) * (stride < 0 ? -stride : stride);
+        uint4 loaded[kAhead];
+        float factor[kAhead];
+#pragma unroll
+        for (int a = 0; a < kAhead; a++) {
+          factor[a] = carried * weight;
+          if (l + a < end) {
+            loaded[a] = *(const uint4*)(at + a * stride);
+            carried *= decay[physical(l + a)];
+          }
+        }
+#pragma unroll
+        for (int a = 0; a < kAhead; a++)
+          if (l + a < end) *(uint4*)(at + a * stride) = add<T>(loaded[a], incoming, factor[a], group == kGroups - 1);
+      }
+    for (; l < end && carried > 0.f; l++) carried *= decay[physical(l)];
+    const float* local = p.locals + segment * p.boundary_stride + boundary_at;
 #pragma unroll
     for (int c = 0; c < 8; c++) incoming[c] = carried * incoming[c] + local[c];
   }
-  if (segment == p.segments) {
-    if (p.final_state)
+  if (p.final_state)
 #pragma unroll
-      for (int c = 0; c < 8; c++) p.final_state[boundary_at + c] = incoming[c];
-    return;
-  }
-  if (!p.states) return;
-  const float weight = (tile_pair(tile, kHeadDim).distance ? 2.f : 1.f) * p.state_scale;
-  float carried = 1.f;
-  const int64_t end = segment_begin(p.chunks, p.segments, segment + 1);
-  for (int64_t l = segment_begin(p.chunks, p.segments, segment); l < end && carried > kNegligible; l++) {
-    const int64_t n = physical(l);
-    T* at = (T*)p.states + ((head * p.chunks + n) * p.tiles + tile) * (kBlock * kColumns) + state_index(row, group * 8);
-    alignas(16) T values[8];
-    *(uint4*)values = *(const uint4*)at;
-    const float factor = carried * weight;
-    if (group == kGroups - 1) {
-      const float total = to_float(values[0]) + to_float(values[1]) + factor * incoming[0];
-      values[0] = from_float<T>(total);
-      values[1] = from_float<T>(total - to_float(values[0]));
-    } else {
-#pragma unroll
-      for (int c = 0; c < 8; c++) values[c] = from_float<T>(to_float(values[c]) + factor * incoming[c]);
-    }
-    *(uint4*)at = *(const uint4*)values;
-    carried *= decay[n];
-  }
+    for (int c = 0; c < 8; c++) p.final_state[boundary_at + c] = incoming[c];
 }
 
 template <typename T, int kHeadDim>
 int launch(const pt_problem& problem, const JoinParams& p, cudaStream_t stream) {
   const int pieces = p.tiles * (kHeadDim + kNormColumns) / 8 * kBlock;
-  dim3 grid((unsigned)ceil_div(pieces, kThreads), (unsigned)(p.segments - (p.final_state ? 0 : 1)), (unsigned)(problem.batch * problem.key_heads));
+  dim3 grid((unsigned)ceil_div(pieces, kThreads), (unsigned)(problem.batch * problem.key_heads));
   join_kernel<T, kHeadDim><<<grid, kThreads, 0, stream>>>(p);
   return check_cuda(cudaGetLastError(), "join_segments");
 }
@@ -109,17 +108,20 @@ int64_t boundary_elements(const pt_problem& problem) {
 }
 
 int choose_segments(const pt_problem& problem, int64_t blocks_per_segment) {
-  constexpr int kMost = 32;            // bounds the workspace and the join's own serial part
-  constexpr double kJoinCost = 0.15;   // of the whole scan; measured at K = 64 (docs/kernels.md)
-  const int64_t limit = std::min<int64_t>(kMost, chunks(problem.seq_len, problem.chunk_size));
-  const double device = multiprocessors();
+  constexpr int kMost = 32;  // bounds the workspace
+  // In units of the time that a thread block takes for 1024 tokens, estimated from bytes (docs/kernels.md): the pass over the states, per thread
+  // block and chunk of the device, and writing and reading one thread block's part of a segment's final state.
+  constexpr double kJoinCost = 0.15, kLocalCost = 0.007;
+  constexpr double kWorthwhile = 0.97;
+  const int64_t count = chunks(problem.seq_len, problem.chunk_size);
+  const int64_t device = multiprocessors();
   int best = 1;
   double best_cost = 0;
-  for (int s = 1; s <= limit; s++) {
-    const double waves = (double)ceil_div(blocks_per_segment * s, (int64_t)device);
-    const double ideal = blocks_per_segment / device;
-    const double cost = waves / s + (s > 1 ? kJoinCost * ideal : 0.0);
-    if (s == 1 || cost < best_cost * 0.97) best = s, best_cost = cost;
+  for (int s = 1; s <= std::min<int64_t>(kMost, count); s++) {
+    // In chunks that the busiest multiprocessor walks through, one thread block at a time.
+    const double cost = (double)ceil_div(blocks_per_segment * s, device) * ceil_div(count, s) +
+                        (s > 1 ? (kJoinCost * count / device + kLocalCost * s * 1024.0 / problem.chunk_size) * blocks_per_segment : 0.0);
+    if (s == 1 || cost < best_cost * kWorthwhile) best = s, best_cost = cost;
   }
   return best;
 }
