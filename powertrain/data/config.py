@@ -88,7 +88,7 @@ class DataConfig:
     val_fraction: float = 0.02
     # Chooses which documents validate.
     split_seed: int = 0
-    # Tokens of the validation split that one evaluation reads (whole sequences, at least one); None reads all.
+    # Tokens of the validation split that one evaluation reads (whole sequences spread evenly over it); None reads all.
     max_val_tokens: int | None = 131_072
     # True: attention and state restart at document boundaries (cu_seqlens); False: only at each row's start.
     document_mask: bool = True

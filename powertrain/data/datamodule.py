@@ -68,8 +68,9 @@ class TrainBatches(IterableDataset):
 
 
 class ValidationBatches(IterableDataset):
-    """The first `num_windows` windows of the validation split, dealt to the ranks.
+    """`num_windows` windows spread evenly over the validation split, dealt to the ranks.
 
+    Evenly, because neighbours are of one document: the first windows would speak for a few documents alone.
     Every rank gets as many batches of full size (collectives need that); what fills them up has no labels.
     """
 
@@ -99,7 +100,7 @@ class ValidationBatches(IterableDataset):
         for index in range(len(self)):
             first = (index * self.world_size + self.rank) * self.micro_batch_size
             rows = [
-                self.windows[number] if number < self.num_windows else None
+                self.windows[number * len(self.windows) // self.num_windows] if number < self.num_windows else None
                 for number in range(first, first + self.micro_batch_size)
             ]
             yield make_batch(

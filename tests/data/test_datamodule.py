@@ -340,3 +340,14 @@ def test_ranks_with_other_data_are_told(text_config: Build, monkeypatch: pytest.
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
     with pytest.raises(ValueError, match=r"ranks see different data .*paths\.cache"):
         module(text_config()).setup()
+
+
+def test_a_part_of_the_validation_split_is_spread_evenly_over_it(text_config: Any) -> None:
+    def rows(limit: int | None) -> torch.Tensor:
+        data = module(text_config(max_val_tokens=limit), context_length=16, micro_batch_size=1, global_batch_size=None)
+        return torch.cat([batch["input_ids"] for batch in data.val_dataloader()])
+
+    whole = rows(None)
+    count = len(whole) // 2 - 1
+    assert count >= 3
+    assert torch.equal(rows(count * 16), whole[[i * len(whole) // count for i in range(count)]])
