@@ -1,0 +1,428 @@
+"""`powertrain bench kernels`: the CUDA path beside its peers, by problem and by stage, against the hardware's floor.
+
+Peers are PyTorch's SDPA backends (causal softmax attention of the same shape) and the `retention` package where it is
+installed. Times are medians of CUDA-event measurements after warm-up, in one run; rates of a large matrix product and a
+large copy are measured in the same run and give the floors. Everything is written to one JSON file, and the figures are
+drawn from that file alone.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import statistics
+import subprocess
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from powertrain import native
+from powertrain.ops import cuda, power_retention
+from powertrain.ops.cuda_plan import choose_chunk_size, phi_tiles
+from powertrain.ops.flops import OpPassFlops, power_retention_flops
+from powertrain.version import __version__
+
+SDPA_BACKENDS = {"sdpa flash": SDPBackend.FLASH_ATTENTION, "sdpa cudnn": SDPBackend.CUDNN_ATTENTION}
+WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One shape, gated, with `chunk_size` None for the chosen one."""
+
+    name: str
+    batch: int
+    tokens: int
+    query_heads: int
+    key_heads: int
+    head_dim: int
+    chunk_size: int | None = None
+    peers: bool = True
+
+    @property
+    def resolved_chunk_size(self) -> int:
+        return self.chunk_size or choose_chunk_size(
+            tokens=self.tokens,
+            head_dim=self.head_dim,
+            query_heads_per_key_head=self.query_heads // self.key_heads,
+            has_state=False,
+        )
+
+    @property
+    def flops(self) -> OpPassFlops:
+        return power_retention_flops(
+            batch=self.batch,
+            tokens=self.tokens,
+            query_heads=self.query_heads,
+            key_heads=self.key_heads,
+            key_dim=self.head_dim,
+            value_dim=self.head_dim,
+            deg=2,
+            chunk_size=min(self.resolved_chunk_size, self.tokens),
+            executed=False,
+            device_type="cuda",
+        )
+
+
+PROBLEMS = (
+    Problem("headline", 1, 65536, 8, 8, 64, 1024),
+    Problem("headline, chosen chunk", 1, 65536, 8, 8, 64),
+    Problem("T=1k", 64, 1024, 8, 8, 64),
+    Problem("T=4k", 16, 4096, 8, 8, 64),
+    Problem("T=16k", 4, 16384, 8, 8, 64),
+    Problem("T=256k", 1, 1 << 18, 8, 8, 64, peers=False),
+    Problem("T=1M", 1, 1 << 20, 8, 8, 64, peers=False),
+    Problem("K=32", 1, 65536, 8, 8, 32),
+    Problem("K=128", 1, 65536, 8, 8, 128),
+    Problem("GQA 32:8", 1, 65536, 32, 8, 64),
+    Problem("GQA 32:8, K=128", 1, 65536, 32, 8, 128),
+)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Medians of one contender on one problem, in milliseconds; `peak_gib` is its peak memory, inputs included."""
+
+    problem: str
+    contender: str
+    forward_ms: float
+    forward_backward_ms: float
+    peak_gib: float
+
+
+@dataclass(frozen=True)
+class StageTiming:
+    """Median of one stage of our path; the floor counts its algorithmic FLOPs, or its bytes where those take longer."""
+
+    problem: str
+    contender: str
+    stage: str
+    milliseconds: float
+    floor_ms: float | None
+
+    @property
+    def share(self) -> float | None:
+        return None if self.floor_ms is None else self.floor_ms / self.milliseconds
+
+
+def main(argv: list[str]) -> int:
+    """Run the benchmark with command-line arguments `argv` and return the exit status."""
+    args = _parse(argv)
+    if args.draw:
+        return _draw(Path(args.output))
+    if not torch.cuda.is_available():
+        raise SystemExit("powertrain bench kernels needs an NVIDIA GPU; --draw draws an existing result anywhere")
+    console = Console()
+    rates = measure_rates()
+    console.print(f"{rates['matrix_tflops']:.0f} TFLOP/s bf16 matrix product, {rates['copy_tbps']:.2f} TB/s copy")
+    timings: list[Timing] = []
+    stages: list[StageTiming] = []
+    skipped: list[dict[str, str]] = []
+    for problem in PROBLEMS:
+        if args.problems and problem.name not in args.problems:
+            continue
+        _measure(problem, args, rates, timings, stages, skipped, console)
+    record = {
+        **_environment(argv),
+        "rates": rates,
+        "problems": [
+            {**asdict(problem), "chunk_size": problem.resolved_chunk_size, "flops": asdict(problem.flops)}
+            for problem in PROBLEMS
+        ],
+        "timings": [asdict(timing) for timing in timings],
+        "stages": [{**asdict(stage), "share": stage.share} for stage in stages],
+        "skipped": skipped,
+        "kernels": _kernel_attributes(),
+    }
+    path = Path(args.output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    console.print(_table(timings, stages))
+    console.print(f"Written to {path}")
+    return _draw(path)
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="powertrain bench kernels", description=__doc__.splitlines()[0] if __doc__ else None
+    )
+    parser.add_argument("--problems", nargs="+", choices=[p.name for p in PROBLEMS], help="only these")
+    parser.add_argument("--repeats", type=int, default=10, help="timed runs for each median")
+    parser.add_argument("--no-peers", action="store_true", help="our path alone")
+    parser.add_argument("--output", default="docs/benchmarks/kernels.json", help="JSON file to write (or to draw)")
+    parser.add_argument("--draw", action="store_true", help="only draw the figures of --output")
+    return parser.parse_args(argv)
+
+
+def median_ms(function: Callable[[], object], repeats: int) -> float:
+    """Return the median time of `function` on the current stream in milliseconds, between CUDA events."""
+    for _ in range(WARM_UP):
+        function()
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def measure_rates() -> dict[str, float]:
+    """Return the rates of an 8192^3 bf16 matrix product (TFLOP/s) and of a 4 GiB copy, read and written (TB/s)."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    matrix = 2 * 8192**3 / median_ms(lambda: a @ b, 10) / 1e9
+    source = torch.empty(1 << 32, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    copy = 2 * source.numel() / median_ms(lambda: target.copy_(source), 10) / 1e9
+    return {"matrix_tflops": matrix, "copy_tbps": copy}
+
+
+def _measure(
+    problem: Problem,
+    args: argparse.Namespace,
+    rates: dict[str, float],
+    timings: list[Timing],
+    stages: list[StageTiming],
+    skipped: list[dict[str, str]],
+    console: Console,
+) -> None:
+    p = problem
+    generator = torch.Generator(device="cuda").manual_seed(0)
+
+    def randn(heads: int) -> Tensor:
+        x = torch.randn(p.batch, p.tokens, heads, p.head_dim, generator=generator, device="cuda")
+        return x.bfloat16().requires_grad_()
+
+    q, k, v = randn(p.query_heads), randn(p.key_heads), randn(p.key_heads)
+    grad = torch.randn(q.shape, generator=generator, device="cuda").bfloat16()
+    log_g = torch.full((p.batch, p.tokens, p.key_heads), -1e-3, device="cuda", requires_grad=True)
+
+    def record(contender: str, forward: Callable[[], Any], leaves: tuple[Tensor, ...], cotangent: Tensor) -> None:
+        def both() -> object:
+            return torch.autograd.grad(forward(), leaves, cotangent)
+
+        try:
+            torch.cuda.reset_peak_memory_stats()
+            both()
+            peak = torch.cuda.max_memory_allocated() / 2**30
+            with torch.no_grad():
+                forward_ms = median_ms(forward, args.repeats)
+            timings.append(Timing(p.name, contender, forward_ms, median_ms(both, args.repeats), peak))
+        except (RuntimeError, ValueError) as error:
+            skipped.append({"problem": p.name, "contender": contender, "why": str(error).splitlines()[0]})
+            return
+        last = timings[-1]
+        console.print(
+            f"{p.name}: {contender} {last.forward_ms:.3f} ms, with backward {last.forward_backward_ms:.3f} ms"
+        )
+
+    def ours() -> Any:
+        return power_retention(q, k, v, log_g, chunk_size=p.resolved_chunk_size, impl="cuda")
+
+    leaves = (q, k, v, log_g)
+    for contender, arch in (("powertrain", 0), ("powertrain sm80", 80)):
+        with cuda.force_arch(arch):
+            record(contender, ours, leaves, grad)
+            stages += _stage_timings(p, contender, lambda: torch.autograd.grad(ours(), leaves, grad), args, rates)
+    if args.no_peers or not p.peers:
+        return
+    # The peers' own layout, contiguous (B, H, T, D): they pay for no copy.
+    qt, kt, vt = (x.detach().transpose(1, 2).contiguous().requires_grad_() for x in (q, k, v))
+    for contender, backend in SDPA_BACKENDS.items():
+
+        def softmax(backend: SDPBackend = backend) -> Tensor:
+            with sdpa_kernel(backend):
+                return torch.nn.functional.scaled_dot_product_attention(
+                    qt, kt, vt, is_causal=True, enable_gqa=p.query_heads != p.key_heads
+                )
+
+        record(contender, softmax, (qt, kt, vt), grad.transpose(1, 2).contiguous())
+    if importlib.util.find_spec("retention") is None:
+        skipped.append({"problem": p.name, "contender": "retention", "why": "not installed"})
+        return
+    from retention import power_retention as peer
+
+    record("retention", lambda: peer(q, k, v, log_g, deg=2, chunk_size=p.resolved_chunk_size), leaves, grad)
+
+
+@contextlib.contextmanager
+def _observed_stages(record: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]]) -> Iterator[None]:
+    """Put events around every stage that the CUDA path runs."""
+    run = cuda._Plan.run
+
+    def observed(self: cuda._Plan, name: str, parameters: ctypes.Structure, stream: int) -> None:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run(self, name, parameters, stream)
+        end.record()
+        suffix = " reverse" if getattr(parameters, "reverse", 0) else ""
+        record[name.removeprefix("pt_") + suffix].append((start, end))
+
+    cuda._Plan.run = observed  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        cuda._Plan.run = run  # type: ignore[method-assign]
+
+
+def _stage_timings(
+    problem: Problem, contender: str, step: Callable[[], object], args: argparse.Namespace, rates: dict[str, float]
+) -> list[StageTiming]:
+    for _ in range(WARM_UP):
+        step()
+    sums: dict[str, list[float]] = defaultdict(list)
+    for _ in range(args.repeats):
+        events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = defaultdict(list)
+        with _observed_stages(events):
+            step()
+        torch.cuda.synchronize()
+        for name, pairs in events.items():
+            sums[name].append(sum(start.elapsed_time(end) for start, end in pairs))
+    floors = stage_floors(problem, rates)
+    return [
+        StageTiming(problem.name, contender, name, statistics.median(times), floors.get(name))
+        for name, times in sums.items()
+    ]
+
+
+def stage_floors(problem: Problem, rates: dict[str, float]) -> dict[str, float]:
+    """Return the least milliseconds of each stage: its algorithmic FLOPs at the matrix rate or its bytes at the copy
+    rate, whichever takes longer.
+
+    A stage counts what it needs if it stood alone: one product with the state, and over pairs of tokens the scores
+    again and its own products. The floors of the backward stages therefore add up to more than the backward pass's.
+    """
+    p, flops = problem, problem.flops
+    tokens = p.batch * p.tokens
+    row = p.head_dim * 2
+    q_bytes, k_bytes = tokens * p.query_heads * row, tokens * p.key_heads * row
+    chunks = -(-p.tokens // p.resolved_chunk_size)
+    states = p.batch * p.key_heads * chunks * phi_tiles(p.head_dim) * 64 * (p.head_dim + 8) * 2 if chunks > 1 else 0
+    product = flops.forward.intra_chunk / 2  # one product over the pairs
+    needs = {
+        "chunk_state": (flops.forward.state_update, 2 * k_bytes + states),
+        "chunk_scan": (flops.forward.state_query + 2 * product, 2 * q_bytes + 2 * k_bytes + states),
+        "chunk_state reverse": (flops.backward.state_query / 2, 2 * q_bytes + states),
+        "chunk_scan reverse": (flops.backward.state_update / 2 + 2 * product, 2 * q_bytes + 3 * k_bytes + states),
+        "chunk_scan_grad": (flops.backward.state_query / 2 + 3 * product, 3 * q_bytes + 2 * k_bytes + states),
+        "chunk_scan_grad reverse": (flops.backward.state_update / 2 + 3 * product, 2 * q_bytes + 3 * k_bytes + states),
+        "pack": (0, 2 * (q_bytes + 2 * k_bytes)),
+        "pack_grad": (0, 3 * q_bytes),
+        "state_flow": (0, 2 * states),
+    }
+    return {
+        name: max(work / rates["matrix_tflops"], size / rates["copy_tbps"]) / 1e9
+        for name, (work, size) in needs.items()
+    }
+
+
+def _kernel_attributes() -> list[dict[str, Any]]:
+    library, count = native.library(), ctypes.c_int32()
+    native.call("pt_kernel_count", ctypes.byref(count))
+    result = []
+    for index in range(count.value):
+        attributes = native.abi.KernelAttributes()
+        if library.pt_kernel_info(index, ctypes.byref(attributes)) == 0:
+            fields = {name: getattr(attributes, name) for name, *_ in attributes._fields_}
+            result.append({**fields, "name": attributes.name.decode()})
+    return result
+
+
+def _environment(argv: list[str]) -> dict[str, Any]:
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    peer = "retention"
+    return {
+        "benchmark": "kernels",
+        "command": " ".join(["powertrain", "bench", "kernels", *argv]),
+        "commit": commit.stdout.strip() or None,
+        "powertrain": __version__,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "retention": importlib.metadata.version(peer) if importlib.util.find_spec(peer) else None,
+        "python": platform.python_version(),
+        "gpu": torch.cuda.get_device_name(),
+        "multiprocessors": torch.cuda.get_device_properties(0).multi_processor_count,
+    }
+
+
+def _table(timings: list[Timing], stages: list[StageTiming]) -> Table:
+    table = Table(title="ms, medians")
+    for name in ("problem", "contender", "forward", "forward + backward", "peak GiB", "stages (share of floor)"):
+        table.add_column(name)
+    for t in timings:
+        parts = [
+            f"{s.stage} {s.milliseconds:.3f}" + (f" ({s.share:.0%})" if s.share else "")
+            for s in stages
+            if (s.problem, s.contender) == (t.problem, t.contender)
+        ]
+        table.add_row(
+            t.problem,
+            t.contender,
+            f"{t.forward_ms:.3f}",
+            f"{t.forward_backward_ms:.3f}",
+            f"{t.peak_gib:.2f}",
+            ", ".join(parts),
+        )
+    return table
+
+
+def _draw(path: Path) -> int:
+    """Draw time per token against context, and each stage's share of its floor, beside the data file."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    record = json.loads(path.read_text())
+    problems = {problem["name"]: problem for problem in record["problems"]}
+    contexts = [p for p in problems.values() if p["name"].startswith("T=") or p["name"] == "headline, chosen chunk"]
+    names = {p["name"] for p in contexts}
+
+    figure, axes = pyplot.subplots(figsize=(6.5, 4), layout="constrained")
+    lines: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    for timing in record["timings"]:
+        if timing["problem"] in names:
+            problem = problems[timing["problem"]]
+            per_token = timing["forward_backward_ms"] * 1e6 / (problem["batch"] * problem["tokens"])
+            lines[timing["contender"]].append((problem["tokens"], per_token))
+    for contender, points in lines.items():
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=contender)
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="context T (tokens)",
+        ylabel="forward + backward per token (ns)",
+        title=f"{record['gpu']}: 8 heads of 64, bf16, 65536 tokens in all up to T = 64k",
+    )
+    if lines:
+        axes.legend()
+    figure.savefig(path.with_name(f"{path.stem}-context.png"), dpi=150)
+
+    shares = [s for s in record["stages"] if s["problem"] == "headline" and s["share"] is not None]
+    figure, axes = pyplot.subplots(figsize=(6.5, 4), layout="constrained")
+    labels = [f"{s['stage']} ({s['contender'].removeprefix('powertrain').strip() or 'chosen'})" for s in shares]
+    axes.barh(labels, [100 * s["share"] for s in shares])
+    axes.invert_yaxis()
+    axes.set(xlabel="share of the floor (%)", xlim=(0, 100), title="Headline problem, by stage")
+    figure.savefig(path.with_name(f"{path.stem}-stages.png"), dpi=150)
+    print(f"Drawn: {path.with_name(path.stem + '-context.png')}, {path.with_name(path.stem + '-stages.png')}")
+    return 0
