@@ -34,22 +34,14 @@ def plot_curve(run_dir: str | Path) -> Path:
     if curves["train/loss"]:
         axes.plot(*zip(*curves["train/loss"], strict=True), color="#9db7d5", linewidth=1.0, label="training")
     if curves["val/loss"]:
+        final = curves["val/loss"][-1][1]
         axes.plot(
             *zip(*curves["val/loss"], strict=True),
             color="#1f4e8c",
             linewidth=1.8,
             marker="o",
             markersize=3.5,
-            label="validation",
-        )
-        tokens, final = curves["val/loss"][-1]
-        axes.annotate(
-            f"{final:.3f} nats\nperplexity {math.exp(min(final, 700.0)):.4g}",
-            (tokens, final),
-            xytext=(-6, 14),
-            textcoords="offset points",
-            ha="right",
-            color="#1f4e8c",
+            label=f"validation, at the end {final:.3f} (perplexity {math.exp(min(final, 700.0)):.4g})",
         )
     axes.set(xlabel="tokens", ylabel="loss (nats per token)", title=run_dir.resolve().name)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
