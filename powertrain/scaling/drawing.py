@@ -116,7 +116,7 @@ class Pens:
     def __init__(self, recipe: Recipe, mixers: list[str]) -> None:
         known = list(recipe.mixers) + [m for m in mixers if m not in recipe.mixers]
         self._index = {m: i for i, m in enumerate(known)}
-        self._labels = {m: recipe.label(m) if m in recipe.mixers else m for m in known}
+        self._labels = {m: recipe.label(m) for m in known}
 
     def colour(self, mixer: str) -> str:
         return COLOURS[self._index[mixer] % len(COLOURS)]

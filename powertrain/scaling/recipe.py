@@ -195,8 +195,8 @@ class Recipe:
         return tuple(sorted({b for stage in self.stages for b in stage.budgets}))
 
     def label(self, mixer: str) -> str:
-        """The text that stands for a mixer in figures and tables."""
-        return self.mixers[mixer].label or mixer
+        """The text that stands for a mixer in figures and tables; records may hold mixers that the recipe does not."""
+        return (self.mixers[mixer].label if mixer in self.mixers else "") or mixer
 
     def fingerprint(self) -> str:
         """Return sixteen digits of the hash of the whole recipe."""

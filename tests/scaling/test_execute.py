@@ -1,0 +1,178 @@
+import dataclasses
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from powertrain.scaling.catalog import ComposedCatalog
+from powertrain.scaling.evaluate import position_bounds, sum_by_document, training_curve
+from powertrain.scaling.execute import TrainingExecutor, branch, trunk_config
+from powertrain.scaling.recipe import load_recipe
+from powertrain.scaling.records import table
+from powertrain.scaling.run import SweepPaths, SweepState, run
+
+RECIPE = """
+name: tiny
+question: Does a sweep survive?
+contexts: [32]
+subject: power
+baseline: softmax
+mixers:
+  power: {{overrides: [mixer=power, mixer.chunk_size=16]}}
+  softmax: {{overrides: [mixer=softmax]}}
+ladder:
+  one: {{overrides: [model=1m, model.n_layers=1, model.d_model=16, model.n_heads=2, model.n_kv_heads=2, model.head_dim=8, model.d_ff=32]}}
+stages:
+  - {{budgets: [6.0e+7, 1.2e+8], sizes: all, learning_rates: grid}}
+learning_rate: {{value: 1.0e-2}}
+batch_tokens: {{value: 64}}
+overrides:
+  - data=text
+  - data.files='{files}'
+  - data.tokenizer.kind=bytes
+  - data.val_fraction=0.2
+  - data.num_workers=0
+  - trainer.accelerator=cpu
+  - trainer.precision=32-true
+  - trainer.val_every_steps=100000
+  - trainer.checkpoint_every_steps=3
+  - trainer.log_every_steps=1
+  - paths.cache='{cache}'
+warmup_steps: 3
+limits: {{min_steps: 5}}
+evaluation: {{tokens: 512, position_buckets: 3}}
+"""  # noqa: E501
+
+# Everything but what a clock measures.
+TIMES = ("seconds",)
+
+
+def recipe_in(directory):
+    texts = directory / "texts"
+    texts.mkdir(parents=True)
+    rng = random.Random(0)
+    for i in range(40):
+        (texts / f"{i:02d}.txt").write_text(
+            " ".join(rng.choices(["the", "cat", "sat", "on", "a", "mat", "and", "ran"], k=150))
+        )
+    path = directory / "tiny.yaml"
+    path.write_text(RECIPE.format(files=f"{texts}/*.txt", cache=directory / "cache"))
+    return path
+
+
+def state_in(path, root):
+    recipe = load_recipe(str(path))
+    return SweepState(recipe, ComposedCatalog(recipe, "cpu"), SweepPaths(root / recipe.name))
+
+
+def rows(state):
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in table(state.store.read()).to_pylist()]
+
+
+def test_a_trunk_is_the_cell_without_its_fall(tmp_path):
+    cell = state_in(recipe_in(tmp_path), tmp_path).expand().cells[0]
+    trunk = trunk_config(cell)
+    assert trunk.schedule.kind == "constant"
+    assert trunk.budget.value == cell.decay_start
+    assert trunk.resolved_run_id() == cell.trunk
+    assert dataclasses.replace(trunk.optim) == cell.config.optim
+
+
+def test_a_branch_without_a_trunk_starts_at_the_beginning(tmp_path):
+    assert branch(tmp_path / "none", tmp_path / "cell", 10) == 0
+    assert not (tmp_path / "cell").exists()
+
+
+def test_documents_and_positions_are_summed_exactly():
+    import numpy as np
+
+    losses = np.arange(8.0)
+    counted = np.array([1, 1, 1, 0, 1, 1, 1, 1], dtype=bool)
+    documents = sum_by_document(losses, counted, np.array([0, 3, 6]), (2, 4, 8))
+    assert documents[0].tolist() == [0 + 1 + 2, 4 + 5, 6 + 7]
+    assert documents[1].tolist() == [3, 2, 2]
+    # Positions 0 and 1 of each document, then 2 and 3.
+    assert documents[2].tolist() == [0 + 1 + 4 + 6 + 7, 2 + 5, 0]
+    assert documents[3].tolist() == [5, 2, 0]
+
+
+def test_position_bounds_end_with_the_context():
+    assert position_bounds(65536, 3) == (16384, 32768, 65536)
+    assert position_bounds(4, 12) == (1, 2, 4)
+
+
+def test_a_curve_says_which_points_are_annealed():
+    metrics = [
+        {"step": s, "tokens": 100 * s, "seconds": s / 10, "train/loss": 5.0 - s / 100} for s in range(1, 101)
+    ] + [{"step": 100, "tokens": 10_000, "seconds": 10.0, "val/loss": 3.9}]
+    curve = training_curve(metrics, 80, devices=2)
+    assert [p.tokens for p in curve] == sorted(p.tokens for p in curve)
+    assert all(p.annealed == (p.tokens > 8000) for p in curve)
+    assert curve[-1].seconds == 20.0
+    assert {p.kind for p in curve} == {"train", "val"}
+    assert sum(p.kind == "train" for p in curve) < 100, "neighbouring steps are averaged"
+
+
+@pytest.mark.slow
+def test_a_branch_equals_the_unbroken_run(tmp_path):
+    """Trunk, branch, longer trunk, branch: each cell's weights and losses are those of its run from the start."""
+    from powertrain.train import run as train
+
+    path = recipe_in(tmp_path)
+    state = state_in(path, tmp_path / "sweeps")
+    run(state, TrainingExecutor(state.recipe, state.paths))
+    assert not state.failures.ids()
+    records = {r.cell: r for r in state.store.read()}
+    for cell in state.expand().cells:
+        alone = dataclasses.replace(
+            cell.config, paths=dataclasses.replace(cell.config.paths, runs=str(tmp_path / "alone"))
+        )
+        result = train(alone)
+        curve = training_curve_of(result.run_dir, cell.decay_start)
+        record = records[cell.id]
+        assert [(p.tokens, p.loss, p.annealed) for p in record.curve if p.kind == "train"] == curve
+        assert record.annealed
+        assert (state.paths.runs / cell.trunk).is_dir() or cell.budget == max(state.recipe.budgets)
+
+
+def training_curve_of(run_dir, decay_start):
+    from powertrain.training.records import read_metrics
+
+    points = training_curve(read_metrics(run_dir), decay_start, 1)
+    return [(p.tokens, p.loss, p.annealed) for p in points if p.kind == "train"]
+
+
+@pytest.mark.slow
+def test_killed_at_random_a_real_sweep_ends_with_the_identical_table(tmp_path):
+    path = recipe_in(tmp_path)
+    unbroken = state_in(path, tmp_path / "unbroken")
+    run(unbroken, TrainingExecutor(unbroken.recipe, unbroken.paths))
+    state = state_in(path, tmp_path / "killed")
+    command = [sys.executable, "-m", "powertrain", "sweep", "run", str(path), "--directory", str(tmp_path / "killed")]
+    rng = random.Random(1)
+    kills = 0
+    for _ in range(6):
+        process = subprocess.Popen([*command, "--quiet"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        before = progress(state)
+        deadline = time.monotonic() + 120
+        while progress(state) == before and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0.0, 1.0))
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        process.wait()
+    assert kills >= 2
+    done = subprocess.run([*command, "--quiet"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert rows(state) == rows(unbroken)
+
+
+def progress(state):
+    """What changes while a sweep makes progress: lines of metrics and finished cells."""
+    lines = sum(len(p.read_bytes()) for p in state.paths.runs.glob("*/metrics.jsonl"))
+    return lines, len(state.store.finished())
