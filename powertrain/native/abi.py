@@ -1,4 +1,4 @@
-"""The C ABI of `kernels/include/powertrain_kernels.h` in ctypes: the structs, field by field, and the functions' types."""
+"""The C ABI of `kernels/include/powertrain_kernels.h` in ctypes: structs, field by field, and the functions' types."""
 
 import ctypes
 from ctypes import POINTER, c_char, c_char_p, c_float, c_int32, c_int64, c_void_p

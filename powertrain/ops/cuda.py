@@ -30,6 +30,8 @@ from powertrain.ops.sympow import phi_dimension
 
 _arch = int(os.environ.get("POWERTRAIN_KERNELS_ARCH", "0"))
 
+_warned: set[str] = set()
+
 allocate: Callable[..., Tensor] = torch.empty
 """How outputs and workspaces are allocated; tests put a NaN-filling function here."""
 
@@ -61,25 +63,33 @@ def use_cuda(impl: str | None, query: Tensor, value: Tensor, deg: int) -> bool:
         if query.device.type == "cuda" and query.dtype in DTYPES and deg == 2:
             _warn_once(f"power_retention takes its PyTorch path: {reason}.")
         return False
-    if impl == "cuda":
-        native.library()
+    problem = _library_problem()
+    if problem is None:
         return True
-    return _is_library_usable()
+    if impl == "cuda":
+        raise native.KernelsUnavailable(problem)
+    _warn_once(f"power_retention takes its PyTorch path. {problem}")
+    return False
+
+
+@torch.compiler.assume_constant_result  # asked once, while a compiler traces
+def _library_problem() -> str | None:
+    return _load_library()
 
 
 @functools.cache
-def _is_library_usable() -> bool:
+def _load_library() -> str | None:
     try:
         native.library()
     except (native.KernelsUnavailable, native.KernelBuildError) as error:
-        _warn_once(f"power_retention takes its PyTorch path. {error}")
-        return False
-    return True
+        return str(error)
+    return None
 
 
-@functools.cache
 def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=4)
+    if not torch.compiler.is_compiling() and message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, stacklevel=4)
 
 
 def power_retention_cuda(
@@ -123,15 +133,11 @@ def public_normalizer(normalizer: Tensor, saved: Tensor, scale: float, like: Ten
     result = normalizer * scale**2
     if like.dtype == torch.float16:
         B, _, Hq, _ = like.shape
-        scales = saved[-_scale_bytes(B, Hq, key_heads) :].view(torch.float32)
+        scales = saved[-4 * B * (Hq + 2 * key_heads) :].view(torch.float32)
         q_scale = scales[: B * Hq].view(B, Hq)
         k_scale = scales[B * Hq : B * (Hq + key_heads)].view(B, key_heads).repeat_interleave(Hq // key_heads, 1)
         result = result / (q_scale * k_scale)[..., None] ** 2
     return result.transpose(1, 2)
-
-
-def _scale_bytes(batch: int, query_heads: int, key_heads: int) -> int:
-    return (batch * (query_heads + 2 * key_heads) * 4 + 255) // 256 * 256
 
 
 class _Plan:
@@ -141,9 +147,9 @@ class _Plan:
         self, dtype: torch.dtype, arch: int, B: int, T: int, Hq: int, Hk: int, D: int, chunk_size: int, has_state: bool
     ) -> None:
         self.scaled = dtype == torch.float16
-        # fp16: |phi| and |v'| are at most 1 in packed units and a state sums at most T of them; its gradient T Hq / Hk, with
-        # queries lengthened up to 4 times where weights are small (few rows, so a factor of 4 of the 16 is allowed for).
-        # Twice that off the diagonal; half of the largest number is left as headroom.
+        # fp16: |phi| and |v'| are at most 1 in packed units and a state sums at most T of them; its gradient T Hq / Hk,
+        # with queries lengthened up to 4 times where weights are small (few rows: a factor of 4 of the 16 is allowed
+        # for). Twice that off the diagonal; half of the largest number is left as headroom.
         largest = 8 * T * (Hq // Hk) if self.scaled else 1
         state_scale = 2.0 ** -max(0, math.ceil(math.log2(largest)) - 15)
         self.problem = abi.Problem(DTYPES[dtype], arch, B, Hq, Hk, D, chunk_size, state_scale, T)
@@ -596,7 +602,7 @@ def _forward_formula(
 
 @register_flop_formula(torch.ops.powertrain.power_retention_cuda_bwd)
 def _backward_formula(
-    grad_out: Any, grad_state: Any, grad_sum: Any, out: Any, normalizer: Any, saved: Any, cu_seqlens: Any, key_heads: int, has_gates: bool, has_state: bool, chunk_size: int,
-    *args: Any, **kwargs: Any,
+    grad_out: Any, grad_state: Any, grad_sum: Any, out: Any, normalizer: Any, saved: Any, cu_seqlens: Any,
+    key_heads: int, has_gates: bool, has_state: bool, chunk_size: int, *args: Any, **kwargs: Any,
 ) -> int:  # fmt: skip
     return _call_flops(out, key_heads, chunk_size, has_state, grad_state is not None).backward.total

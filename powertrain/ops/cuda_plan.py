@@ -1,4 +1,4 @@
-"""What the CUDA path decides from shapes alone: what it supports, the chunk size, the sizes and places of its buffers."""
+"""What the CUDA path decides from shapes alone: what it supports, the chunk size, the sizes of its buffers."""
 
 import functools
 from dataclasses import dataclass
@@ -40,8 +40,13 @@ def unsupported(query: torch.Tensor, value: torch.Tensor, deg: int) -> str | Non
     return None
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # asked once, while a compiler traces
 def _capability(index: int) -> tuple[int, int]:
+    return _read_capability(index)
+
+
+@functools.cache
+def _read_capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
@@ -111,7 +116,7 @@ class Layout:
         states = gates + gate_bytes(batch, key_heads, blocks, chunks)
         state_bytes = phi_tiles(head_dim) * BLOCK * (head_dim + NORM_COLUMNS) * 2
         scales = states + (heads * chunks * state_bytes if keeps_states else 0)
-        total = scales + (_padded(batch * (query_heads + 2 * key_heads) * 4) if scaled else 0)
+        total = scales + (batch * (query_heads + 2 * key_heads) * 4 if scaled else 0)
         return cls(query, key, value, gates, states, scales, total)
 
 

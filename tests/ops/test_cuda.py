@@ -55,7 +55,7 @@ def _library() -> Iterator[None]:
 
 
 def _forget_library() -> None:
-    for cached in (loader._load_once, cuda._plan, cuda._is_library_usable):
+    for cached in (loader._load_once, cuda._plan, cuda._load_library):
         cached.cache_clear()
 
 
@@ -161,7 +161,7 @@ def measure(case: Case, seed: int = 0) -> dict[str, tuple[float, float]]:
 def assert_accurate(case: Case, seed: int = 0) -> None:
     failures = []
     errors = measure(case, seed)
-    # Where the plain formula overflows in fp16, a row's weights nearly all vanish and are subnormal here: finite, not exact.
+    # Where the plain formula overflows in fp16, some row's weights nearly all vanish: here subnormal, not exact.
     overflows = not all(math.isfinite(plain) for _, plain in errors.values())
     for name, (error, plain) in errors.items():
         allowed = 0.1 if overflows else max(FACTOR * plain, 2 * torch.finfo(case.dtype).eps)

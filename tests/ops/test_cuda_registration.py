@@ -122,7 +122,7 @@ def test_forcing_cuda_on_what_it_cannot_do_says_why(change: dict[str, Any], mess
 
 def test_unsupported_head_dim_warns_once_and_takes_the_torch_path() -> None:
     tensors = Case(T=20, D=48, Hq=1, Hk=1).tensors()
-    cuda._warn_once.cache_clear()
+    cuda._warned.clear()
     if DEVICE == "cuda":
         with pytest.warns(UserWarning, match=r"PyTorch path.*48"):
             power_retention(**tensors)
@@ -137,12 +137,12 @@ def test_without_a_library_one_warning_and_the_torch_path(monkeypatch: pytest.Mo
         raise native.KernelsUnavailable("nvcc was not found: install it.")
 
     monkeypatch.setattr(native, "library", missing)
-    cuda._is_library_usable.cache_clear()
-    cuda._warn_once.cache_clear()
+    cuda._load_library.cache_clear()
+    cuda._warned.clear()
     tensors = Case(T=20, D=32).tensors()
     with pytest.warns(UserWarning, match="nvcc was not found"):
         out = power_retention(**tensors)
-    cuda._is_library_usable.cache_clear()
+    cuda._load_library.cache_clear()
     assert torch.equal(out, power_retention(**tensors, impl="torch"))
     with pytest.raises(native.KernelsUnavailable, match="nvcc was not found"):
         power_retention(**tensors, impl="cuda")
@@ -150,7 +150,7 @@ def test_without_a_library_one_warning_and_the_torch_path(monkeypatch: pytest.Mo
 
 def test_a_refused_stage_raises_with_the_librarys_words() -> None:
     plan = cuda._Plan(BF16, 80, 1, 10, 1, 1, 32, 64, False)
-    with pytest.raises(native.KernelLaunchError, match="pt_chunk_scan: .*does not hold"):
+    with pytest.raises(native.KernelLaunchError, match=r"pt_chunk_scan: .*does not hold"):
         plan.run("pt_chunk_scan", native.abi.ChunkScan(), 0)
 
 
