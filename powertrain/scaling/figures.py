@@ -62,7 +62,7 @@ def draw_envelope(recipe: Recipe, findings: Findings) -> Canvas | None:
     shown = [
         float(l) for e in findings.envelopes.values() for c, l in zip(e.compute, e.loss, strict=True) if c >= start
     ]
-    fit_log_x(ax, [c for c in seen if c >= start])
+    fit_log_x(ax, [c for c in [*seen, *(p.flops(recipe.convention) for _, p in annealed)] if c >= start])
     top = max(shown)
     ax.set_ylim(*exact([lowest - 0.06 * (top - lowest), top + 0.06 * (top - lowest)]))
     ax.set_xlabel(_convention(recipe))
@@ -376,8 +376,9 @@ def draw_state_size(recipe: Recipe, findings: Findings) -> Canvas | None:
     left.set_ylabel("annealed loss (nats per token)")
     left.set_title(f"Against state size, context {findings.context}")
     right.set_title("Against the balance of weights and state")
-    left.legend()
     right.legend()
+    # Below: one line per budget leaves no corner of the left axes free.
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=min(6, len(budgets)))
     return figure
 
 

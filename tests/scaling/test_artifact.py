@@ -1,0 +1,21 @@
+"""The report as a W&B artifact: written offline, without a key and without a prompt."""
+
+from powertrain.scaling.artifact import log_report
+from powertrain.scaling.report import write
+
+from . import synthetic
+
+
+def test_the_report_becomes_an_offline_artifact(tmp_path, monkeypatch):
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    for name in ("CACHE", "DATA", "CONFIG"):
+        monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / name.lower()))
+    write({"README.md": b"# page", "figures/x-1.svg": b"<svg/>"}, tmp_path / "report")
+    said = log_report(synthetic.recipe(), tmp_path / "report", tmp_path / "sweep")
+    assert said == "W&B artifact synthetic-report (offline)"
+    (run,) = (tmp_path / "sweep").glob("wandb/offline-run-*/run-*.wandb")
+    content = run.read_bytes()
+    for text in (b"synthetic-report", b"README.md", b"figures/x-1.svg"):
+        assert text in content
