@@ -40,7 +40,7 @@ Thread* current = nullptr;
 
 namespace {
 
-constexpr size_t kStackBytes = 64 * 1024;
+constexpr size_t kStackBytes = 256 * 1024;
 
 struct Meeting {  // of a collective
   std::vector<void*> arguments;
