@@ -41,8 +41,8 @@ class Problem(ctypes.Structure):
 
 class Sizes(ctypes.Structure):
     _fields_ = [
-        ("packed_q", I64), ("packed_k", I64), ("packed_v", I64), ("packed_dn", I64), ("gates", I64), ("states", I64), ("boundary", I64),
-        ("gate_grad", I64), ("chunk_state_workspace", I64), ("gate_grad_workspace", I64), ("reserved", I64 * 6),
+        ("packed_q", I64), ("packed_k", I64), ("packed_v", I64), ("packed_dn", I64), ("gates", I64), ("states", I64),
+        ("boundary", I64), ("dots", I64), ("chunk_state_workspace", I64), ("reserved", I64 * 7),
     ]  # fmt: skip
 
 
@@ -55,14 +55,14 @@ class ChunkState(ctypes.Structure):
 class ChunkScan(ctypes.Structure):
     _fields_ = [
         ("reverse", I32), ("has_boundary", I32), ("q", P), ("k", P), ("u", P), ("gates", P), ("states", P), ("out", Strided),
-        ("out_scale", P), ("normalizer", P), ("v", P), ("gate_grad", P),
+        ("out_scale", P), ("normalizer", P),
     ]  # fmt: skip
 
 
 class ChunkScanGrad(ctypes.Structure):
     _fields_ = [
-        ("reverse", I32), ("has_boundary", I32), ("q", P), ("k", P), ("v", P), ("dn", P), ("gates", P), ("states", P), ("out", Strided),
-        ("x_scale", P), ("value_scale", P), ("dn_scale", P),
+        ("reverse", I32), ("has_boundary", I32), ("q", P), ("k", P), ("v", P), ("dn", P), ("gates", P), ("states", P),
+        ("out", Strided), ("x_scale", P), ("value_scale", P), ("dn_scale", P), ("dots", P),
     ]  # fmt: skip
 
 
@@ -254,24 +254,18 @@ class Run:
         )
         self.call("pt_chunk_state", ctypes.byref(params), self.stream())
 
-    def chunk_scan(
-        self, reverse: bool, states: Tensor, out: Tensor, normalizer: Tensor | None, gate_grad: Tensor | None
-    ) -> None:
-        u = self.packed_dn if reverse else self.packed_v
-        scale = self.dn_scale if reverse else None
-        pointers = [None if t is None else t.data_ptr() for t in (scale, normalizer, self.packed_v, gate_grad)]
-        params = ChunkScan(
-            reverse, self.case.boundary, self.packed_q.data_ptr(), self.packed_k.data_ptr(), u.data_ptr(), self.gates.data_ptr(),
-            states.data_ptr(), strided(out), *pointers,
-        )  # fmt: skip
+    def chunk_scan(self, reverse: bool, states: Tensor, out: Tensor, normalizer: Tensor | None) -> None:
+        u, scale = (self.packed_dn, self.dn_scale) if reverse else (self.packed_v, None)
+        inputs = [t.data_ptr() for t in (self.packed_q, self.packed_k, u, self.gates, states)]
+        optional = [None if t is None else t.data_ptr() for t in (scale, normalizer)]
+        params = ChunkScan(reverse, self.case.boundary, *inputs, strided(out), *optional)
         self.call("pt_chunk_scan", ctypes.byref(params), self.stream())
 
-    def chunk_scan_grad(self, reverse: bool, states: Tensor, out: Tensor) -> None:
-        pointers = [
-            t.data_ptr() for t in (self.packed_q, self.packed_k, self.packed_v, self.packed_dn, self.gates, states)
-        ]
+    def chunk_scan_grad(self, reverse: bool, states: Tensor, out: Tensor, dots: Tensor) -> None:
+        inputs = [self.packed_q, self.packed_k, self.packed_v, self.packed_dn, self.gates, states]
         scale = None if self.dn_scale is None else self.dn_scale.data_ptr()
-        params = ChunkScanGrad(reverse, self.case.boundary, *pointers, strided(out), None, None, scale)
+        pointers = [t.data_ptr() for t in inputs]
+        params = ChunkScanGrad(reverse, self.case.boundary, *pointers, strided(out), None, None, scale, dots.data_ptr())
         self.call("pt_chunk_scan_grad", ctypes.byref(params), self.stream())
 
     def new(self, *shape: int, dtype: torch.dtype) -> Tensor:
@@ -300,7 +294,7 @@ class Run:
             "normalizer": self.new(c.batch, c.query_heads, c.tokens, dtype=torch.float32),
         }
         self.chunk_state(False, out["states"], out["final"])
-        self.chunk_scan(False, out["states"], out["y"], out["normalizer"], None)
+        self.chunk_scan(False, out["states"], out["y"], out["normalizer"])
         return out
 
     def backward(self, forward: dict[str, Tensor], grad_stage: bool) -> dict[str, Tensor]:
@@ -310,19 +304,23 @@ class Run:
             "dstates": self.new(*self.state_shape, dtype=c.dtype),
             "dinitial": self.new(*self.boundary_shape, dtype=torch.float32),
             "dv": self.new(*self.v.shape, dtype=c.dtype),
-            "gate_grad": self.new(c.batch, c.key_heads, -(-c.tokens // BLOCK) * BLOCK, dtype=torch.float32),
         }
         if self.dn_scale is not None and self.dfinal is not None:
             self.dfinal_scaled = self.dfinal * self.dn_scale.flatten()[:, None, None, None]
         self.chunk_state(True, out["dstates"], out["dinitial"])
-        self.chunk_scan(True, out["dstates"], out["dv"], None, out["gate_grad"])
+        self.chunk_scan(True, out["dstates"], out["dv"], None)
         if grad_stage:
+            padded = -(-c.tokens // BLOCK) * BLOCK
             out["dq"], out["dk"] = self.new(*self.q.shape, dtype=c.dtype), self.new(*self.k.shape, dtype=c.dtype)
-            self.chunk_scan_grad(False, forward["states"], out["dq"])
-            self.chunk_scan_grad(True, out["dstates"], out["dk"])
+            out["query_dots"] = self.new(c.batch, c.query_heads, padded, dtype=torch.float32)
+            out["key_dots"] = self.new(2, c.batch, c.key_heads, padded, dtype=torch.float32)
+            self.chunk_scan_grad(False, forward["states"], out["dq"], out["query_dots"])
+            self.chunk_scan_grad(True, out["dstates"], out["dk"], out["key_dots"])
         if self.dn_scale is not None:
             out["dinitial"] /= self.dn_scale.flatten()[:, None, None, None]
-            out["gate_grad"] /= self.dn_scale[..., None]
+            if grad_stage:
+                out["query_dots"] /= self.dn_scale.repeat_interleave(c.query_heads // c.key_heads, 1)[..., None]
+                out["key_dots"] /= self.dn_scale[..., None]
         return out
 
 
@@ -394,7 +392,7 @@ def quadratic(run: Run, exact: bool) -> dict[str, Tensor]:
     if c.boundary:
         column = column + (dv_end * ones).sum(-1)
         dk, dv = dk + dk_end, dv + dv_end[..., :-1]
-    out |= {"dq": dq, "dk": rounded(dk), "dv": rounded(dv), "gate_grad": -column}
+    out |= {"dq": dq, "dk": rounded(dk), "dv": rounded(dv), "query_dots": row, "key_dots": column}
     return {name: x.permute(0, 2, 1, 3) if name in ("y", "dq", "dk", "dv") else x for name, x in out.items()}
 
 
@@ -463,8 +461,13 @@ def check(library: ctypes.CDLL, case: Case, arch: int, stages: int) -> dict:
             if any(not torch.equal(out[name].view(torch.uint8), again[name].view(torch.uint8)) for name in again):
                 rows["deterministic"] = (math.nan, 0.0)
         synchronize()
-        if "gate_grad" in out:
-            out["gate_grad"] = out["gate_grad"][..., : case.tokens]
+        if "key_dots" in out:
+            out["query_dots"] = out["query_dots"][..., : case.tokens]
+            out["key_dots"] = out["key_dots"][0, ..., : case.tokens]
+            # The queries' sums vanish exactly: their error is measured against the size of the keys'.
+            size = exact["key_dots"].norm() / exact["key_dots"].numel() ** 0.5
+            for group in (exact, plain, out):
+                group["query_dots"] = group["query_dots"] + size
         if "dinitial" in out:
             out["dinitial"] = out["dinitial"][..., : case.head_dim + 1]
         for name in exact:
@@ -495,17 +498,17 @@ def time_stages(library: ctypes.CDLL, case: Case, arch: int, stages: int) -> dic
     out = {"chunk_state": median_ms(lambda: run.chunk_state(False, forward["states"], None))}
     if stages > 1:
         out["chunk_scan y"] = median_ms(
-            lambda: run.chunk_scan(False, forward["states"], forward["y"], forward["normalizer"], None)
+            lambda: run.chunk_scan(False, forward["states"], forward["y"], forward["normalizer"])
         )
     if stages > 2:
         back = run.backward(forward, stages > 3)
         out["chunk_state reverse"] = median_ms(lambda: run.chunk_state(True, back["dstates"], None))
         out["chunk_scan dv"] = median_ms(
-            lambda: run.chunk_scan(True, back["dstates"], back["dv"], None, back["gate_grad"])
+            lambda: run.chunk_scan(True, back["dstates"], back["dv"], None)
         )
         if stages > 3:
-            out["chunk_scan_grad dq"] = median_ms(lambda: run.chunk_scan_grad(False, forward["states"], back["dq"]))
-            out["chunk_scan_grad dk"] = median_ms(lambda: run.chunk_scan_grad(True, back["dstates"], back["dk"]))
+            out["chunk_scan_grad dq"] = median_ms(lambda: run.chunk_scan_grad(False, forward["states"], back["dq"], back["query_dots"]))
+            out["chunk_scan_grad dk"] = median_ms(lambda: run.chunk_scan_grad(True, back["dstates"], back["dk"], back["key_dots"]))
     return out
 
 

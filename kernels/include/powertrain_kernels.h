@@ -66,10 +66,9 @@ typedef struct {
   int64_t gates;                 /* everything that pt_gates writes */
   int64_t states;                /* one direction's 16-bit states, one per chunk */
   int64_t boundary;              /* one fp32 boundary state (initial, final or their gradients) */
-  int64_t gate_grad;             /* (B, Hk, Tp) fp32 */
+  int64_t dots;                  /* one fp32 number for each (B, Hk, Tp) */
   int64_t chunk_state_workspace; /* may be 0 */
-  int64_t gate_grad_workspace;   /* of pt_gate_grad; may be 0 */
-  int64_t reserved[6];
+  int64_t reserved[7];
 } pt_sizes;
 
 /* A kernel of the library, for `powertrain kernels info` and for the build's check on spills. */
@@ -213,8 +212,6 @@ typedef struct {
   pt_tensor out;          /* y (B, T, Hq, V); reverse: dv (B, T, Hk, V); of problem.dtype */
   const float* out_scale; /* y: (B, Hk), dv: (B, Hk): out is divided by it, or null (y: value_scale, dv: dn_scale) */
   float* normalizer;      /* forward: (B, Hq, T) out, d in packed units */
-  const void* v;          /* reverse: packed v', for gate_grad */
-  float* gate_grad;       /* reverse: (B, Hk, Tp) out, or null */
 } pt_chunk_scan_params;
 PT_API int pt_chunk_scan(const pt_problem* problem, const pt_chunk_scan_params* params, void* stream);
 

@@ -44,10 +44,9 @@ class Sizes(ctypes.Structure):
         ("gates", c_int64),
         ("states", c_int64),
         ("boundary", c_int64),
-        ("gate_grad", c_int64),
+        ("dots", c_int64),
         ("chunk_state_workspace", c_int64),
-        ("gate_grad_workspace", c_int64),
-        ("reserved", c_int64 * 6),
+        ("reserved", c_int64 * 7),
     )
 
 
@@ -182,8 +181,6 @@ class ChunkScan(ctypes.Structure):
         ("out", StridedTensor),
         ("out_scale", c_void_p),
         ("normalizer", c_void_p),
-        ("v", c_void_p),
-        ("gate_grad", c_void_p),
     )
 
 

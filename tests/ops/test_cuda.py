@@ -218,7 +218,7 @@ def _grid() -> Iterator[Any]:
                 yield pytest.param(name, head_dim, dtype, id=f"{name}-{head_dim}-{str(dtype)[6:]}")
 
 
-@pytest.mark.parametrize(("name", "head_dim", "dtype"), _grid())
+@pytest.mark.parametrize(("name", "head_dim", "dtype"), list(_grid()))
 def test_output_and_gradients_are_as_accurate_as_the_formula(name: str, head_dim: int, dtype: torch.dtype) -> None:
     assert_accurate(replace(CASES[name], D=head_dim, dtype=dtype))
 

@@ -160,11 +160,10 @@ int pt_sizes_of(const pt_problem* problem, pt_sizes* sizes) {
   sizes->gates = gates_of(p, nullptr).bytes;
   sizes->states = heads * chunks(p.seq_len, p.chunk_size) * phi_tiles(p.head_dim) * state_tile_elements(p.head_dim) * 2;
   sizes->boundary = boundary_elements(p) * 4;
-  sizes->gate_grad = heads * blocks * kBlock * 4;
+  sizes->dots = heads * blocks * kBlock * 4;
   int arch;
   PT_TRY(select(p, PT_STAGE_CHUNK_STATE, &arch));
   sizes->chunk_state_workspace = arch == PT_ARCH_SM90 ? sm90::chunk_state_workspace(p) : sm80::chunk_state_workspace(p);
-  sizes->gate_grad_workspace = gate_grad_workspace(p);
   return PT_OK;
 }
 
@@ -180,7 +179,7 @@ int pt_chunk_scan(const pt_problem* problem, const pt_chunk_scan_params* params,
   PT_TRY(validate(problem));
   PT_REQUIRE(params && params->q && params->k && params->u && params->gates && params->out.data);
   PT_REQUIRE(params->states || (!params->has_boundary && problem->seq_len <= problem->chunk_size));
-  PT_REQUIRE(params->reverse ? (params->v || !params->gate_grad) : params->normalizer != nullptr);
+  PT_REQUIRE(params->reverse || params->normalizer);
   int arch;
   PT_TRY(select(*problem, PT_STAGE_CHUNK_SCAN, &arch));
   return (arch == PT_ARCH_SM90 ? sm90::chunk_scan : sm80::chunk_scan)(*problem, *params, (cudaStream_t)stream);

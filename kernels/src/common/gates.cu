@@ -251,8 +251,6 @@ __global__ void __launch_bounds__(kThreads) state_flow(const T* states, const T*
 
 }  // namespace
 
-int64_t gate_grad_workspace(const pt_problem&) { return 0; }
-
 }  // namespace powertrain
 
 using namespace powertrain;

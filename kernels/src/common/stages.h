@@ -15,8 +15,6 @@ int multiprocessors();                                                          
 // Lets one kernel use `bytes` of dynamic shared memory; once per device, then free.
 int allow_shared_memory(const void* kernel, int bytes);
 
-int64_t gate_grad_workspace(const pt_problem& problem);  // bytes, of pt_gate_grad (gates.cu)
-
 // Every kernel registers itself (a static object beside its instantiation), for pt_kernel_info.
 struct KernelEntry {
   const char* name;

@@ -174,18 +174,6 @@ __global__ void __launch_bounds__(ChunkScanConfig<D>::kThreads) chunk_scan_kerne
       if (!kReverse) {
         factor = fabsf(norm) < kSmallestNormalizer ? 0.f : 1.f / (norm * out_scale);
         if (t == 0 && token < a.seq_len) a.normalizer[p.row_bh * a.seq_len + token] = norm;
-      } else if (a.gate_grad) {
-        const int64_t block_at = key_block + row_block;
-        const uint32_t* v = (const uint32_t*)a.x_values + block_at * (value_block_elements(D) / 2) + local / 8 * 32 + lane;
-        float dot = 0.f;
-#pragma unroll
-        for (int c = 0; c < kGroups - 1; c++) {
-          const uint32_t word = v[c * 8 * 32];
-          dot += acc[m][c][2 * r] * N::low(word) + acc[m][c][2 * r + 1] * N::high(word);
-        }
-        dot += __shfl_xor_sync(~0u, dot, 1);
-        dot += __shfl_xor_sync(~0u, dot, 2);
-        if (t == 0) a.gate_grad[block_at * kBlock + local] = token < a.seq_len ? -(dot + norm) : 0.f;
       }
       if (token < a.seq_len) {
         uint32_t* out = (uint32_t*)((T*)a.out.data + p.b * a.out.stride_b + token * a.out.stride_t + p.head * a.out.stride_h) + t;
@@ -200,8 +188,8 @@ template <typename T, int D, bool kReverse>
 int run_chunk_scan(const pt_problem& p, const pt_chunk_scan_params& s, cudaStream_t stream) {
   using Config = ChunkScanConfig<D>;
   ScanArguments a = scan_arguments<kReverse>(p, s.gates);
-  a.x = kReverse ? s.k : s.q, a.y = kReverse ? s.q : s.k, a.x_values = s.v, a.y_values = s.u;
-  a.states = s.states, a.out = s.out, a.out_scale = s.out_scale, a.normalizer = s.normalizer, a.gate_grad = s.gate_grad;
+  a.x = kReverse ? s.k : s.q, a.y = kReverse ? s.q : s.k, a.y_values = s.u;
+  a.states = s.states, a.out = s.out, a.out_scale = s.out_scale, a.normalizer = s.normalizer;
   a.has_boundary = s.has_boundary;
   return launch_scan(chunk_scan_kernel<T, D, kReverse>, Config::kThreads, Config::kSharedBytes, a, stream, "chunk_scan");
 }

@@ -38,7 +38,7 @@ struct ScanArguments {
   Gates gates;
   pt_tensor out;
   const float *x_scale, *value_scale, *dn_scale, *out_scale;
-  float *normalizer, *gate_grad, *dots;
+  float *normalizer, *dots;
   int64_t blocks, chunk_count, seq_len;
   int batch, row_heads, key_heads;  // row_heads: Hq (reverse: Hk)
   int group;                 // query heads per key head

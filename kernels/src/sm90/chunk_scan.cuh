@@ -1,4 +1,4 @@
-// chunk_scan on Hopper: phi(x) S plus the causal attention within the chunk, in one accumulator; then y = n / d, or dv and gate_grad.
+// chunk_scan on Hopper: phi(x) S plus the causal attention within the chunk, in one accumulator; then y = n / d, or dv.
 //
 // A block of threads owns 256 rows (tokens) of one chunk, a warpgroup two blocks of 64. Phase 1 streams the chunk's state past them, two phi
 // tiles a stage, and forms phi(x) in registers: the fragment of x_J times x_i, which one ldmatrix delivers to every thread of a row. Phase 2
@@ -14,7 +14,7 @@ namespace powertrain::sm90 {
 
 struct ChunkScanParams : ScanShape {
   const void *rows, *columns, *u;   // packed q, k, v'; reverse: k, q, dn'
-  const void *states, *v;           // v: packed v', reverse only
+  const void* states;
   const float* row_chunk_decay;     // (B, Hk, Tp): chunk_in; reverse: chunk_out
   const float* row_block_decay;     // block_in; reverse: block_out
   const float* column_block_decay;  // block_out; reverse: block_in
@@ -23,7 +23,7 @@ struct ChunkScanParams : ScanShape {
   void* out;
   int64_t out_stride_b, out_stride_t, out_stride_h;
   const float* out_scale;
-  float *normalizer, *gate_grad;
+  float* normalizer;
   float inverse_state_scale;
 };
 
@@ -287,7 +287,7 @@ struct ChunkScan {
       scan_columns(tile, rows);
     }
 
-    // Writes y and the normaliser, or dv and gate_grad, of the rows that exist.
+    // Writes y and the normaliser, or dv, of the rows that exist.
     __device__ __forceinline__ void store(const Tile& tile) {
       const int heads = kReverse ? p.key_heads : p.query_heads;
       const int64_t batch = tile.row_head / heads, head = tile.row_head % heads;
@@ -300,23 +300,12 @@ struct ChunkScan {
         for (int half = 0; half < 2; half++) {
           const int row = 16 * warp + lane / 4 + half * 8;
           const int64_t token = block * kBlock + row;
-          const float norm = acc[m][4 * (kColumnGroups - 1) + 2 * half] + acc[m][4 * (kColumnGroups - 1) + 2 * half + 1];
-          const float d = __shfl_sync(0xffffffffu, norm, lane & ~3);
           float factor = unscale;
           if constexpr (!kReverse) {
+            const float norm = acc[m][4 * (kColumnGroups - 1) + 2 * half] + acc[m][4 * (kColumnGroups - 1) + 2 * half + 1];
+            const float d = __shfl_sync(0xffffffffu, norm, lane & ~3);
             factor *= fabsf(d) < kSmallestNormalizer ? 0.f : 1.f / d;
             if (lane % 4 == 0 && token < p.seq_len) p.normalizer[(int64_t)tile.row_head * p.seq_len + token] = d;
-          } else if (p.gate_grad) {
-            const T* v = (const T*)p.v + ((int64_t)tile.row_head * p.blocks + block) * value_block_elements(kHeadDim) + value_index(2 * (lane % 4), row);
-            float dot = lane % 4 == 0 ? d * Pair<T>::unpack(*(const uint32_t*)(v + (kColumnGroups - 1) * 512)).x : 0.f;
-#pragma unroll
-            for (int c = 0; c < kColumnGroups - 1; c++) {
-              const float2 value = Pair<T>::unpack(*(const uint32_t*)(v + c * 512));
-              dot += acc[m][4 * c + 2 * half] * value.x + acc[m][4 * c + 2 * half + 1] * value.y;
-            }
-            dot += __shfl_xor_sync(0xffffffffu, dot, 1);
-            dot += __shfl_xor_sync(0xffffffffu, dot, 2);
-            if (lane % 4 == 0) p.gate_grad[(int64_t)tile.row_head * p.blocks * kBlock + token] = -dot;
           }
           T* out = (T*)p.out + batch * p.out_stride_b + token * p.out_stride_t + head * p.out_stride_h;
 #pragma unroll
@@ -373,7 +362,6 @@ int launch_chunk_scan(const pt_problem& problem, const pt_chunk_scan_params& par
   p.columns = kReverse ? params.q : params.k;
   p.u = params.u;
   p.states = params.states;
-  p.v = params.v;
   p.row_chunk_decay = kReverse ? gates.chunk_out : gates.chunk_in;
   p.row_block_decay = kReverse ? gates.block_out : gates.block_in;
   p.column_block_decay = kReverse ? gates.block_in : gates.block_out;
@@ -384,7 +372,6 @@ int launch_chunk_scan(const pt_problem& problem, const pt_chunk_scan_params& par
   p.out_stride_b = params.out.stride_b, p.out_stride_t = params.out.stride_t, p.out_stride_h = params.out.stride_h;
   p.out_scale = params.out_scale;
   p.normalizer = params.normalizer;
-  p.gate_grad = params.gate_grad;
   static_cast<ScanShape&>(p) = scan_shape(problem, kReverse, Kernel::kRowBlocks, params.has_boundary);
   p.inverse_state_scale = 1.f / problem.state_scale;
   auto* kernel = chunk_scan_kernel<kHeadDim, T, kReverse>;
