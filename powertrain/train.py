@@ -174,11 +174,12 @@ def _interrupted(config: RunConfig, signum: int, saved: str, command: str) -> in
 
     _say(f"\nInterrupted by {signal.Signals(signum).name}. {saved}.")
     try:
-        _say(requeue(Path(config.paths.runs) / config.resolved_run_id()))
+        answer = requeue(Path(config.paths.runs) / config.resolved_run_id(), signum)
     except SlurmError as error:
         print(f"powertrain train: {error}", file=sys.stderr, flush=True)
         return 1
-    return 0
+    _say(answer.sentence)
+    return 0 if answer.queued else 128 + signum
 
 
 def run(config: RunConfig, *, command: str = "") -> RunResult:

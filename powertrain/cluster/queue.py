@@ -53,6 +53,7 @@ class JobState:
 
     state: str  # RUNNING, PENDING, COMPLETING, ...
     reason: str  # TimeLimit, None, ...
+    preempted: bool  # it runs on for a while, to make room for another job
 
 
 def job_state(job_id: str) -> JobState:
@@ -65,7 +66,8 @@ def job_state(job_id: str) -> JobState:
     for word in slurm("scontrol", "--oneliner", "show", "job", job_id).split():
         key, _, value = word.partition("=")
         fields.setdefault(key, value)
-    return JobState(fields.get("JobState", "UNKNOWN"), fields.get("Reason", ""))
+    preempted = fields.get("PreemptTime", "None") != "None"
+    return JobState(fields.get("JobState", "UNKNOWN"), fields.get("Reason", ""), preempted)
 
 
 def queued_states(job_ids: Iterable[str]) -> dict[str, str]:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from powertrain.cluster.queue import SlurmError, current_job_id, job_state, slurm
 from powertrain.run_status import read_status
@@ -20,22 +22,31 @@ ATTEMPTS_FILE = "attempts.json"
 MAX_FRUITLESS_ATTEMPTS = 3
 
 
-def requeue(run_dir: Path) -> str:
-    """Ask Slurm to start the job of this process again, unless it ends because somebody cancelled it.
+class Answer(NamedTuple):
+    """What became of the wish for another attempt."""
+
+    queued: bool  # the job is queued again
+    sentence: str
+
+
+def requeue(run_dir: Path, signum: int) -> Answer:
+    """Ask Slurm to start the job of this process again, where the signal that ended it means that it should go on.
 
     To be called by one process, when nothing is left to be saved: Slurm ends the job at once.
 
-    Returns:
-        A sentence that says what happened.
+    Args:
+        signum: USR1 or USR2, which nobody sends but to have the run saved and queued again; or TERM, which also ends
+            a cancelled job, and the processes of a job of which one has failed.
     Errors:
         SlurmError: Slurm refuses, or several attempts in a row have not finished one step.
     """
     job_id = current_job_id()
     assert job_id is not None, "requeue is for processes of a Slurm job"
     now = job_state(job_id)
-    # A job that is being cancelled, preempted or was queued again already is COMPLETING too, for other reasons.
-    if not (now.state == "RUNNING" or now.reason == "TimeLimit"):
-        return f"job {job_id} is {now.state}: Slurm ends it, or starts it again by itself"
+    # Cancelled, preempted without grace, or queued again already: all of them are COMPLETING, for other reasons.
+    wanted = now.state == "RUNNING" and (signum != signal.SIGTERM or now.preempted)
+    if not (wanted or now.reason == "TimeLimit"):
+        return Answer(False, f"job {job_id} is {now.state} and not queued again by this run")
     fruitless = _count_attempt(run_dir)
     if fruitless >= MAX_FRUITLESS_ATTEMPTS:
         raise SlurmError(
@@ -43,7 +54,7 @@ def requeue(run_dir: Path) -> str:
             f"give it more time (cluster.time), or an earlier signal (cluster.signal_seconds)"
         )
     slurm("scontrol", "requeue", job_id)
-    return f"job {job_id} is queued again and will continue from its last checkpoint"
+    return Answer(True, f"job {job_id} is queued again and will continue from its last checkpoint")
 
 
 def _count_attempt(run_dir: Path) -> int:
@@ -68,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
     """Run `python -m powertrain.cluster.requeue RUN_DIR`, the last resort of the batch script at the time limit."""
     (run_dir,) = argv
     try:
-        print(requeue(Path(run_dir)), file=sys.stderr, flush=True)
+        print(requeue(Path(run_dir), signal.SIGTERM).sentence, file=sys.stderr, flush=True)
     except SlurmError as error:
         print(error, file=sys.stderr, flush=True)
         return 1

@@ -33,8 +33,8 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-# Slurm starts a requeued job when the credential of the attempt before has expired.
-AuthInfo=socket={home}/munge.sock,cred_expire=3
+# Slurm starts a requeued job when the credential of the attempt before has expired; below 5 s it takes 120.
+AuthInfo=socket={home}/munge.sock,cred_expire=5
 StateSaveLocation={home}/state
 SlurmdSpoolDir={home}/spool/%n
 SlurmctldPidFile={home}/slurmctld.pid

@@ -23,7 +23,7 @@ def test_the_state_of_a_job(stub):
         "scontrol", "JobId=7 JobName=a JobState=COMPLETING Reason=TimeLimit Dependency=(null) Comment=Reason=x\n"
     )
     state = job_state("7")
-    assert (state.state, state.reason) == ("COMPLETING", "TimeLimit")
+    assert (state.state, state.reason, state.preempted) == ("COMPLETING", "TimeLimit", False)
     assert json.loads(calls.read_text())["argv"] == ["--oneliner", "show", "job", "7"]
 
 

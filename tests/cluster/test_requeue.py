@@ -1,5 +1,6 @@
 import json
 import re
+import signal
 
 import pytest
 
@@ -12,11 +13,11 @@ from powertrain.run_status import RunStatus, write_status
 def in_job(monkeypatch, stub):
     """Return a function that makes this process one of a job in a state, and returns the calls of scontrol."""
 
-    def enter(state, reason="None"):
+    def enter(state, reason="None", preempted=None):
         monkeypatch.setenv("SLURM_JOB_ID", "7")
         monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "5")
         monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
-        return stub("scontrol", f"JobId=7 JobState={state} Reason={reason}\n")
+        return stub("scontrol", f"JobId=7 JobState={state} Reason={reason} PreemptTime={preempted}\n")
 
     return enter
 
@@ -26,18 +27,40 @@ def requeued(calls):
 
 
 @pytest.mark.parametrize(
-    ("state", "reason"), [("RUNNING", "None"), ("COMPLETING", "TimeLimit"), ("TIMEOUT", "TimeLimit")]
+    ("signum", "state", "reason", "preempted"),
+    [
+        (signal.SIGUSR1, "RUNNING", "None", None),
+        (signal.SIGUSR2, "RUNNING", "None", None),
+        (signal.SIGUSR1, "COMPLETING", "TimeLimit", None),
+        (signal.SIGTERM, "COMPLETING", "TimeLimit", None),
+        (signal.SIGTERM, "TIMEOUT", "TimeLimit", None),
+        (signal.SIGTERM, "RUNNING", "None", "2026-01-01T00:00:00"),
+    ],
 )
-def test_a_job_that_would_be_gone_is_queued_again_by_the_id_of_its_task(in_job, tmp_path, state, reason):
-    calls = in_job(state, reason)
-    assert requeue(tmp_path) == "job 5_2 is queued again and will continue from its last checkpoint"
+def test_a_job_that_would_be_gone_is_queued_again_by_the_id_of_its_task(
+    in_job, tmp_path, signum, state, reason, preempted
+):
+    calls = in_job(state, reason, preempted)
+    answer = requeue(tmp_path, signum)
+    assert answer == (True, "job 5_2 is queued again and will continue from its last checkpoint")
     assert requeued(calls) == [["requeue", "5_2"]]
 
 
-@pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED", "PENDING", "PREEMPTED"])
-def test_a_job_that_is_cancelled_or_queued_already_is_left_to_slurm(in_job, tmp_path, state):
+@pytest.mark.parametrize(
+    ("signum", "state"),
+    [
+        # srun ends the others of a process that failed.
+        (signal.SIGTERM, "RUNNING"),
+        (signal.SIGTERM, "COMPLETING"),
+        (signal.SIGUSR1, "COMPLETING"),
+        (signal.SIGTERM, "CANCELLED"),
+        (signal.SIGTERM, "PENDING"),
+        (signal.SIGTERM, "PREEMPTED"),
+    ],
+)
+def test_a_job_that_failed_is_cancelled_or_queued_already_is_left_alone(in_job, tmp_path, signum, state):
     calls = in_job(state)
-    assert requeue(tmp_path) == f"job 5_2 is {state}: Slurm ends it, or starts it again by itself"
+    assert requeue(tmp_path, signum) == (False, f"job 5_2 is {state} and not queued again by this run")
     assert requeued(calls) == []
 
 
@@ -45,16 +68,16 @@ def test_attempts_that_come_no_further_end_after_some(in_job, tmp_path):
     calls = in_job("RUNNING")
     write_status(tmp_path, RunStatus("interrupted", step=4))
     for _ in range(MAX_FRUITLESS_ATTEMPTS):
-        requeue(tmp_path)
+        requeue(tmp_path, signal.SIGUSR1)
     with pytest.raises(SlurmError, match=re.escape(f"{MAX_FRUITLESS_ATTEMPTS} attempts in a row ended before")):
-        requeue(tmp_path)
+        requeue(tmp_path, signal.SIGUSR1)
     assert len(requeued(calls)) == MAX_FRUITLESS_ATTEMPTS
     # Progress makes good for all of them.
     write_status(tmp_path, RunStatus("interrupted", step=5))
     for _ in range(MAX_FRUITLESS_ATTEMPTS):
-        requeue(tmp_path)
+        requeue(tmp_path, signal.SIGUSR1)
     with pytest.raises(SlurmError):
-        requeue(tmp_path)
+        requeue(tmp_path, signal.SIGUSR1)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"step": null, "fruitless": 0}'])
@@ -62,7 +85,7 @@ def test_a_damaged_record_of_attempts_begins_anew(in_job, tmp_path, content):
     in_job("RUNNING")
     (tmp_path / "slurm").mkdir()
     (tmp_path / "slurm" / "attempts.json").write_text(content)
-    assert "queued again" in requeue(tmp_path)
+    assert requeue(tmp_path, signal.SIGUSR1).queued
     assert json.loads((tmp_path / "slurm" / "attempts.json").read_text()) == {"step": 0, "fruitless": 1}
 
 

@@ -1,0 +1,281 @@
+"""The whole way through a real Slurm: submission, signals, requeue, failing machines and processes."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from powertrain.cli import main
+from powertrain.cluster.config import ClusterConfig
+from powertrain.cluster.script import BatchJob
+from powertrain.cluster.submit import submit_job
+from powertrain.run_status import read_status
+from powertrain.training.records import read_metrics
+
+pytestmark = pytest.mark.slurm
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKER = Path(__file__).with_name("worker.py")
+# A loaded machine with two cores starts four trainings in a minute.
+PATIENCE = 60.0
+
+
+def wait_until(condition, what, patience=PATIENCE):
+    deadline = time.monotonic() + patience
+    while True:
+        found = condition()
+        if found:
+            return found
+        assert time.monotonic() < deadline, f"waited {patience:.0f} s until {what() if callable(what) else what}"
+        time.sleep(0.2)
+
+
+def show(slurm, job_id):
+    """Return what the controller says of a job, as a dict."""
+    fields = {}
+    for word in slurm.command("scontrol", "--oneliner", "show", "job", job_id).split():
+        key, _, value = word.partition("=")
+        fields.setdefault(key, value)
+    return fields
+
+
+def wait_for_state(slurm, job_id, *states):
+    last = {}
+
+    def there():
+        last.update(show(slurm, job_id))
+        return last["JobState"] in states
+
+    wait_until(there, lambda: f"job {job_id} is {states}: {last}")
+    return last
+
+
+class FakeRun:
+    """A job that runs worker.py."""
+
+    def __init__(self, directory, *arguments, array=None, dependency=None, **cluster):
+        self.run_dir = directory / "run"
+        self.log_dir = directory / "logs"
+        job = BatchJob(
+            name=directory.name,
+            # In an array each task has a directory of its own.
+            command=("bash", "-c", 'exec "$@" ', "-", sys.executable, str(WORKER), str(self.run_dir), *arguments)
+            if array is None
+            else (
+                "bash",
+                "-c",
+                'run="$1-$SLURM_ARRAY_TASK_ID"; shift; exec "$0" "$1" "$run" "${@:2}"',
+                sys.executable,
+                str(self.run_dir),
+                str(WORKER),
+                *arguments,
+            ),
+            work_dir=directory,
+            log_dir=self.log_dir,
+            code=ROOT,
+            at_limit=(sys.executable, "-m", "powertrain.cluster.requeue", str(self.run_dir)),
+            array=array,
+            dependency=dependency,
+        )
+        self.job_id = submit_job(ClusterConfig(kind="slurm", **cluster), job, directory / "job.sh")
+
+    @property
+    def log(self):
+        return (self.log_dir / f"{self.job_id}.log").read_text()
+
+    def trace(self, suffix=""):
+        """Return (attempt, step) of every step."""
+        path = self.run_dir.with_name(self.run_dir.name + suffix) / "trace"
+        if not path.exists():
+            return []
+        return [tuple(map(int, line.split())) for line in path.read_text().splitlines()]
+
+    def wait_for_step(self, step, suffix=""):
+        wait_until(lambda: any(s >= step for _, s in self.trace(suffix)), f"step {step}")
+
+
+def assert_continued(trace, steps):
+    """Every step was made once, over two attempts."""
+    assert [step for _, step in trace] == list(range(1, steps + 1))
+    assert {attempt for attempt, _ in trace} == {0, 1}
+
+
+@pytest.fixture(scope="module")
+def limited(slurm, tmp_path_factory):
+    """Two jobs that meet a time limit, submitted before the other tests, because Slurm's shortest is a minute."""
+    limit = {"time": "0:01:00", "signal_seconds": 50}
+    attentive = FakeRun(tmp_path_factory.mktemp("attentive"), "--steps", "450", **limit)
+    deaf = FakeRun(tmp_path_factory.mktemp("deaf"), "--steps", "1200", "--deaf", **limit)
+    return attentive, deaf
+
+
+@pytest.fixture(autouse=True)
+def _limits_run_meanwhile(limited):
+    pass
+
+
+TINY = [
+    "model=1m", "model.n_layers=1", "model.d_model=32", "model.n_heads=1", "model.n_kv_heads=1", "model.head_dim=32",
+    "model.d_ff=64", "data=text", "data.tokenizer.kind=bytes", "data.max_val_tokens=256", "data.num_workers=0",
+    "trainer.context_length=64", "trainer.global_batch_tokens=512", "trainer.precision=32-true",
+    "trainer.log_every_steps=1", "sample.max_new_tokens=0",
+]  # fmt: skip
+
+
+def losses(run_dir):
+    records = [r for r in read_metrics(run_dir) if "train/loss" in r]
+    return [r["step"] for r in records], [r["train/loss"] for r in records]
+
+
+def test_training_on_two_machines_survives_a_signal_in_mid_step_and_a_lost_machine(
+    slurm, tmp_path, capsys, monkeypatch
+):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for index in range(60):
+        (corpus / f"{index:02d}.txt").write_text(f"document {index}: " + "so it went on, and on. " * (20 + index))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    steps = 600
+    common = [
+        *TINY, f"data.files={corpus}/*.txt", f"paths.runs={tmp_path / 'runs'}", f"paths.cache={tmp_path / 'cache'}",
+        f"trainer.max_steps={steps}", "trainer.val_every_steps=200", "trainer.checkpoint_every_steps=50",
+    ]  # fmt: skip
+    submitted = [*common, "cluster=slurm", "cluster.nodes=2", "cluster.tasks_per_node=2", "run_id=run",
+                 "cluster.env.MASTER_ADDR=127.0.0.1", "cluster.sbatch.exclude=node3", "logger.wandb=true"]  # fmt: skip
+    assert main(["train", *submitted]) == 0
+    out = capsys.readouterr().out
+    run_dir = tmp_path / "runs" / "run"
+    job_id = json.loads((run_dir / "slurm" / "job.json").read_text())["job_id"]
+    log = run_dir / "slurm" / f"{job_id}.log"
+    assert f"submitted job {job_id}: run run on 2 x 2 processes" in out
+
+    def said():
+        return log.read_text()[-4000:] if log.exists() else "nothing"
+
+    def reached(step):
+        wait_until(lambda: losses(run_dir)[0][-1:] >= [step], lambda: f"step {step} is logged; the job said: {said()}")
+
+    reached(5)
+    nodes = show(slurm, job_id)["NodeList"]
+    slurm.command("scancel", "--signal=USR1", job_id)
+    wait_until(lambda: "is queued again" in log.read_text(), lambda: f"the job is queued again; it said: {said()}")
+    first = losses(run_dir)[0][-1]
+    assert f"Interrupted by SIGUSR1. Everything is saved at step {first}" in log.read_text()
+    assert read_status(run_dir).state == "interrupted"
+    assert main(["runs", str(run_dir.parent)]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[:2] == ["run", "pending"]
+
+    reached(first + 5)
+    assert show(slurm, job_id)["NodeList"] == nodes
+    slurm.command("scontrol", "update", "nodename=node2", "state=down", "reason=test")
+    try:
+        wait_until(lambda: int(show(slurm, job_id)["Restarts"]) == 2, lambda: f"Slurm restarts the job: {said()}")
+    finally:
+        slurm.command("scontrol", "update", "nodename=node2", "state=resume")
+    wait_for_state(slurm, job_id, "COMPLETED")
+
+    # One record for each step, whatever the attempts, and the losses of one process that nothing interrupted.
+    made, values = losses(run_dir)
+    assert made == list(range(1, steps + 1))
+    assert read_status(run_dir).state == "finished"
+    assert (read_status(run_dir).step, read_status(run_dir).job_id) == (steps, job_id)
+    assert main(["train", *common, "run_id=alone"]) == 0
+    assert losses(tmp_path / "runs" / "alone")[1] == pytest.approx(values, rel=1e-4)
+    # All attempts have written to one W&B run.
+    assert {p.name.rpartition("-")[2] for p in (run_dir / "wandb").glob("offline-run-*")} == {"run"}
+
+
+def test_the_first_rank_that_fails_ends_all_with_its_error(slurm, tmp_path):
+    run = FakeRun(tmp_path, "--steps", "600", "--fail-rank", "3", nodes=2, tasks_per_node=2)
+    began = time.monotonic()
+    state = wait_for_state(slurm, run.job_id, "FAILED", "COMPLETED")
+    assert (state["JobState"], state["Restarts"]) == ("FAILED", "0")
+    # 600 steps take the others a minute.
+    assert time.monotonic() - began < 45
+    assert "3: RuntimeError: the fault of rank 3" in run.log
+    errors = [line for line in run.log.splitlines() if "Error" in line or "error" in line]
+    assert errors[0].startswith("3: "), run.log
+
+
+def test_tasks_of_an_array_are_queued_again_each_for_itself(slurm, tmp_path):
+    run = FakeRun(tmp_path, "--steps", "60", array="0-2")
+    for index in range(3):
+        run.wait_for_step(5, f"-{index}")
+    # The last one carries the array's own id.
+    slurm.command("scancel", "--signal=USR1", f"{run.job_id}_0", f"{run.job_id}_2")
+    for index in range(3):
+        state = wait_for_state(slurm, f"{run.job_id}_{index}", "COMPLETED")
+        trace = run.trace(f"-{index}")
+        if index == 1:
+            assert state["Restarts"] == "0"
+            assert trace == [(0, step) for step in range(1, 61)]
+        else:
+            assert state["Restarts"] == "1"
+            assert_continued(trace, 60)
+    assert sorted(p.name for p in run.log_dir.iterdir()) == [f"{run.job_id}_{index}.log" for index in range(3)]
+
+
+def test_a_preempted_run_saves_and_continues(slurm, tmp_path):
+    run = FakeRun(tmp_path, "--steps", "60", sbatch={"nodelist": "node3"})
+    run.wait_for_step(5)
+    slurm.command(
+        "sbatch", "--partition=urgent", "--nodelist=node3", "--exclusive", "--output=/dev/null", "--wrap=true"
+    )
+    assert wait_for_state(slurm, run.job_id, "COMPLETED")["Restarts"] == "1"
+    assert_continued(run.trace(), 60)
+    assert "queued again and will continue" in run.log
+
+
+def test_a_cancelled_run_saves_and_stays_cancelled(slurm, tmp_path):
+    run = FakeRun(tmp_path, "--steps", "600")
+    run.wait_for_step(5)
+    slurm.command("scancel", run.job_id)
+    assert wait_for_state(slurm, run.job_id, "CANCELLED")["Restarts"] == "0"
+    wait_until(lambda: "not queued again by this run" in run.log, "the worker says so")
+    assert int((run.run_dir / "checkpoint").read_text()) == run.trace()[-1][1]
+
+
+def test_jobs_wait_for_jobs(slurm, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    first = FakeRun(tmp_path / "a", "--steps", "20")
+    second = FakeRun(tmp_path / "b", "--steps", "1", dependency=f"afterok:{first.job_id}")
+    assert show(slurm, second.job_id)["Reason"] == "Dependency"
+    wait_for_state(slurm, second.job_id, "COMPLETED")
+    assert show(slurm, first.job_id)["JobState"] == "COMPLETED"
+    assert (second.run_dir / "trace").stat().st_mtime > (first.run_dir / "trace").stat().st_mtime
+
+
+def test_no_text_is_taken_as_shell_or_as_options(slurm, tmp_path):
+    hostile = tmp_path / "a \"b\" 'c' $(touch canary) `touch canary` \\ %j # --array=0-9"
+    hostile.mkdir()
+    comment = "x\" --array=0-9 # $(touch canary) 'y"
+    run = FakeRun(hostile, "--steps", "1", env={"HOSTILE": "$(touch canary)"}, sbatch={"comment": comment})
+    state = wait_for_state(slurm, run.job_id, "COMPLETED")
+    assert "ArrayJobId" not in state
+    assert [p.name for p in run.log_dir.iterdir()] == [f"{run.job_id}.log"]
+    assert "attempt 0 from step 0" in run.log
+    assert f"Comment={comment}" in slurm.command("scontrol", "--oneliner", "show", "job", run.job_id)
+    assert not list(tmp_path.glob("**/canary"))
+
+
+# Last, because Slurm's shortest limit is a minute.
+
+
+def test_before_its_time_limit_a_run_saves_and_continues(slurm, limited):
+    run, _ = limited
+    wait_until(lambda: any(attempt == 1 for attempt, _ in run.trace()), lambda: f"the second attempt begins: {run.log}")
+    trace = run.trace()
+    assert [step for _, step in trace] == list(range(1, len(trace) + 1))
+    assert "queued again and will continue" in run.log
+    slurm.command("scancel", run.job_id)
+
+
+def test_at_its_time_limit_the_script_asks_for_a_run_that_could_not(slurm, limited):
+    _, run = limited
+    wait_until(lambda: any(attempt == 1 for attempt, _ in run.trace()), lambda: f"the second attempt begins: {run.log}")
+    assert "DUE TO TIME LIMIT" in run.log
+    slurm.command("scancel", run.job_id)
