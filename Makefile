@@ -1,7 +1,9 @@
 # make train   set up, then train a small GPT with power retention on real text
 # make test    the test suite, in the same environment
 # make check   what CI runs: lint, types, kernels, tests
-PYTHON ?= $(shell command -v python3.12 || command -v python3.11 || command -v python3)
+# The first that runs and is new enough: a name on the PATH may be a version manager's stub.
+PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13; do \
+    $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -36,8 +38,8 @@ check: lint types kernels test
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "powertrain needs Python 3.11 or newer; $(PYTHON) is older: make PYTHON=/path/to/python3.12"; exit 1; }
+	@test -n "$(PYTHON)" || \
+	  { echo "powertrain needs Python 3.11 or newer, and none is on the PATH: make PYTHON=/path/to/python3.12"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 	  { echo "$(PYTHON) cannot make virtual environments: install its venv package (Debian, Ubuntu: python3-venv)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)

@@ -503,12 +503,14 @@ def time_stages(library: ctypes.CDLL, case: Case, arch: int, stages: int) -> dic
     if stages > 2:
         back = run.backward(forward, stages > 3)
         out["chunk_state reverse"] = median_ms(lambda: run.chunk_state(True, back["dstates"], None))
-        out["chunk_scan dv"] = median_ms(
-            lambda: run.chunk_scan(True, back["dstates"], back["dv"], None)
-        )
+        out["chunk_scan dv"] = median_ms(lambda: run.chunk_scan(True, back["dstates"], back["dv"], None))
         if stages > 3:
-            out["chunk_scan_grad dq"] = median_ms(lambda: run.chunk_scan_grad(False, forward["states"], back["dq"], back["query_dots"]))
-            out["chunk_scan_grad dk"] = median_ms(lambda: run.chunk_scan_grad(True, back["dstates"], back["dk"], back["key_dots"]))
+            out["chunk_scan_grad dq"] = median_ms(
+                lambda: run.chunk_scan_grad(False, forward["states"], back["dq"], back["query_dots"])
+            )
+            out["chunk_scan_grad dk"] = median_ms(
+                lambda: run.chunk_scan_grad(True, back["dstates"], back["dk"], back["key_dots"])
+            )
     return out
 
 

@@ -70,7 +70,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--without", nargs="*", default=[], help="folders of src to leave out (an empty sm80 or sm90 takes their place)")
+    parser.add_argument(
+        "--without", nargs="*", default=[], help="folders of src to leave out (an empty sm80 or sm90 takes their place)"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
