@@ -155,8 +155,11 @@ def submit_run(config: RunConfig) -> SubmittedRun:
     assert config.run_id is not None
     run_dir = Path(config.paths.runs) / config.run_id
     for path in (run_dir, Path.cwd()):
-        if any(ord(character) < 32 or character == ":" for character in str(path)):
-            raise ValueError(f"{str(path)!r} is not allowed: PYTHONPATH and Slurm take no colons or control characters")
+        # A backslash switches off the %j in the name of a log.
+        if any(ord(character) < 32 or character in ":\\" for character in str(path)):
+            raise ValueError(
+                f"{str(path)!r} is not allowed: PYTHONPATH and Slurm take no colons, backslashes or control characters"
+            )
     slurm("scontrol", "ping")  # before minutes of compilation
     _check_free(run_dir)
     home = run_dir / "slurm"

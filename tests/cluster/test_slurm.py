@@ -250,10 +250,12 @@ def test_jobs_wait_for_jobs(slurm, tmp_path):
 
 
 def test_no_text_is_taken_as_shell_or_as_options(slurm, tmp_path):
-    hostile = tmp_path / "a \"b\" 'c' $(touch canary) `touch canary` \\ %j # --array=0-9"
+    hostile = tmp_path / "a \"b\" 'c' $(touch canary) `touch canary` %j # --array=0-9"
     hostile.mkdir()
     comment = "x\" --array=0-9 # $(touch canary) 'y"
-    run = FakeRun(hostile, "--steps", "1", env={"HOSTILE": "$(touch canary)"}, sbatch={"comment": comment})
+    run = FakeRun(
+        hostile, "--steps", "1", env={"HOSTILE": "$(touch canary)"}, sbatch={"comment": comment, "nodelist": "node4"}
+    )
     state = wait_for_state(slurm, run.job_id, "COMPLETED")
     assert "ArrayJobId" not in state
     assert [p.name for p in run.log_dir.iterdir()] == [f"{run.job_id}.log"]
