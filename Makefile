@@ -13,14 +13,18 @@ ARGS ?=
 # What to test: make test TESTS=tests/ops
 TESTS ?= tests
 
-.PHONY: train test lint types kernels check setup clean
+.PHONY: train test test-slurm lint types kernels check setup clean
 
 train: setup
 	$(BIN)/powertrain train experiment=quickstart $(ARGS)
 
 # One thread per worker: the workers themselves fill the cores.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal -m "not slurm" $(TESTS)
+
+# A real Slurm on this machine (root; slurmctld, slurmd and munge installed). Alone: its tests wait for real jobs.
+test-slurm: setup
+	POWERTRAIN_REQUIRE_SLURM=1 OMP_NUM_THREADS=1 $(BIN)/pytest -m slurm tests/cluster
 
 lint: setup
 	$(BIN)/ruff check .

@@ -28,6 +28,9 @@ from powertrain.ops.cuda_plan import BLOCK, DTYPES, Layout, choose_chunk_size, u
 from powertrain.ops.flops import OpPassFlops, power_retention_flops
 from powertrain.ops.sympow import phi_dimension
 
+AUTOMATIC_VARIABLE = "POWERTRAIN_KERNELS"
+"""Set to 1, the kernels are taken wherever they support the inputs; else only with impl="cuda"."""
+
 _arch = int(os.environ.get("POWERTRAIN_KERNELS_ARCH", "0"))
 
 _warned: set[str] = set()

@@ -1,5 +1,7 @@
 """The report as a W&B artifact: written offline, without a key and without a prompt."""
 
+import time
+
 from powertrain.scaling.artifact import log_report
 from powertrain.scaling.report import write
 
@@ -16,6 +18,9 @@ def test_the_report_becomes_an_offline_artifact(tmp_path, monkeypatch):
     said = log_report(synthetic.recipe(), tmp_path / "report", tmp_path / "sweep")
     assert said == "W&B artifact synthetic-report (offline)"
     (run,) = (tmp_path / "sweep").glob("wandb/offline-run-*/run-*.wandb")
-    content = run.read_bytes()
+    # W&B's service may still be writing when the call has returned.
+    deadline = time.monotonic() + 60
+    while b"figures/x-1.svg" not in (content := run.read_bytes()) and time.monotonic() < deadline:
+        time.sleep(0.2)
     for text in (b"synthetic-report", b"README.md", b"figures/x-1.svg"):
         assert text in content

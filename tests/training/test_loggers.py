@@ -164,7 +164,7 @@ def test_the_curve_is_drawn_from_the_records(tmp_path):
     assert path == tmp_path / "run" / "plots" / "loss.png"
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     records = read_metrics(tmp_path / "run")
-    lines = {line.get_label(): line for line in drawn[0].axes[0].get_lines()}
+    lines = {line.get_label().split(",")[0]: line for line in drawn[0].axes[0].get_lines()}
     for label, key in (("training", "train/loss"), ("validation", "val/loss")):
         points = [(r["tokens"], r[key]) for r in records if key in r]
         assert list(zip(*lines[label].get_data(), strict=True)) == points
