@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slurm
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("worker.py")
 # A loaded machine with two cores starts four trainings in a minute.
-PATIENCE = 60.0
+PATIENCE = 120.0
 
 
 def wait_until(condition, what, patience=PATIENCE):
@@ -120,7 +120,7 @@ TINY = [
     "model=1m", "model.n_layers=1", "model.d_model=32", "model.n_heads=1", "model.n_kv_heads=1", "model.head_dim=32",
     "model.d_ff=64", "data=text", "data.tokenizer.kind=bytes", "data.max_val_tokens=256", "data.num_workers=0",
     "trainer.context_length=64", "trainer.global_batch_tokens=512", "trainer.precision=32-true",
-    "trainer.log_every_steps=1", "sample.max_new_tokens=0",
+    "trainer.log_every_steps=1", "sample.max_new_tokens=0", "data.val_fraction=0.2",
 ]  # fmt: skip
 
 
@@ -165,6 +165,7 @@ def test_training_on_two_machines_survives_a_signal_in_mid_step_and_a_lost_machi
     first = losses(run_dir)[0][-1]
     assert f"Interrupted by SIGUSR1. Everything is saved at step {first}" in log.read_text()
     assert read_status(run_dir).state == "interrupted"
+    wait_for_state(slurm, job_id, "PENDING")
     assert main(["runs", str(run_dir.parent)]) == 0
     assert capsys.readouterr().out.splitlines()[1].split()[:2] == ["run", "pending"]
 
