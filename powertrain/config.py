@@ -67,6 +67,31 @@ NOT_IDENTITY = {
     "data": ("num_workers",),
 }
 
+# Every other key that there was when ids began to be kept (run directories, records of sweeps): these are always
+# hashed. A field that came later is hashed only where it differs from its default, so that what was made before keeps
+# its id. Hence: add no key here, and give a later field a default that computes what was computed without it, for good.
+FIRST_IDENTITY = {
+    "": ("seed",),
+    "model": (
+        *("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "mlp", "d_ff", "qk_norm", "rope_theta"),
+        *("tied_embeddings", "norm_eps", "init_std", "vocab_size", "activation_checkpointing"),
+    ),
+    "model.mixer": ("kind", "deg", "gated", "gate_init", "chunk_size", "switch_over_seq_len", "window"),
+    "data": (
+        *("source", "files", "field", "encoding", "hub_path", "hub_name", "hub_split", "hub_revision", "streaming"),
+        *("max_documents", "deduplicate", "split", "val_fraction", "split_seed", "max_val_tokens", "document_mask"),
+        "shard_tokens",
+    ),
+    "data.tokenizer": ("kind", "vocab_size", "train_bytes", "path", "revision", "eod"),
+    "optim": ("lr", "betas", "eps", "weight_decay", "fused"),
+    "schedule": ("kind", "warmup", "decay", "final", "shape", "unit"),
+    "trainer": (
+        *("max_steps", "max_tokens", "context_length", "global_batch_tokens", "precision", "grad_clip", "compile"),
+        *("val_every_steps", "nonfinite", "nonfinite_patience", "deterministic"),
+    ),
+    "budget": ("kind", "value"),
+}
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -149,13 +174,8 @@ class RunConfig:
             )
 
     def identity(self) -> dict[str, Any]:
-        """Return what defines the numbers of the run; see `NOT_IDENTITY`."""
-        whole = dataclasses.asdict(self)
-        for group, keys in NOT_IDENTITY.items():
-            part = whole[group] if group else whole
-            for key in keys:
-                del part[key]
-        return whole
+        """Return what defines the numbers of the run; see `NOT_IDENTITY` and `FIRST_IDENTITY`."""
+        return _identity(self, "")
 
     def resolved_run_id(self) -> str:
         """Return the run id: the one given, or the name and eight digits of the hash of `identity()`."""
@@ -163,6 +183,25 @@ class RunConfig:
             return self.run_id
         canonical = json.dumps(self.identity(), sort_keys=True)
         return f"{self.name}-{hashlib.sha256(canonical.encode()).hexdigest()[:8]}"
+
+
+def _identity(part: Any, group: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for option in dataclasses.fields(part):
+        if option.name in NOT_IDENTITY.get(group, ()):
+            continue
+        value = getattr(part, option.name)
+        if dataclasses.is_dataclass(value):
+            value = _identity(value, f"{group}.{option.name}".lstrip("."))
+            if value:
+                found[option.name] = value
+        elif option.name in FIRST_IDENTITY.get(group, ()) or value != _default(option):
+            found[option.name] = value
+    return found
+
+
+def _default(option: dataclasses.Field) -> Any:
+    return option.default if option.default_factory is dataclasses.MISSING else option.default_factory()
 
 
 # conf/ has a group `mixer` of its own, so that any mixer goes with any model size; it becomes `model.mixer`.

@@ -1,15 +1,29 @@
+import dataclasses
 import os
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 import yaml
 
 from powertrain import config as run_config
 from powertrain.cli import main
-from powertrain.config import GROUPS, NOT_IDENTITY, compose, from_values, options, override_keys, share_dir, to_values
+from powertrain.config import (
+    FIRST_IDENTITY,
+    GROUPS,
+    NOT_IDENTITY,
+    RunConfig,
+    compose,
+    from_values,
+    options,
+    override_keys,
+    share_dir,
+    to_values,
+)
 from powertrain.schema import ConfigError
+from powertrain.training.config import TrainerConfig
 
 # What the options of `data` cannot know by themselves.
 NEEDED = {
@@ -100,6 +114,50 @@ def test_run_id_follows_the_numbers_and_not_the_place():
     for other in ("seed=1", "optim.lr=0.5", "mixer.deg=4", "trainer.max_steps=5", "data.split_seed=1"):
         assert compose([other]).resolved_run_id() != base
     assert compose(["run_id=mine"]).resolved_run_id() == "mine"
+
+
+def test_ids_of_what_exists_stay_as_they_are():
+    """Records are kept by these ids: a change here makes every committed sweep start again."""
+    assert compose([]).resolved_run_id() == "10m-power-python_stdlib-f16c2117"
+    others = ["model=124m", "mixer=softmax", "data=hub", "data.hub_path=some/set", "schedule=cosine", "optim.lr=2e-3"]
+    assert compose([*others, "name=other"]).resolved_run_id() == "other-c1d945a1"
+
+
+def test_a_later_field_changes_an_id_only_where_it_is_set():
+    @dataclasses.dataclass(frozen=True)
+    class LaterTrainer(TrainerConfig):
+        rings: int = 1
+        bounds: tuple[int, ...] = dataclasses.field(default_factory=lambda: (1, 2))
+
+    @dataclasses.dataclass(frozen=True)
+    class Group:
+        size: int = 0
+
+    @dataclasses.dataclass(frozen=True)
+    class LaterRun(RunConfig):
+        group: Group = dataclasses.field(default_factory=Group)
+
+    config = compose(["name=n"])
+    parts = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    trainer = {f.name: getattr(config.trainer, f.name) for f in dataclasses.fields(config.trainer)}
+
+    def later(group: Group, **changed: Any) -> str:
+        values = {**parts, "trainer": LaterTrainer(**{**trainer, **changed}), "group": group}
+        return LaterRun(**values).resolved_run_id()
+
+    assert later(Group()) == config.resolved_run_id()
+    set_somewhere = [later(Group(), rings=2), later(Group(), bounds=(1,)), later(Group(1))]
+    assert len({config.resolved_run_id(), *set_somewhere}) == 4
+    # Written out or not, a default is the same.
+    assert later(Group(), rings=1, bounds=(1, 2)) == config.resolved_run_id()
+
+
+def test_first_identity_is_what_there_is():
+    for group, keys in FIRST_IDENTITY.items():
+        for key in keys:
+            name = f"{group.removeprefix('model.')}.{key}".lstrip(".")
+            assert any(k == name or k.startswith(f"{name}.") for k in override_keys()), name
+            assert key not in NOT_IDENTITY.get(group, ())
 
 
 def test_what_is_not_identity_exists():
