@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from powertrain.ops import validation
+from powertrain.ops import validation, varlen_attention
 from powertrain.ops.blocked_attention import blocked_attention_op
 from powertrain.ops.flops import softmax_attention_flops
 
@@ -34,7 +34,8 @@ def softmax_attention(
         scale: factor of the scores; None: 1 / sqrt(K).
 
     Returns:
-        out `(B, T, Hq, V)` in the dtype of Q. Without gates and documents it is PyTorch's scaled_dot_product_attention.
+        out `(B, T, Hq, V)` in the dtype of Q. Without gates and documents it is PyTorch's scaled_dot_product_attention;
+        with documents, on CUDA in bf16 or fp16, its FlashAttention kernels; else blocked attention in PyTorch.
 
     Raises:
         ValueError: for inputs that do not fit together, as in `power_retention`.
@@ -46,7 +47,7 @@ def softmax_attention(
             q, k, v, is_causal=True, scale=scale, enable_gqa=Q.shape[2] != K.shape[2]
         )
         return out.transpose(1, 2)
-    return blocked_attention_op(Q, K, V, log_G, cu_seqlens, _scale(scale, Q), Q.shape[1])[0]
+    return _attention(Q, K, V, log_G, cu_seqlens, _scale(scale, Q), Q.shape[1])
 
 
 def window_attention(
@@ -64,7 +65,15 @@ def window_attention(
     """
     validation.check_positive("window", window)
     Q, K, V = _checked(Q, K, V, log_G, cu_seqlens, scale)
-    return blocked_attention_op(Q, K, V, log_G, cu_seqlens, _scale(scale, Q), min(window, Q.shape[1]))[0]
+    return _attention(Q, K, V, log_G, cu_seqlens, _scale(scale, Q), min(window, Q.shape[1]))
+
+
+def _attention(
+    Q: Tensor, K: Tensor, V: Tensor, log_G: Tensor | None, cu_seqlens: Tensor | None, scale: float, window: int
+) -> Tensor:
+    if varlen_attention.takes(Q, V, log_G):
+        return varlen_attention.varlen_attention(Q, K, V, cu_seqlens, scale, window)
+    return blocked_attention_op(Q, K, V, log_G, cu_seqlens, scale, window)[0]
 
 
 def _checked(
