@@ -1,8 +1,9 @@
 """Causal softmax attention over documents, or over a window, by PyTorch's own FlashAttention kernels on CUDA.
 
 The same mathematics as `powertrain.ops.blocked_attention` without gates, many times faster. The kernels are those of
-`torch.nn.attention.varlen`, whose function changed its arguments from release to release; the ops beneath it did not. Executed FLOPs count in the row blocks of
-the blocked implementation on CUDA, which skip about as much of what the mask hides as the tiles of the kernels.
+`torch.nn.attention.varlen`, whose function changed its arguments from release to release; the ops beneath it did not.
+Executed FLOPs count in the row blocks of the blocked implementation on CUDA, which skip about as much of what the mask
+hides as the tiles of the kernels.
 """
 
 import functools
