@@ -66,6 +66,9 @@ class DataConfig:
     files: tuple[str, ...] = ()
     # The field (column) of a json, parquet or hub row that holds the document's text.
     field: str = "text"
+    # python_* sources: join the files of one package, in the order of their paths, into documents of about so many
+    # UTF-8 bytes, each file under its name; None keeps every file a document of its own.
+    document_bytes: int | None = None
     # Encoding of `text` files.
     encoding: str = "utf-8"
     # hub: dataset name on the Hugging Face Hub, or a local dataset directory.
@@ -107,6 +110,11 @@ class DataConfig:
             raise ValueError(f"data.source={self.source} needs data.files, for example data.files='corpus/*'")
         if self.source.startswith("python_") and files:
             raise ValueError(f"data.files={files!r} belongs to text, json, parquet or hub, not to {self.source}")
+        if self.document_bytes is not None and not self.source.startswith("python_"):
+            raise ValueError(
+                f"data.document_bytes={self.document_bytes!r} joins the files of Python packages, not documents of "
+                f"{self.source}"
+            )
         if self.source == "hub" and not self.hub_path:
             raise ValueError("data.source=hub needs data.hub_path: a dataset name on the Hub or a dataset directory")
         if self.source != "hub" and self.hub_path:
@@ -115,6 +123,6 @@ class DataConfig:
             raise ValueError(f"data.val_fraction={self.val_fraction!r} has to lie between 0 and 1, both excluded")
         for name, low in (("shard_tokens", 1), ("num_workers", 0), ("split_seed", 0)):
             _check_at_least(f"data.{name}", getattr(self, name), low)
-        for name in ("max_documents", "max_val_tokens"):
+        for name in ("document_bytes", "max_documents", "max_val_tokens"):
             if getattr(self, name) is not None:
                 _check_at_least(f"data.{name}", getattr(self, name), 1)

@@ -8,7 +8,7 @@ import os
 import sys
 import sysconfig
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,9 @@ class Source:
 def open_source(config: DataConfig) -> Source:
     """Return the source that `config` names; `ValueError` where it has no files or no such field."""
     if config.source == "python_stdlib":
-        source: Source = PythonFiles([Path(sysconfig.get_paths()["stdlib"])])
+        source: Source = PythonFiles([Path(sysconfig.get_paths()["stdlib"])], config.document_bytes)
     elif config.source == "python_packages":
-        source = PythonFiles(_site_directories())
+        source = PythonFiles(_site_directories(), config.document_bytes)
     elif config.source == "hub":
         source = HubDataset(config)
     else:
@@ -69,28 +69,67 @@ def _site_directories() -> list[Path]:
 
 
 class PythonFiles(Source):
-    """The Python files below some directories, packages installed below them excluded; one document a file."""
+    """The Python files below some directories, packages installed below them excluded.
 
-    def __init__(self, roots: list[Path]) -> None:
+    One document is a file, or with `document_bytes` a run of neighbouring files of one package that ends with the file
+    that reaches so many bytes: what a reader of the package would have before them, and long enough for long contexts.
+    """
+
+    def __init__(self, roots: list[Path], document_bytes: int | None = None) -> None:
         super().__init__()
+        self.document_bytes = document_bytes
         # Sorted by path inside the root, so that a listing does not depend on the file system.
-        self.files = [file for root in roots for file in sorted(_python_files(root))]
+        self._placed = [(root, file) for root in roots for file in sorted(_python_files(root))]
+        self.files = [file for _, file in self._placed]
         if not self.files:
             raise ValueError(f"no Python sources below {', '.join(map(str, roots)) or 'any directory of sys.path'}")
         stats = [file.stat() for file in self.files]
         self.total_bytes = sum(stat.st_size for stat in stats)
         self.identity = {"files": _listing(self.files, stats)}
+        if document_bytes is not None:
+            self.identity["document_bytes"] = document_bytes
 
     def __iter__(self) -> Iterator[str]:
         self.skipped.clear()
-        for file in self.files:
-            try:
-                # A source in another encoding (a test of one, mostly) is left out rather than guessed.
-                yield file.read_text(encoding="utf-8-sig")
-            except UnicodeDecodeError:
-                self.skipped["undecodable"] += 1
-            except OSError:
-                self.skipped["unreadable"] += 1
+        if self.document_bytes is None:
+            yield from (text for file in self.files if (text := self._read(file)) is not None)
+        else:
+            for _, placed in itertools.groupby(self._placed, _package):
+                yield from self._joined(placed, self.document_bytes)
+
+    def _joined(self, placed: Iterable[tuple[Path, Path]], document_bytes: int) -> Iterator[str]:
+        """Yield the files of one package, each under a comment with its name, in documents of `document_bytes`."""
+        parts: list[str] = []
+        size = 0
+        for root, file in placed:
+            text = self._read(file)
+            if text is None:
+                continue
+            if not text:
+                self.skipped["empty"] += 1
+                continue
+            parts.append(f"# {file.relative_to(root).as_posix()}\n{text}")
+            size += len(parts[-1].encode())
+            if size >= document_bytes:
+                yield "\n".join(parts)
+                parts, size = [], 0
+        if parts:
+            yield "\n".join(parts)
+
+    def _read(self, file: Path) -> str | None:
+        try:
+            return file.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError:
+            # A source in another encoding (a test of one, mostly) is left out rather than guessed.
+            self.skipped["undecodable"] += 1
+        except OSError:
+            self.skipped["unreadable"] += 1
+        return None
+
+
+def _package(placed: tuple[Path, Path]) -> tuple[Path, str]:
+    root, file = placed
+    return root, file.relative_to(root).parts[0]
 
 
 def _python_files(root: Path) -> Iterator[Path]:

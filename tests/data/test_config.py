@@ -27,6 +27,8 @@ def test_defaults_are_usable() -> None:
         ({"num_workers": -1}, ["data.num_workers=-1", "at least 0"]),
         ({"num_workers": True}, ["data.num_workers=True"]),
         ({"max_documents": 0}, ["data.max_documents=0", "at least 1"]),
+        ({"document_bytes": 0}, ["data.document_bytes=0", "at least 1"]),
+        ({"source": "text", "files": "*", "document_bytes": 9}, ["data.document_bytes=9", "text"]),
         ({"shard_tokens": 0}, ["data.shard_tokens=0"]),
     ],
 )

@@ -65,6 +65,33 @@ def test_undecodable_python_is_counted(tmp_path: Path) -> None:
         assert source.skipped == {"undecodable": 1}
 
 
+def test_files_of_one_package_are_joined(tmp_path: Path) -> None:
+    """Neighbours of a package share a document until it is long enough; packages never do."""
+    for name, text in {
+        "a/one.py": "x = 1\n",
+        "a/sub/two.py": "y = 2\n" * 10,
+        "a/three.py": "z = 3\n",
+        "a/empty.py": "",
+        "a/bad.py": "",
+        "b.py": "single = 1\n",
+        "c/four.py": "w = 4\n",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "a" / "bad.py").write_bytes(b"\xe9")
+    source = PythonFiles([tmp_path], document_bytes=70)
+    for _ in range(2):
+        assert list(source) == [
+            "# a/one.py\nx = 1\n\n# a/sub/two.py\n" + "y = 2\n" * 10,
+            "# a/three.py\nz = 3\n",
+            "# b.py\nsingle = 1\n",
+            "# c/four.py\nw = 4\n",
+        ]
+        assert source.skipped == {"undecodable": 1, "empty": 1}
+    assert source.identity != PythonFiles([tmp_path]).identity != PythonFiles([tmp_path], 71).identity
+    assert source.total_bytes == PythonFiles([tmp_path]).total_bytes
+
+
 def test_no_python_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no Python sources below"):
         PythonFiles([tmp_path])
