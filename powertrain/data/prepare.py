@@ -9,10 +9,13 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from .config import DataConfig
 from .progress import Progress, rank, say
@@ -20,8 +23,8 @@ from .shards import FORMAT, MANIFEST, ShardWriter, TokenStore, fsync_directory
 from .sources import Source, open_source
 from .tokenizers import Tokenizer, byte_tokenizer, pretrained_identity, pretrained_tokenizer, train_bpe
 
-# Characters that are tokenized at once: enough for all cores, and little memory.
-_BATCH_CHARACTERS = 4 << 20
+# Characters that are tokenized at once: enough for all cores also of long documents, and little memory.
+_BATCH_CHARACTERS = 16 << 20
 # How long other local ranks let rank 0, whose terminal shows progress, take the lock first.
 _HEAD_START_SECONDS = 10.0
 
@@ -141,13 +144,12 @@ def _write(config: DataConfig, source: Source, directory: Path) -> dict[str, Any
         lengths = tokenizer.token_bytes
         text_bytes = token_bytes = 0
         writer = ShardWriter(directory, tokenizer, config.shard_tokens)
-        for batch in _batches(progress.watch(_pieces(config, source), "tokenizing")):
-            for (split, text), tokens in zip(batch, tokenizer.encode_batch([t for _, t in batch]), strict=True):
-                data = text.encode()
-                digest = hashlib.blake2b(data, digest_size=16).digest()
-                text_bytes += len(data)
-                token_bytes += int(lengths[tokens].sum())
-                writer.add(split, digest, tokens, len(data))
+        for split, text, tokens in _encoded(tokenizer, progress.watch(_pieces(config, source), "tokenizing")):
+            data = text.encode()
+            digest = hashlib.blake2b(data, digest_size=16).digest()
+            text_bytes += len(data)
+            token_bytes += int(lengths[tokens].sum())
+            writer.add(split, digest, tokens, len(data))
         _check_splits(config, source, writer.num_documents)
         if token_bytes != text_bytes:
             say(
@@ -215,6 +217,22 @@ def split_of(text: str, val_fraction: float, seed: int) -> str:
     words = " ".join(text.split()).encode()
     digest = hashlib.blake2b(words, digest_size=8, key=seed.to_bytes(8, "little")).digest()
     return "validation" if int.from_bytes(digest, "little") < val_fraction * 2**64 else "train"
+
+
+def _encoded(tokenizer: Tokenizer, pieces: Iterator[tuple[str, str]]) -> Iterator[tuple[str, str, np.ndarray]]:
+    """Yield (split, text, tokens) in order; one batch is tokenized on all cores while its neighbours are read and
+    written on one.
+    """
+    waiting: list[tuple[str, str]] = []
+    with ThreadPoolExecutor(1) as pool:
+        encoding: Future[list[np.ndarray]] | None = None
+        for batch in _batches(pieces):
+            following = pool.submit(tokenizer.encode_batch, [text for _, text in batch])
+            if encoding is not None:
+                yield from ((*piece, tokens) for piece, tokens in zip(waiting, encoding.result(), strict=True))
+            waiting, encoding = batch, following
+        if encoding is not None:
+            yield from ((*piece, tokens) for piece, tokens in zip(waiting, encoding.result(), strict=True))
 
 
 def _batches(pieces: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
