@@ -191,6 +191,8 @@ class Run:
         self.gates = self.make_gates()
         self.packed_q, self.packed_k = pack_features(self.q), pack_features(self.k)
         self.packed_v = pack_values(self.v, torch.ones_like(self.v[..., :1]))
+        decay = self.decay_out[..., None]
+        self.decayed_v = pack_values((self.v.float() * decay).to(c.dtype), hi_lo(decay[..., 0], c.dtype))
         tiles = len(tile_pairs(c.head_dim))
         self.state_shape = (c.batch * c.key_heads, -(-c.tokens // c.chunk), tiles, (c.head_dim + NORM) // 8, BLOCK, 8)
         self.boundary_shape = (c.batch * c.key_heads, tiles, BLOCK, c.head_dim + NORM)
@@ -238,6 +240,7 @@ class Run:
 
         block_in, block_out, block = decays(BLOCK)
         chunk_in, chunk_out, chunk = decays(c.chunk)
+        self.decay_in, self.decay_out = (a[..., : c.tokens].permute(0, 2, 1).float() for a in (chunk_in, chunk_out))
         arrays = [log2.unflatten(-1, (-1, BLOCK)).cumsum(-1), block_in, block_out, chunk_in, chunk_out, block, chunk]
         parts = [a.float().flatten() for a in arrays] + [starts.expand(c.batch, -1).flatten().view(torch.float32)]
         aligned = [torch.nn.functional.pad(a, (0, -a.numel() % 64)) for a in parts]
@@ -246,7 +249,7 @@ class Run:
         return gates
 
     def chunk_state(self, reverse: bool, states: Tensor | None, final: Tensor | None) -> None:
-        x, u = (self.packed_q, self.packed_dn) if reverse else (self.packed_k, self.packed_v)
+        x, u = (self.packed_q, self.decayed_dn) if reverse else (self.packed_k, self.decayed_v)
         boundary = (self.dfinal if self.dn_scale is None else self.dfinal_scaled) if reverse else self.initial
         params = ChunkState(
             reverse,
@@ -272,7 +275,7 @@ class Run:
         return torch.full(shape, math.nan, dtype=dtype, device=DEVICE)
 
     def pack_dn(self, dy: Tensor, y: Tensor, normalizer: Tensor) -> Tensor:
-        """Packs dn' and, in fp16, sets dn_scale (B, Hk): powers of two that bring the largest |dn'| of a key head below 1."""
+        """Packs dn' (and decayed_dn) and, in fp16, sets dn_scale (B, Hk): powers of two that bring the largest |dn'| of a key head below 1."""
         d = normalizer.permute(0, 2, 1)[..., None]
         dn = dy.float() / d
         self.dn_scale = None
@@ -283,6 +286,8 @@ class Run:
             dn = dn * self.dn_scale.repeat_interleave(dn.shape[2] // self.case.key_heads, 1)[:, None, :, None]
         dn = dn.to(dy.dtype)
         last = -(dn.float() * y.float()).sum(-1)
+        decay = self.decay_in.repeat_interleave(dn.shape[2] // self.case.key_heads, 2)
+        self.decayed_dn = pack_values((dn.float() * decay[..., None]).to(dy.dtype), hi_lo(last * decay, dy.dtype))
         return pack_values(dn, hi_lo(last, dy.dtype))
 
     def forward(self) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@
 extern "C" {
 #endif
 
-#define PT_ABI_VERSION 1
+#define PT_ABI_VERSION 2
 #define PT_API __attribute__((visibility("default")))
 
 typedef enum { PT_OK = 0, PT_INVALID = 1, PT_UNSUPPORTED = 2, PT_CUDA_ERROR = 3 } pt_status;
@@ -122,13 +122,16 @@ typedef struct {
 } pt_row_scale_params;
 PT_API int pt_row_scale(const pt_problem* problem, const pt_row_scale_params* params, void* stream);
 
-/* Copies x into tiles of 64 tokens, zero beyond T. PT_PACK_FEATURES: q or k. PT_PACK_VALUES: v, with a column of ones appended. */
+/* Copies x into tiles of 64 tokens, zero beyond T. PT_PACK_FEATURES: q or k. PT_PACK_VALUES: v, with a column of ones appended, and once
+ * more with every token's decay to its chunk's end multiplied in, for pt_chunk_state. */
 typedef struct {
   pt_tensor x;        /* (B, T, heads, K) of problem.dtype */
   int32_t heads;
   int32_t kind;       /* pt_pack_kind */
   const float* scale; /* (B, heads) powers of two that x is multiplied by (not the ones column), or null */
   void* packed;
+  const void* gates;  /* PT_PACK_VALUES with decayed: as pt_gates wrote it; else null */
+  void* decayed;      /* PT_PACK_VALUES: out, pt_sizes.packed_v bytes, the ones column as hi + lo in two columns; or null */
 } pt_pack_params;
 PT_API int pt_pack(const pt_problem* problem, const pt_pack_params* params, void* stream);
 
@@ -141,6 +144,8 @@ typedef struct {
   const float* value_scale; /* (B, Hk) scale that v was packed with, or null: y is brought back to packed units with it */
   float* dn_scale;          /* (B, Hk) out: the power of two that dn' was multiplied by; null in bf16 (no scale) */
   void* packed_dn;          /* out */
+  const void* gates;        /* with decayed: as pt_gates wrote it; else null */
+  void* decayed;            /* out, pt_sizes.packed_dn bytes: dn' times every token's decay from its chunk's start; or null */
 } pt_pack_grad_params;
 PT_API int pt_pack_grad(const pt_problem* problem, const pt_pack_grad_params* params, void* stream);
 
@@ -184,13 +189,13 @@ PT_API int pt_boundary(const pt_problem* problem, const pt_boundary_params* para
 
 /* --- the three stages (src/sm90, src/sm80) ------------------------------------------------------------------------------------ */
 
-/* states[n] = state entering chunk n: S_0 = initial, S_{n+1} = chunk_decay_n S_n + sum_j decay_out_j phi(x_j)^T u_j.
- * reverse: states[n] = gradient of the state leaving chunk n: E_N = initial, E_n = chunk_decay_n E_{n+1} + sum_i decay_in_i phi(x_i)^T u_i,
- * summed over the query heads of each key head. */
+/* states[n] = state entering chunk n: S_0 = initial, S_{n+1} = chunk_decay_n S_n + sum_j phi(x_j)^T u_j, where u carries decay_out_j.
+ * reverse: states[n] = gradient of the state leaving chunk n: E_N = initial, E_n = chunk_decay_n E_{n+1} + sum_i phi(x_i)^T u_i, where u
+ * carries decay_in_i, summed over the query heads of each key head. */
 typedef struct {
   int32_t reverse;
   const void* x;        /* packed k; reverse: packed q */
-  const void* u;        /* packed v'; reverse: packed dn' */
+  const void* u;        /* decayed v'; reverse: decayed dn' */
   const void* gates;
   const float* initial; /* boundary state, or null: zero */
   void* states;         /* out, pt_sizes.states bytes, or null: only final is wanted */

@@ -3,7 +3,7 @@
 import ctypes
 from ctypes import POINTER, c_char, c_char_p, c_float, c_int32, c_int64, c_void_p
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 """The `PT_ABI_VERSION` that these structs mirror."""
 
 DTYPE_BF16, DTYPE_FP16 = 0, 1
@@ -98,7 +98,15 @@ class Gates(ctypes.Structure):
 class Pack(ctypes.Structure):
     """`pt_pack_params`."""
 
-    _fields_ = (("x", StridedTensor), ("heads", c_int32), ("kind", c_int32), ("scale", c_void_p), ("packed", c_void_p))
+    _fields_ = (
+        ("x", StridedTensor),
+        ("heads", c_int32),
+        ("kind", c_int32),
+        ("scale", c_void_p),
+        ("packed", c_void_p),
+        ("gates", c_void_p),
+        ("decayed", c_void_p),
+    )
 
 
 class PackGrad(ctypes.Structure):
@@ -111,6 +119,8 @@ class PackGrad(ctypes.Structure):
         ("value_scale", c_void_p),
         ("dn_scale", c_void_p),
         ("packed_dn", c_void_p),
+        ("gates", c_void_p),
+        ("decayed", c_void_p),
     )
 
 

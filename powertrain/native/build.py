@@ -127,7 +127,7 @@ def verify_library(library: Path) -> Manifest:
 
 
 def compiler_reports() -> tuple[list[KernelReport], list[str]]:
-    """What the compiler said of each unit of the library in the cache: `(kernels, warnings)`.
+    """What the compiler said of each unit of the library in the cache: `(kernels, warnings)`, lost performance among the latter.
 
     Raises:
         KernelsUnavailable: a unit was not compiled into this cache.
@@ -141,12 +141,12 @@ def compiler_reports() -> tuple[list[KernelReport], list[str]]:
             raise KernelsUnavailable(f"{unit.name} was not compiled into this cache; run `powertrain kernels build`.")
         text = log.read_text()
         reports += parse_ptxas(unit.name, text)
-        warnings += [
-            f"{unit.name}: {line}" for line in text.splitlines() if re.search(r"\bwarning\b", line, re.IGNORECASE)
-        ]
+        warnings += [f"{unit.name}: {line}" for line in text.splitlines() if _COMPLAINT.search(line)]
     return reports, warnings
 
 
+# ptxas tells as information that it serialises wgmma, which costs a third of a kernel's speed.
+_COMPLAINT = re.compile(r"\bwarning\b|Potential Performance Loss", re.IGNORECASE)
 _PTXAS_ENTRY = re.compile(r"Compiling entry function '([^']+)' for '([^']+)'")
 _PTXAS_FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _PTXAS_REGISTERS = re.compile(r"Used (\d+) registers")

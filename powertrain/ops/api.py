@@ -61,7 +61,7 @@ def power_retention(
         sum_of_keys: normaliser's part of the initial state, `(B, Hk, F)`.
         cu_seqlens: document offsets `(M,)` int32 or int64 over the flattened B*T tokens, from 0 to B*T, with every row
             start; equal neighbours are empty documents. Nothing passes from one document to another.
-        impl: "torch" or "cuda"; None: torch, or with POWERTRAIN_KERNELS=1 the kernels where they support the inputs.
+        impl: "torch" or "cuda" (the kernels); None: the kernels where they support the inputs, else torch.
 
     Returns:
         out `(B, T, Hq, V)` in the dtype of Q; with return_final_state `(out, state, sum_of_keys)`, in the dtype of

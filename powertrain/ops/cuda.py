@@ -28,9 +28,6 @@ from powertrain.ops.cuda_plan import BLOCK, DTYPES, Layout, choose_chunk_size, u
 from powertrain.ops.flops import OpPassFlops, power_retention_flops
 from powertrain.ops.sympow import phi_dimension
 
-AUTOMATIC_VARIABLE = "POWERTRAIN_KERNELS"
-"""Set to 1, the kernels are taken wherever they support the inputs; else only with impl="cuda"."""
-
 _arch = int(os.environ.get("POWERTRAIN_KERNELS_ARCH", "0"))
 
 _warned: set[str] = set()
@@ -267,9 +264,11 @@ def _forward(
         if state is not None and sum_of_keys is not None:
             _bound_key_scale(saved[layout.scales :].view(torch.float32), plan, state, sum_of_keys)
     packed_q, packed_k, packed_v = base + layout.query, base + layout.key, base + layout.value
+    states = base + layout.states if plan.keeps_states else None
+    decayed_v = _bytes(sizes.packed_v, device) if states is not None or final_state else None
     run("pt_pack", abi.Pack(strided[0], Hq, abi.PACK_FEATURES, q_scale, packed_q), stream)
     run("pt_pack", abi.Pack(strided[1], Hk, abi.PACK_FEATURES, k_scale, packed_k), stream)
-    run("pt_pack", abi.Pack(strided[2], Hk, abi.PACK_VALUES, v_scale, packed_v), stream)
+    run("pt_pack", abi.Pack(strided[2], Hk, abi.PACK_VALUES, v_scale, packed_v, gates, _pointer(decayed_v)), stream)
 
     new_state, new_sum = (allocate(0, dtype=torch.float32, device=device) for _ in range(2))
     initial = final = None
@@ -282,11 +281,10 @@ def _forward(
         run("pt_boundary", parameters, stream)
     if final_state:
         final = _bytes(sizes.boundary, device)
-    states = base + layout.states if plan.keeps_states else None
-    if states is not None or final is not None:
+    if decayed_v is not None:
         workspace = _bytes(sizes.chunk_state_workspace, device)
         parameters = abi.ChunkState(
-            0, packed_k, packed_v, gates, _pointer(initial), states, _pointer(final), workspace.data_ptr()
+            0, packed_k, decayed_v.data_ptr(), gates, _pointer(initial), states, _pointer(final), workspace.data_ptr()
         )
         run("pt_chunk_state", parameters, stream)
     if final is not None:
@@ -354,9 +352,18 @@ def _backward(
         run("pt_row_scale", abi.RowScale(q, *pointers), stream)
         q, normalizer = scaled_q.data_ptr(), scaled_normalizer
     dn = _bytes(sizes.packed_dn, device)
+    passes_states = chunk_size < T or grad_state is not None or has_state
+    decayed_dn = _bytes(sizes.packed_dn, device) if passes_states else None
     dn_scale = allocate((B, Hk), dtype=torch.float32, device=device) if plan.scaled else None
     parameters: ctypes.Structure = abi.PackGrad(
-        _strided(grad_out), _strided(out), normalizer.data_ptr(), v_scale, _pointer(dn_scale), dn.data_ptr()
+        _strided(grad_out),
+        _strided(out),
+        normalizer.data_ptr(),
+        v_scale,
+        _pointer(dn_scale),
+        dn.data_ptr(),
+        gates,
+        _pointer(decayed_dn),
     )
     run("pt_pack_grad", parameters, stream)
     # dn_scale times v_scale: what every gradient with respect to a state or a gate is multiplied by in packed units.
@@ -377,13 +384,13 @@ def _backward(
         run("pt_boundary", parameters, stream)
     grad_states = None
     entering = _bytes(sizes.boundary, device) if has_state else None
-    if chunk_size < T or leaving is not None or entering is not None:
+    if decayed_dn is not None:
         grad_states = _bytes(sizes.states, device)
         workspace = _bytes(sizes.chunk_state_workspace, device)
         parameters = abi.ChunkState(
             1,
             q,
-            dn.data_ptr(),
+            decayed_dn.data_ptr(),
             gates,
             _pointer(leaving),
             grad_states.data_ptr(),

@@ -4,6 +4,7 @@ several devices, dispatch and its errors.
 
 import time
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -114,8 +115,8 @@ def test_flop_counter_sees_the_registered_formula() -> None:
     ],
 )
 def test_forcing_cuda_on_what_it_cannot_do_says_why(change: dict[str, Any], message: str) -> None:
-    deg = change.pop("deg", 2)
-    tensors = Case(T=20, **change).tensors()
+    deg = change.get("deg", 2)
+    tensors = Case(T=20, **{name: value for name, value in change.items() if name != "deg"}).tensors()
     with pytest.raises(ValueError, match=message):
         power_retention(**tensors, deg=deg, impl="cuda")
 
@@ -132,17 +133,23 @@ def test_unsupported_head_dim_warns_once_and_takes_the_torch_path() -> None:
     assert torch.equal(power_retention(**tensors), power_retention(**tensors, impl="torch"))
 
 
-def test_without_a_library_one_warning_and_the_torch_path(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def _without_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def missing() -> None:
         raise native.KernelsUnavailable("nvcc was not found: install it.")
 
     monkeypatch.setattr(native, "library", missing)
     cuda._load_library.cache_clear()
     cuda._warned.clear()
+    yield
+    cuda._load_library.cache_clear()
+
+
+@pytest.mark.usefixtures("_without_library")
+def test_without_a_library_one_warning_and_the_torch_path() -> None:
     tensors = Case(T=20, D=32).tensors()
     with pytest.warns(UserWarning, match="nvcc was not found"):
         out = power_retention(**tensors)
-    cuda._load_library.cache_clear()
     assert torch.equal(out, power_retention(**tensors, impl="torch"))
     with pytest.raises(native.KernelsUnavailable, match="nvcc was not found"):
         power_retention(**tensors, impl="cuda")

@@ -41,6 +41,13 @@ __device__ __forceinline__ uint4 scaled(uint4 v, float s) {
   return make_uint4(scaled<T>(v.x, s), scaled<T>(v.y, s), scaled<T>(v.z, s), scaled<T>(v.w, s));
 }
 
+// x as a sum of two 16-bit numbers: high in the low half.
+template <typename T>
+__device__ __forceinline__ uint32_t high_and_low(float x) {
+  const float high = Numeric<T>::to_float(Numeric<T>::from_float(x));
+  return Numeric<T>::pack(high, x - high);
+}
+
 struct BlockIndex {
   int b, h;
   int64_t block;
@@ -83,10 +90,10 @@ __global__ void __launch_bounds__(kThreads) pack_features(Strided<T> x, int head
 
 template <typename T, int D>
 __global__ void __launch_bounds__(kThreads) pack_values(Strided<T> x, int heads, int64_t seq_len, int64_t blocks, const float* scale,
-                                                        T* packed, bool vector) {
+                                                        T* packed, const float* decay, T* decayed, bool vector) {
   const BlockIndex at = block_index(heads, blocks);
   const float s = scale ? scale[at.b * heads + at.h] : 1.f;
-  T* out = packed + (int64_t)blockIdx.x * value_block_elements(D);
+  const int64_t offset = (int64_t)blockIdx.x * value_block_elements(D);
   constexpr int kGroups = D / 8 + 1;
   for (int e = threadIdx.x; e < kBlock * kGroups; e += kThreads) {
     const int token = e / kGroups, group = e % kGroups;
@@ -100,7 +107,12 @@ __global__ void __launch_bounds__(kThreads) pack_values(Strided<T> x, int heads,
         v.x = Numeric<T>::pack(1.f, 0.f);
       }
     }
-    *(uint4*)(out + value_index(group * 8, token)) = v;
+    *(uint4*)(packed + offset + value_index(group * 8, token)) = v;
+    if (decayed) {
+      const float by = decay[(int64_t)blockIdx.x * kBlock + token];
+      v = group < D / 8 ? scaled<T>(v, by) : t < seq_len ? make_uint4(high_and_low<T>(by), 0, 0, 0) : v;
+      *(uint4*)(decayed + offset + value_index(group * 8, token)) = v;
+    }
   }
 }
 
@@ -135,13 +147,13 @@ struct GradRow {
 template <typename T, int D, bool kOnlyMaximum>
 __global__ void __launch_bounds__(kThreads) pack_grad(Strided<T> dy, Strided<T> y, bool vector, const float* normalizer,
                                                       const float* value_scale, float* dn_scale, int query_heads, int key_heads,
-                                                      int64_t seq_len, int64_t blocks, T* packed) {
+                                                      int64_t seq_len, int64_t blocks, T* packed, const float* decay, T* decayed) {
   constexpr int kLanes = D / 8, kRows = kThreads / kLanes;
   const BlockIndex at = block_index(query_heads, blocks);
   const int group = at.h / (query_heads / key_heads), lane = threadIdx.x % kLanes;
   const float vs = value_scale ? value_scale[at.b * key_heads + group] : 1.f;
   const float scale = !kOnlyMaximum && dn_scale ? dn_scale[at.b * key_heads + group] : 1.f;
-  T* out = kOnlyMaximum ? nullptr : packed + (int64_t)blockIdx.x * value_block_elements(D);
+  const int64_t offset = (int64_t)blockIdx.x * value_block_elements(D);
   float largest = 0.f;
   for (int token = threadIdx.x / kLanes; token < kBlock; token += kRows) {
     const int64_t t = at.block * kBlock + token;
@@ -158,12 +170,14 @@ __global__ void __launch_bounds__(kThreads) pack_grad(Strided<T> dy, Strided<T> 
       for (int i = 0; i < 8; i++) largest = fmaxf(largest, fabsf(row.value[i]));
       largest = fmaxf(largest, fabsf(row.last));
     } else {
-      *(uint4*)(out + value_index(lane * 8, token)) =
-          make_uint4(Numeric<T>::pack(row.value[0], row.value[1]), Numeric<T>::pack(row.value[2], row.value[3]),
-                     Numeric<T>::pack(row.value[4], row.value[5]), Numeric<T>::pack(row.value[6], row.value[7]));
-      if (lane == 0) {
-        const float high = Numeric<T>::to_float(Numeric<T>::from_float(row.last));
-        *(uint4*)(out + value_index(D, token)) = make_uint4(Numeric<T>::pack(high, row.last - high), 0, 0, 0);
+      const uint4 v = make_uint4(Numeric<T>::pack(row.value[0], row.value[1]), Numeric<T>::pack(row.value[2], row.value[3]),
+                                 Numeric<T>::pack(row.value[4], row.value[5]), Numeric<T>::pack(row.value[6], row.value[7]));
+      *(uint4*)(packed + offset + value_index(lane * 8, token)) = v;
+      if (lane == 0) *(uint4*)(packed + offset + value_index(D, token)) = make_uint4(high_and_low<T>(row.last), 0, 0, 0);
+      if (decayed) {
+        const float by = decay[((int64_t)(at.b * key_heads + group) * blocks + at.block) * kBlock + token];
+        *(uint4*)(decayed + offset + value_index(lane * 8, token)) = scaled<T>(v, by);
+        if (lane == 0) *(uint4*)(decayed + offset + value_index(D, token)) = make_uint4(high_and_low<T>(row.last * by), 0, 0, 0);
       }
     }
   }
@@ -258,7 +272,8 @@ int run_pack(const pt_problem& p, const pt_pack_params& a, cudaStream_t stream) 
   if (a.kind == PT_PACK_FEATURES)
     pack_features<T, D><<<grid, kThreads, 0, stream>>>(strided<T>(a.x), a.heads, p.seq_len, blocks, a.scale, (T*)a.packed, vector);
   else
-    pack_values<T, D><<<grid, kThreads, 0, stream>>>(strided<T>(a.x), a.heads, p.seq_len, blocks, a.scale, (T*)a.packed, vector);
+    pack_values<T, D><<<grid, kThreads, 0, stream>>>(strided<T>(a.x), a.heads, p.seq_len, blocks, a.scale, (T*)a.packed,
+                                                     a.decayed ? gates_of(p, a.gates).chunk_out : nullptr, (T*)a.decayed, vector);
   return check_cuda(cudaGetLastError(), "pt_pack");
 }
 
@@ -269,7 +284,8 @@ int run_pack_grad(const pt_problem& p, const pt_pack_grad_params& a, cudaStream_
   const bool vector = vectorizable(a.dy) && vectorizable(a.y);
   auto launch = [&](auto kernel) {
     kernel<<<grid, kThreads, 0, stream>>>(strided<T>(a.dy), strided<T>(a.y), vector, a.normalizer, a.value_scale, a.dn_scale,
-                                         p.query_heads, p.key_heads, p.seq_len, blocks, (T*)a.packed_dn);
+                                         p.query_heads, p.key_heads, p.seq_len, blocks, (T*)a.packed_dn,
+                                         a.decayed ? gates_of(p, a.gates).chunk_in : nullptr, (T*)a.decayed);
     return check_cuda(cudaGetLastError(), "pt_pack_grad");
   };
   if (a.dn_scale) {
@@ -336,6 +352,7 @@ int pt_pack(const pt_problem* problem, const pt_pack_params* params, void* strea
   if (int status = validate(problem)) return status;
   PT_REQUIRE(params && params->x.data && params->packed && params->heads > 0);
   PT_REQUIRE(params->kind == PT_PACK_FEATURES || params->kind == PT_PACK_VALUES);
+  PT_REQUIRE(!params->decayed || (params->gates && params->kind == PT_PACK_VALUES && params->heads == problem->key_heads));
   return with_type(*problem, [&](auto element, auto dim) {
     return run_pack<decltype(element), dim.value>(*problem, *params, (cudaStream_t)stream);
   });
@@ -344,6 +361,7 @@ int pt_pack(const pt_problem* problem, const pt_pack_params* params, void* strea
 int pt_pack_grad(const pt_problem* problem, const pt_pack_grad_params* params, void* stream) {
   if (int status = validate(problem)) return status;
   PT_REQUIRE(params && params->dy.data && params->y.data && params->normalizer && params->packed_dn);
+  PT_REQUIRE(!params->decayed || params->gates);
   return with_type(*problem, [&](auto element, auto dim) {
     return run_pack_grad<decltype(element), dim.value>(*problem, *params, (cudaStream_t)stream);
   });

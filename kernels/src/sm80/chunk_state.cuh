@@ -1,4 +1,4 @@
-// chunk_state on mma.sync: S_{n+1} = chunk_decay_n S_n + sum_t decay_t phi(x_t)^T u_t, the states entering (reverse: leaving) each chunk.
+// chunk_state on mma.sync: S_{n+1} = chunk_decay_n S_n + sum_t phi(x_t)^T u_t (u carries the decay), the states entering (reverse: leaving) each chunk.
 //
 // One warp owns one phi tile (64 rows; for head dim 128 half of its columns) of one chunk. It sums its chunk from zero in registers, then waits
 // for the running state of its predecessor in time, writes that as the chunk's 16-bit state, and passes decay * state + sum on in fp32. Work is
@@ -23,7 +23,7 @@ struct ChunkStateConfig {
   static constexpr int kBlocksPerChunk = (kTasks + kWarps - 1) / kWarps;
   static constexpr int kFeatureBytes = feature_block_elements(D) * 2;
   static constexpr int kValueBytes = value_block_elements(D) * 2;
-  static constexpr int kStageBytes = kFeatureBytes + kValueBytes + kBlock * 4;
+  static constexpr int kStageBytes = kFeatureBytes + kValueBytes;
   static constexpr int kStages = D == 128 ? 2 : 3;
   static constexpr int kSharedBytes = kStages * kStageBytes;
   static constexpr int kRunningElements = 4 * kGroups * 4 * 32;  // fp32 of one task
@@ -46,7 +46,7 @@ struct ChunkStateArguments {
 
 // Element (m, n, i) of the accumulators: row m * 16 + g + 8 * (i / 2), column n * 8 + 2 * t + i % 2.
 template <typename T, int D, bool kReverse>
-__global__ void __launch_bounds__(ChunkStateConfig<D>::kThreads) chunk_state_kernel(const ChunkStateArguments a) {
+__global__ void __launch_bounds__(ChunkStateConfig<D>::kThreads, 1) chunk_state_kernel(const ChunkStateArguments a) {
   using Config = ChunkStateConfig<D>;
   using N = Numeric<T>;
   extern __shared__ __align__(128) uint8_t shared[];
@@ -78,7 +78,6 @@ __global__ void __launch_bounds__(ChunkStateConfig<D>::kThreads) chunk_state_ker
   if (sums) {
     const int64_t first_block = n * a.blocks_per_chunk;
     const int blocks = (int)min((int64_t)a.blocks_per_chunk, a.blocks - first_block), iterations = blocks * a.group;
-    const float* decay = (kReverse ? a.gates.chunk_in : a.gates.chunk_out) + (bh * a.blocks + first_block) * kBlock;
     const uint32_t base = shared_address(shared);
     const auto load = [&](int iteration) {
       if (iteration < iterations) {
@@ -87,7 +86,6 @@ __global__ void __launch_bounds__(ChunkStateConfig<D>::kThreads) chunk_state_ker
         const uint32_t to = base + iteration % Config::kStages * Config::kStageBytes;
         copy_async<Config::kThreads>(to, (const T*)a.x + source * feature_block_elements(D), Config::kFeatureBytes);
         copy_async<Config::kThreads>(to + Config::kFeatureBytes, (const T*)a.u + source * value_block_elements(D), Config::kValueBytes);
-        copy_async<Config::kThreads>(to + Config::kFeatureBytes + Config::kValueBytes, decay + block * kBlock, kBlock * 4);
       }
       cp_async_commit();
     };
@@ -99,7 +97,6 @@ __global__ void __launch_bounds__(ChunkStateConfig<D>::kThreads) chunk_state_ker
       load(iteration + Config::kStages - 1);
       const int stage = iteration % Config::kStages * Config::kStageBytes;
       const uint32_t x = base + stage, u = x + Config::kFeatureBytes;
-      const float2* decays = (const float2*)(shared + stage + Config::kFeatureBytes + Config::kValueBytes);
       if (active) {
 #pragma unroll 1
         for (int k = 0; k < kBlock / 16; k++) {
@@ -107,15 +104,13 @@ __global__ void __launch_bounds__(ChunkStateConfig<D>::kThreads) chunk_state_ker
           uint32_t f[4];
           const int block = lane < 16 ? pair.j_block : pair.i_block;
           ldmatrix4(f, x + (block * 8 + 2 * k + lane / 8 % 2) * 128 + lane % 8 * 16);
-          const float2 d0 = decays[k * 8 + t], d1 = decays[k * 8 + 4 + t];
-          const uint32_t xj0 = N::pack(N::low(f[0]) * d0.x, N::high(f[0]) * d0.y), xj1 = N::pack(N::low(f[1]) * d1.x, N::high(f[1]) * d1.y);
           uint32_t phi[4][4];
 #pragma unroll
           for (int m = 0; m < 4; m++) {
 #pragma unroll
             for (int r = 0; r < 2; r++) {
-              phi[m][r] = N::mul(xj0, __shfl_sync(~0u, f[2], (2 * m + r) * 4 + t));
-              phi[m][2 + r] = N::mul(xj1, __shfl_sync(~0u, f[3], (2 * m + r) * 4 + t));
+              phi[m][r] = N::mul(f[0], __shfl_sync(~0u, f[2], (2 * m + r) * 4 + t));
+              phi[m][2 + r] = N::mul(f[1], __shfl_sync(~0u, f[3], (2 * m + r) * 4 + t));
             }
           }
 #pragma unroll

@@ -98,10 +98,14 @@ struct ChunkScan {
     const int lane, warp, warpgroup;
     Ring<kStages> ring;
     uint32_t stages;
+    const int row_stride;  // bytes from the packed rows of this warpgroup's first block to those of its second
     float acc[kM][kColumns / 2];
 
     __device__ Consumer(const ChunkScanParams& p, uint32_t stages, uint32_t barriers)
-        : p(p), lane(threadIdx.x % 32), warp(threadIdx.x / 32 % 4), warpgroup(threadIdx.x / 128), ring(barriers), stages(stages) {}
+        : p(p), lane(threadIdx.x % 32), warp(threadIdx.x / 32 % 4), warpgroup(threadIdx.x / 128), ring(barriers), stages(stages),
+          row_stride((block(kM - 1) - block(0)) * kXBytes) {}
+
+    __device__ __forceinline__ int block(int m) const { return row_block_of<kM>(warpgroup, m); }
 
     __device__ void release(int stage) {
       if (lane == 0) ring.release(stage);
@@ -120,7 +124,7 @@ struct ChunkScan {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
           uint32_t pairs[4];
-          load_matrices_transposed(pairs, rows + m * kXBytes + ((i_block * 8 + 2 * warp + half) * 64 + (2 * (lane >> 3) + (lane & 1)) * 8) * 2);
+          load_matrices_transposed(pairs, rows + m * row_stride + ((i_block * 8 + 2 * warp + half) * 64 + (2 * (lane >> 3) + (lane & 1)) * 8) * 2);
 #pragma unroll
           for (int s = 0; s < 4; s++) {
             if constexpr (kExpanded)
@@ -136,7 +140,7 @@ struct ChunkScan {
                                   bool release_previous) {
       const CoreMatrices state(tile, 128, 1024);
       uint32_t xj[4];  // (block m, rows + 0 or 8) = matrices 2 m + half
-      load_matrices_transposed(xj, rows + (lane >> 4) * kXBytes + ((j_block * 8 + 2 * warp + (lane >> 3 & 1)) * 64 + (lane & 7) * 8) * 2);
+      load_matrices_transposed(xj, rows + (lane >> 4) * row_stride + ((j_block * 8 + 2 * warp + (lane >> 3 & 1)) * 64 + (lane & 7) * 8) * 2);
 #pragma unroll
       for (int group = 0; group < 4 / kSlices; group++) {
         wgmma_wait<1>();  // the products that read a[group % 2] are done
@@ -187,7 +191,7 @@ struct ChunkScan {
 #pragma unroll
         for (int k = 0; k < kScoreSteps; k++)
           load_matrices_transposed(
-              xa[k], rows + m * kXBytes + (((2 * (first + k) + (lane >> 4)) * 8 + 2 * warp + (lane >> 3 & 1)) * 64 + (lane & 7) * 8) * 2);
+              xa[k], rows + m * row_stride + (((2 * (first + k) + (lane >> 4)) * 8 + 2 * warp + (lane >> 3 & 1)) * 64 + (lane & 7) * 8) * 2);
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < kScoreSteps; k++) wgmma<T, true>(s, xa[k], CoreMatrices(x, 1024, 128).at((first + k) * 2048), first + k > 0);
@@ -245,16 +249,16 @@ struct ChunkScan {
         float between[kM] = {1.f, 1.f};  // decay across the blocks between these rows and the columns
         const int end = tile.column_block(tile.column_count);
 #pragma unroll 1
-        for (int block = tile.column_block(0); block != end; block += kReverse ? 1 : -1) {
-          const float across = p.block_decay[(int64_t)tile.key_head * p.blocks + block];
+        for (int column = tile.column_block(0); column != end; column += kReverse ? 1 : -1) {
+          const float across = p.block_decay[(int64_t)tile.key_head * p.blocks + column];
           ring.wait_full();
           const uint32_t x = stages + ring.stage() * kStageBytes;
 #pragma unroll
           for (int m = 0; m < kM; m++) {
-            const int mine = tile.row_block + warpgroup * kM + m;
-            if (warpgroup * kM + m >= tile.row_blocks) continue;
-            const bool diagonal = block == mine;
-            if (!diagonal && (kReverse ? block < mine : block > mine)) continue;
+            const int mine = tile.row_block + block(m);
+            if (block(m) >= tile.row_blocks) continue;
+            const bool diagonal = column == mine;
+            if (!diagonal && (kReverse ? column < mine : column > mine)) continue;
             if (diagonal || between[m] > 0.f) {
               const float* row_decay = p.row_block_decay + ((int64_t)tile.key_head * p.blocks + mine) * kBlock + 16 * warp + lane / 4;
               const float decay[2] = {row_decay[0] * between[m], row_decay[8] * between[m]};
@@ -277,8 +281,8 @@ struct ChunkScan {
         scan_state(rows);
 #pragma unroll
         for (int m = 0; m < kM; m++) {
-          const int block = min(tile.row_block + warpgroup * kM + m, p.blocks - 1);
-          const float* decay = p.row_chunk_decay + ((int64_t)tile.key_head * p.blocks + block) * kBlock + 16 * warp + lane / 4;
+          const int at = min(tile.row_block + block(m), p.blocks - 1);
+          const float* decay = p.row_chunk_decay + ((int64_t)tile.key_head * p.blocks + at) * kBlock + 16 * warp + lane / 4;
           const float top = decay[0] * p.inverse_state_scale, bottom = decay[8] * p.inverse_state_scale;
 #pragma unroll
           for (int c = 0; c < kColumns / 2; c++) acc[m][c] *= c % 4 < 2 ? top : bottom;
@@ -294,12 +298,10 @@ struct ChunkScan {
       const float unscale = p.out_scale ? 1.f / p.out_scale[tile.key_head] : 1.f;
 #pragma unroll
       for (int m = 0; m < kM; m++) {
-        if (warpgroup * kM + m >= tile.row_blocks) continue;
-        const int64_t block = tile.row_block + warpgroup * kM + m;
+        if (block(m) >= tile.row_blocks) continue;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-          const int row = 16 * warp + lane / 4 + half * 8;
-          const int64_t token = block * kBlock + row;
+          const int64_t token = (int64_t)(tile.row_block + block(m)) * kBlock + 16 * warp + lane / 4 + half * 8;
           float factor = unscale;
           if constexpr (!kReverse) {
             const float norm = acc[m][4 * (kColumnGroups - 1) + 2 * half] + acc[m][4 * (kColumnGroups - 1) + 2 * half + 1];
@@ -325,7 +327,7 @@ struct ChunkScan {
     for (; (int)(blockIdx.x + row_ring.count * gridDim.x) < p.tiles; row_ring.advance()) {
       const Tile tile(p, blockIdx.x + row_ring.count * gridDim.x);
       row_ring.wait_full();
-      if (tile.row_blocks > 0) consumer.run(tile, rows + row_ring.stage() * kRowBytes + consumer.warpgroup * kM * kXBytes);
+      if (tile.row_blocks > 0) consumer.run(tile, rows + row_ring.stage() * kRowBytes + consumer.block(0) * kXBytes);
       if (consumer.lane == 0) row_ring.release(row_ring.stage());
       if (tile.row_blocks > 0) consumer.store(tile);
     }

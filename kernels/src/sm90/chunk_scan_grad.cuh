@@ -94,7 +94,9 @@ struct ChunkScanGrad {
     const ChunkScanGradParams& p;
     const int lane, warp, warpgroup;
     Ring<kStages> ring;
-    const uint32_t stages, rows_x, rows_u, dx;  // rows and dx of this warpgroup; dx of this thread
+    const uint32_t stages, rows_x, rows_u;      // rows of this warpgroup's first block
+    const int block_stride;                     // packed blocks from its first block to its second
+    const uint32_t dx;                          // of this thread
     float d[2][kBlock / 2];                     // dphi of two tiles in turn; the scores and their gradient within the chunk
     float acc[kM][kHeadDim / 2];                // dx once the state is done
 
@@ -105,9 +107,12 @@ struct ChunkScanGrad {
           warpgroup(threadIdx.x / 128),
           ring(barriers),
           stages(stages),
-          rows_x(rows + warpgroup * kM * kXBytes),
-          rows_u(rows + kRowBlocks * kXBytes + warpgroup * kM * kUBytes),
+          rows_x(rows + block(0) * kXBytes),
+          rows_u(rows + kRowBlocks * kXBytes + block(0) * kUBytes),
+          block_stride(block(kM - 1) - block(0)),
           dx(dx + warpgroup * (kDxBytes / kWarpgroups) + threadIdx.x % 128 * 8) {}
+
+    __device__ __forceinline__ int block(int m) const { return row_block_of<kM>(warpgroup, m); }
 
     __device__ void release(int stage) {
       if (lane == 0) ring.release(stage);
@@ -122,7 +127,7 @@ struct ChunkScanGrad {
 
     // u of rows block m as A operands. The last one meets S's columns (hi, lo) twice, with u's hi and then with its lo.
     __device__ __forceinline__ void load_u(uint32_t (&u)[kSteps][4], int m) const {
-      const uint32_t at = rows_u + m * kUBytes + ((2 * warp + (lane >> 3 & 1)) * 64 + (lane & 7) * 8) * 2;
+      const uint32_t at = rows_u + m * block_stride * kUBytes + ((2 * warp + (lane >> 3 & 1)) * 64 + (lane & 7) * 8) * 2;
 #pragma unroll
       for (int step = 0; step < kSteps - 1; step++) load_matrices(u[step], at + (2 * step + (lane >> 4)) * 1024);
       uint32_t norm[4];
@@ -173,7 +178,7 @@ struct ChunkScanGrad {
 #pragma unroll
         for (int half = 0; half < 2; half++)
           load_matrices_transposed(xi[m][half],
-                                   rows_x + m * kXBytes + ((i_block * 8 + 2 * warp + half) * 64 + (2 * (lane >> 3) + (lane & 1)) * 8) * 2);
+                                   rows_x + m * block_stride * kXBytes + ((i_block * 8 + 2 * warp + half) * 64 + (2 * (lane >> 3) + (lane & 1)) * 8) * 2);
     }
 
     // Keeps the compiler from holding the unpacked x_i of both rows blocks over several contractions: they cost 32 registers, and spills.
@@ -184,7 +189,7 @@ struct ChunkScanGrad {
 
     __device__ __forceinline__ void contract(const float (&dphi)[kBlock / 2], const uint32_t (&xi)[2][4], float (&partial)[2][8], int m, int j_block) {
       uint32_t xj[4];
-      load_matrices_transposed(xj, rows_x + m * kXBytes + ((j_block * 8 + 2 * warp + (lane >> 3 & 1)) * 64 + (lane & 7) * 8) * 2);
+      load_matrices_transposed(xj, rows_x + m * block_stride * kXBytes + ((j_block * 8 + 2 * warp + (lane >> 3 & 1)) * 64 + (lane & 7) * 8) * 2);
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         const float2 j = Pair<T>::unpack(xj[half]);
@@ -260,7 +265,7 @@ struct ChunkScanGrad {
       uint32_t xa[kHeadDim / 16][4], ua[kSteps][4];
 #pragma unroll
       for (int k = 0; k < kHeadDim / 16; k++)
-        load_matrices_transposed(xa[k], rows_x + m * kXBytes + (((2 * k + (lane >> 4)) * 8 + 2 * warp + (lane >> 3 & 1)) * 64 + (lane & 7) * 8) * 2);
+        load_matrices_transposed(xa[k], rows_x + m * block_stride * kXBytes + (((2 * k + (lane >> 4)) * 8 + 2 * warp + (lane >> 3 & 1)) * 64 + (lane & 7) * 8) * 2);
       if constexpr (kHeadDim < 128) load_u(ua, m);
       wgmma_fence();
 #pragma unroll
@@ -328,16 +333,16 @@ struct ChunkScanGrad {
         for (int m = 0; m < kM; m++) between[m] = 1.f;
         const int end = tile.column_block(tile.column_count);
 #pragma unroll 1
-        for (int block = tile.column_block(0); block != end; block += kReverse ? 1 : -1) {
-          const float across = p.block_decay[(int64_t)tile.key_head * p.blocks + block];
+        for (int column = tile.column_block(0); column != end; column += kReverse ? 1 : -1) {
+          const float across = p.block_decay[(int64_t)tile.key_head * p.blocks + column];
           ring.wait_full();
           const uint32_t x = stages + ring.stage() * kStageBytes;
 #pragma unroll
           for (int m = 0; m < kM; m++) {
-            const int mine = tile.row_block + warpgroup * kM + m;
-            if (warpgroup * kM + m >= tile.row_blocks) continue;
-            const bool diagonal = block == mine;
-            if (!diagonal && (kReverse ? block < mine : block > mine)) continue;
+            const int mine = tile.row_block + block(m);
+            if (block(m) >= tile.row_blocks) continue;
+            const bool diagonal = column == mine;
+            if (!diagonal && (kReverse ? column < mine : column > mine)) continue;
             if (diagonal || between[m] > 0.f) {
               const float* row_decay = p.row_block_decay + ((int64_t)tile.key_head * p.blocks + mine) * kBlock + 16 * warp + lane / 4;
               const float decay[2] = {row_decay[0] * between[m], row_decay[8] * between[m]};
@@ -355,12 +360,12 @@ struct ChunkScanGrad {
     __device__ __forceinline__ void write_dots(const Tile& tile, float* dots, bool zero) const {
 #pragma unroll
       for (int m = 0; m < kM; m++) {
-        if (warpgroup * kM + m >= tile.row_blocks) continue;
+        if (block(m) >= tile.row_blocks) continue;
         float dot[2] = {};
 #pragma unroll
         for (int c = 0; c < kFeatureBlocks && !zero; c += 2) {
           uint32_t x[4];
-          load_matrices_transposed(x, rows_x + m * kXBytes + (((c + (lane >> 4)) * 8 + 2 * warp + (lane >> 3 & 1)) * 64 + (lane & 7) * 8) * 2);
+          load_matrices_transposed(x, rows_x + m * block_stride * kXBytes + (((c + (lane >> 4)) * 8 + 2 * warp + (lane >> 3 & 1)) * 64 + (lane & 7) * 8) * 2);
 #pragma unroll
           for (int half = 0; half < 2; half++) {
             const float2 a = Pair<T>::unpack(x[half]), b = Pair<T>::unpack(x[half + 2]);
@@ -372,8 +377,8 @@ struct ChunkScanGrad {
         for (int half = 0; half < 2; half++) {
           dot[half] += __shfl_xor_sync(0xffffffffu, dot[half], 1);
           dot[half] += __shfl_xor_sync(0xffffffffu, dot[half], 2);
-          const int64_t block = (int64_t)tile.row_head * p.blocks + tile.row_block + warpgroup * kM + m;
-          if (lane % 4 == 0) dots[block * kBlock + 16 * warp + lane / 4 + half * 8] = 0.5f * dot[half];
+          const int64_t at = (int64_t)tile.row_head * p.blocks + tile.row_block + block(m);
+          if (lane % 4 == 0) dots[at * kBlock + 16 * warp + lane / 4 + half * 8] = 0.5f * dot[half];
         }
       }
     }
@@ -383,8 +388,8 @@ struct ChunkScanGrad {
         scan_state();
 #pragma unroll
         for (int m = 0; m < kM; m++) {
-          const int block = min(tile.row_block + warpgroup * kM + m, p.blocks - 1);
-          const float* decay = p.row_chunk_decay + ((int64_t)tile.key_head * p.blocks + block) * kBlock + 16 * warp + lane / 4;
+          const int at = min(tile.row_block + block(m), p.blocks - 1);
+          const float* decay = p.row_chunk_decay + ((int64_t)tile.key_head * p.blocks + at) * kBlock + 16 * warp + lane / 4;
 #pragma unroll
           for (int half = 0; half < 2; half++) {
             const float factor = decay[8 * half] * p.inverse_state_scale;
@@ -414,10 +419,10 @@ struct ChunkScanGrad {
       if (p.dn_scale) factor /= p.dn_scale[tile.key_head];
 #pragma unroll
       for (int m = 0; m < kM; m++) {
-        if (warpgroup * kM + m >= tile.row_blocks) continue;
+        if (block(m) >= tile.row_blocks) continue;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-          const int64_t token = (int64_t)(tile.row_block + warpgroup * kM + m) * kBlock + 16 * warp + lane / 4 + half * 8;
+          const int64_t token = (int64_t)(tile.row_block + block(m)) * kBlock + 16 * warp + lane / 4 + half * 8;
           T* out = (T*)p.out + batch * p.out_stride_b + token * p.out_stride_t + head * p.out_stride_h;
 #pragma unroll
           for (int c = 0; c < kFeatureBlocks; c += 2) {

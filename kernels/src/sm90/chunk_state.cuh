@@ -1,9 +1,8 @@
-// chunk_state on Hopper: S_n = chunk_decay S_{n-1} + phi(x)^T u at every chunk boundary, phi formed in registers.
+// chunk_state on Hopper: S_n = chunk_decay S_{n-1} + phi(x)^T u at every chunk boundary, phi formed in registers; u carries the decays.
 //
-// A warpgroup keeps kTiles phi tiles (64 x (V + 8) each) in fp32 accumulators for a whole time segment and streams x and u past them in blocks
-// of 64 tokens. Rows of A are features and its columns time, so with x stored transposed the fragment of phi(i, j) is the fragment of x_j
-// times a pair of x_i along time; ldmatrix with one row address for all eight rows delivers that pair to every thread.
-// The decay to the chunk's end is multiplied into x_i in fp32, before its rounding to 16 bits.
+// A warpgroup keeps a group of phi tiles (64 x (V + 8) each) in fp32 accumulators for a whole time segment and streams x and u past them in
+// blocks of 64 tokens. Rows of A are features and its columns time, so with x stored transposed the fragment of phi(i, j) is the fragment of
+// x_j times a pair of x_i along time; ldmatrix with one row address for all eight rows delivers that pair to every thread.
 #pragma once
 #include "../common/segments.h"
 #include "pipeline.cuh"
@@ -11,26 +10,51 @@
 
 namespace powertrain::sm90 {
 
+// The phi tiles that the two warpgroups of a thread block keep. Shared memory is the limit: a tile's B operand takes half of its bandwidth while
+// the tensor cores take the tile, so fragments of x are loaded once for all tiles that have them in common. `i_slot`, `j_slot`: which loaded
+// fragment the m-th tile uses; `i_tile`, `j_tile`: a tile that has it. Accumulators take kTiles (V + 8) / 2 registers: 100, 180 or 144, 136.
+template <int kHeadDim, int kKind>
+struct TileGroup;
+// (I, I), (I, I+1), (I+1, I+1), (I+1, I+2) with I = 2 group, and (group, group + 2).
+template <int kKind>
+struct TileGroup<32, kKind> {
+  static constexpr int kTiles = 5, kI = 3, kJ = 4;
+  __device__ static constexpr int tile(int group, int m) { return m < 4 ? 4 * group + m : 8 + group; }
+  __device__ static constexpr int i_slot(int m) { return m / 2; }
+  __device__ static constexpr int j_slot(int m) { return m < 2 ? m : m - 1; }
+  __device__ static constexpr int i_tile(int group, int slot) { return tile(group, 2 * slot); }
+  __device__ static constexpr int j_tile(int group, int slot) { return tile(group, slot < 2 ? slot : slot + 1); }
+};
+// Everything with I = group: distances 0 to 3, and 4 where group < 4 (kind 0).
+template <int kKind>
+struct TileGroup<64, kKind> {
+  static constexpr int kTiles = 5 - kKind, kI = 1, kJ = kTiles;
+  __device__ static constexpr int tile(int group, int m) { return m < 4 ? 4 * group + m : 32 + group; }
+  __device__ static constexpr int i_slot(int) { return 0; }
+  __device__ static constexpr int j_slot(int m) { return m; }
+  __device__ static constexpr int i_tile(int group, int) { return tile(group, 0); }
+  __device__ static constexpr int j_tile(int group, int slot) { return tile(group, slot); }
+};
+// Two neighbours with the same I; or (kind 1) two of distance 8, which have none in common.
+template <int kKind>
+struct TileGroup<128, kKind> {
+  static constexpr int kTiles = 2, kI = kKind == 0 ? 1 : 2, kJ = 2;
+  __device__ static constexpr int tile(int group, int m) { return 2 * group + m; }
+  __device__ static constexpr int i_slot(int m) { return kKind == 0 ? 0 : m; }
+  __device__ static constexpr int j_slot(int m) { return m; }
+  __device__ static constexpr int i_tile(int group, int slot) { return tile(group, slot); }
+  __device__ static constexpr int j_tile(int group, int slot) { return tile(group, slot); }
+};
+
+// Thread blocks that hold a head's state, and stages of x and u: 147, 139 and 139 KiB.
 template <int kHeadDim>
-struct ChunkStateConfig;
-// Accumulators take kTiles * (V + 8) / 2 registers a thread: 100, 144, 136. Stages fill shared memory up to about 140 KiB at least.
-template <>
-struct ChunkStateConfig<32> {
-  static constexpr int kTiles = 5, kGroups = 2, kSharedGroups = 2, kStages = 16;
-};
-template <>
-struct ChunkStateConfig<64> {
-  static constexpr int kTiles = 4, kGroups = 9, kSharedGroups = 8, kStages = 8;
-};
-template <>
-struct ChunkStateConfig<128> {
-  static constexpr int kTiles = 2, kGroups = 68, kSharedGroups = 64, kStages = 4;
-};
+constexpr int kStateBlocks = kHeadDim == 32 ? 1 : kHeadDim == 64 ? 4 : 34;
+template <int kHeadDim>
+constexpr int kStateStages = kHeadDim == 32 ? 16 : kHeadDim == 64 ? 8 : 4;
 
 struct ChunkStateParams {
   const void* x;             // packed features
-  const void* u;             // packed values
-  const float* decay;        // (B, Hk, Tp) to (reverse: from) the chunk's end
+  const void* u;             // decayed values
   const float* chunk_decay;  // (B, Hk, N)
   const float* initial;      // boundary or null
   void* states;              // or null
@@ -39,22 +63,18 @@ struct ChunkStateParams {
   int64_t boundary_stride;
   int64_t blocks, chunks;
   int blocks_per_chunk, group, segments, reverse;  // group: heads of x and u per key head
+  int wants_final;  // somebody reads what the last chunk passes on
   float state_scale;
 };
 
 template <int kHeadDim, typename T>
 struct ChunkState {
-  using Config = ChunkStateConfig<kHeadDim>;
   static constexpr int kColumns = kHeadDim + kNormColumns, kColumnGroups = kColumns / 8;
-  static constexpr int kTiles = Config::kTiles, kStages = Config::kStages;
+  static constexpr int kStages = kStateStages<kHeadDim>;
   static constexpr int kXBytes = feature_block_elements(kHeadDim) * 2, kUBytes = value_block_elements(kHeadDim) * 2;
-  static constexpr int kStageBytes = kXBytes + kUBytes + kBlock * 4;
+  static constexpr int kStageBytes = kXBytes + kUBytes;
   static constexpr int kWarpgroups = 2, kThreads = (kWarpgroups + 1) * 128;  // the last warpgroup produces
   static constexpr int kSharedBytes = kStages * kStageBytes + 16 * kStages;
-  static constexpr int kBlocksPerHead = (Config::kGroups + kWarpgroups - 1) / kWarpgroups;
-
-  // Which phi tile is the m-th of a group. K = 32 takes (I, I), (I, I+1), (I+1, I+1), (I+1, I+2) and one at distance 2.
-  __device__ static int tile_of(int group, int m) { return kHeadDim != 32 || m < 4 ? group * (kHeadDim == 32 ? 4 : kTiles) + m : 8 + group; }
 
   // Walks the chunks of this thread block's segment in scan order.
   template <typename Body>
@@ -65,7 +85,8 @@ struct ChunkState {
     for (int64_t l = segment_begin(p.chunks, p.segments, segment); l < end; l++) {
       const int64_t n = p.reverse ? p.chunks - 1 - l : l;
       const int64_t first = n * p.blocks_per_chunk;
-      body(n, first, (int)min((int64_t)p.blocks_per_chunk, p.blocks - first));
+      const bool passed_on = l + 1 < p.chunks || p.wants_final;
+      body(n, first, passed_on ? (int)min((int64_t)p.blocks_per_chunk, p.blocks - first) : 0);
     }
   }
 
@@ -83,33 +104,28 @@ struct ChunkState {
           barrier_expect(full, kStageBytes);
           bulk_load(at, (const T*)p.x + (start + b) * feature_block_elements(kHeadDim), kXBytes, full);
           bulk_load(at + kXBytes, (const T*)p.u + (start + b) * value_block_elements(kHeadDim), kUBytes, full);
-          bulk_load(at + kXBytes + kUBytes, p.decay + (head * p.blocks + first + b) * kBlock, kBlock * 4, full);
           ring.advance();
         }
       }
     });
   }
 
-  // kShared: all tiles of the group have the same I (K = 32: two tiles each).
-  template <bool kShared>
+  template <class Group>
   __device__ static void consume(const ChunkStateParams& p, int group, uint32_t shared, uint32_t barriers) {
-    constexpr int kI = kHeadDim == 32 ? 3 : (kShared ? 1 : kTiles), kJPairs = kHeadDim == 32 ? 2 : kTiles / 2;
-    auto i_slot = [](int m) constexpr { return kHeadDim == 32 ? m / 2 : (kShared ? 0 : m); };
-    auto j_slot = [](int m) constexpr { return kHeadDim == 32 && m >= 2 ? m - 1 : m; };
+    constexpr int kTiles = Group::kTiles, kPairs = Group::kJ / 2;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
 
     // ldmatrix row addresses within a block of x. x_i: matrices (i even, odd) x (first, second 8 tokens), all rows the same one.
-    // x_j: matrices (first, second 8 tokens) x (two blocks J), rows are the features of J.
-    uint32_t i_offset[kI], j_offset[kJPairs];
+    // x_j: matrices (first, second 8 tokens) x (two blocks J, the last one alone where their number is odd), rows are the features of J.
+    uint32_t i_offset[Group::kI], j_offset[kPairs + Group::kJ % 2];
 #pragma unroll
-    for (int a = 0; a < kI; a++) {
-      const TilePair pair = tile_pair(tile_of(group, kHeadDim == 32 ? 2 * a : a), kHeadDim);
+    for (int a = 0; a < Group::kI; a++) {
+      const TilePair pair = tile_pair(Group::i_tile(group, a), kHeadDim);
       i_offset[a] = ((pair.i_block * 8 + (lane >> 4)) * 64 + (2 * warp + (lane >> 3 & 1)) * 8) * 2;
     }
 #pragma unroll
-    for (int a = 0; a < kJPairs; a++) {
-      const int slot = 2 * a + (lane >> 4);
-      const TilePair pair = tile_pair(tile_of(group, kHeadDim == 32 && slot >= 2 ? slot + 1 : slot), kHeadDim);
+    for (int a = 0; a < kPairs + Group::kJ % 2; a++) {
+      const TilePair pair = tile_pair(Group::j_tile(group, min(2 * a + (lane >> 4), Group::kJ - 1)), kHeadDim);
       j_offset[a] = ((pair.j_block * 8 + (lane >> 3 & 1)) * 64 + (lane & 7) * 8) * 2;
     }
 
@@ -121,7 +137,7 @@ struct ChunkState {
     if (p.initial && blockIdx.y == 0) {
 #pragma unroll
       for (int m = 0; m < kTiles; m++) {
-        const float* from = p.initial + (head * tiles + tile_of(group, m)) * (kBlock * kColumns) + boundary_at;
+        const float* from = p.initial + (head * tiles + Group::tile(group, m)) * (kBlock * kColumns) + boundary_at;
 #pragma unroll
         for (int c = 0; c < kColumnGroups; c++) {
           const float2 top = *(const float2*)(from + c * 8), bottom = *(const float2*)(from + c * 8 + 8 * kColumns);
@@ -136,9 +152,12 @@ struct ChunkState {
     }
 
     Ring<kStages> ring(barriers);
-    uint32_t a[2][kTiles][4];
+    // Fragments of phi in turn, each a group of its own: as many as registers allow run while the next one is formed.
+    constexpr int kAhead = kHeadDim == 32 ? 10 : 4;
+    static_assert(kBlock / 16 * kTiles % kAhead == 0 && kBlock / 16 * kTiles > kAhead, "a block of tokens ends with the last fragment");
+    uint32_t a[kAhead][4];
     for_each_chunk(p, [&](int64_t n, int64_t, int count) {
-      if (p.states) write_state(p, acc, group, n, warp, lane);
+      if (p.states) write_state<Group>(p, acc, group, n, warp, lane);
       const float across = p.chunk_decay[head * p.chunks + n];
 #pragma unroll
       for (int m = 0; m < kTiles; m++)
@@ -149,48 +168,41 @@ struct ChunkState {
 #pragma unroll 1
       for (int step = 0; step < steps; step++) {
         ring.wait_full();
-        const uint32_t x = shared + ring.stage() * kStageBytes, u = x + kXBytes, decay = u + kUBytes + 8 * (lane % 4);
+        const uint32_t x = shared + ring.stage() * kStageBytes, u = x + kXBytes;
         const CoreMatrices columns(u, 128, 1024);
 #pragma unroll
         for (int k = 0; k < kBlock / 16; k++) {
-          wgmma_wait<1>();  // the products that read a[k % 2] are done
-          if (k == 1 && step > 0 && lane == 0) ring.release(ring.previous());
-          uint32_t xj[kJPairs][4];
+          uint32_t xi[Group::kI][4], xj[Group::kJ][2];
 #pragma unroll
-          for (int s = 0; s < kJPairs; s++) load_matrices(xj[s], x + j_offset[s] + k * 256);
-          const float2 early = load_shared_float2(decay + k * 64), late = load_shared_float2(decay + k * 64 + 32);
-          uint32_t xi[4];
+          for (int i = 0; i < Group::kI; i++) load_matrices(xi[i], x + i_offset[i] + k * 256);
 #pragma unroll
           for (int m = 0; m < kTiles; m++) {
-            if (m == 0 || i_slot(m) != i_slot(m - 1)) {
-              load_matrices(xi, x + i_offset[i_slot(m)] + k * 256);
-#pragma unroll
-              for (int r = 0; r < 4; r++) {
-                const float2 value = Pair<T>::unpack(xi[r]), by = r < 2 ? early : late;
-                xi[r] = Pair<T>::pack(value.x * by.x, value.y * by.y);
-              }
+            const int j = Group::j_slot(m), product = k * kTiles + m;
+            if (m == 0 || j != Group::j_slot(m - 1)) {
+              if (j % 2 == 0 && j + 1 < Group::kJ) load_matrices(xj[j], xj[j + 1], x + j_offset[j / 2] + k * 256);
+              if (j % 2 == 0 && j + 1 == Group::kJ) load_matrices(xj[j], x + j_offset[j / 2] + k * 256);
             }
-            const uint32_t(&j)[4] = xj[j_slot(m) / 2];
-            const int half = j_slot(m) % 2 * 2;
+            wgmma_wait<kAhead - 1>();  // the product that read this fragment is done
+            if (product == kAhead && step > 0 && lane == 0) ring.release(ring.previous());
+            uint32_t(&fragment)[4] = a[product % kAhead];
 #pragma unroll
-            for (int r = 0; r < 4; r++) a[k % 2][m][r] = Pair<T>::multiply(j[half + r / 2], xi[r]);
+            for (int r = 0; r < 4; r++) fragment[r] = Pair<T>::multiply(xj[j][r / 2], xi[Group::i_slot(m)][r]);
+            wgmma_fence();
+            wgmma<T, true>(acc[m], fragment, columns.at(k * 256), true);
+            wgmma_commit();
           }
-          wgmma_fence();
-#pragma unroll
-          for (int m = 0; m < kTiles; m++) wgmma<T, true>(acc[m], a[k % 2][m], columns.at(k * 256), true);
-          wgmma_commit();
         }
         ring.advance();
       }
       wgmma_wait<0>();
-      if (lane == 0) ring.release(ring.previous());
+      if (steps > 0 && lane == 0) ring.release(ring.previous());
     });
 
     float* out = p.segments > 1 ? p.locals + blockIdx.y * p.boundary_stride : p.final_state;
     if (out) {
 #pragma unroll
       for (int m = 0; m < kTiles; m++) {
-        float* to = out + (head * tiles + tile_of(group, m)) * (kBlock * kColumns) + boundary_at;
+        float* to = out + (head * tiles + Group::tile(group, m)) * (kBlock * kColumns) + boundary_at;
 #pragma unroll
         for (int c = 0; c < kColumnGroups; c++) {
           float2 top = make_float2(acc[m][4 * c], acc[m][4 * c + 1]), bottom = make_float2(acc[m][4 * c + 2], acc[m][4 * c + 3]);
@@ -205,11 +217,12 @@ struct ChunkState {
     }
   }
 
-  __device__ static void write_state(const ChunkStateParams& p, const float (&acc)[kTiles][kColumns / 2], int group, int64_t n, int warp,
+  template <class Group>
+  __device__ static void write_state(const ChunkStateParams& p, const float (&acc)[Group::kTiles][kColumns / 2], int group, int64_t n, int warp,
                                      int lane) {
 #pragma unroll
-    for (int m = 0; m < kTiles; m++) {
-      const int tile = tile_of(group, m);
+    for (int m = 0; m < Group::kTiles; m++) {
+      const int tile = Group::tile(group, m);
       const float weight = (tile_pair(tile, kHeadDim).distance ? 2.f : 1.f) * p.state_scale;
       // A warp holds two whole core matrices of each column group: 128 contiguous bytes per store.
       T* to = (T*)p.states + ((blockIdx.z * p.chunks + n) * phi_tiles(kHeadDim) + tile) * (int64_t)(kBlock * kColumns) + warp * 128 + lane * 2;
@@ -228,16 +241,14 @@ struct ChunkState {
   }
 };
 
-// Grid (groups / 2, segments, B * Hk).
+// Grid (kStateBlocks, segments, B * Hk).
 template <int kHeadDim, typename T>
 __global__ void __launch_bounds__(ChunkState<kHeadDim, T>::kThreads, 1) chunk_state_kernel(const __grid_constant__ ChunkStateParams p) {
   using Kernel = ChunkState<kHeadDim, T>;
   extern __shared__ __align__(1024) uint8_t shared_memory[];
   const uint32_t shared = shared_address(shared_memory), barriers = shared + Kernel::kStages * Kernel::kStageBytes;
-  const int first_group = blockIdx.x * Kernel::kWarpgroups;
-  const int active = min(Kernel::kWarpgroups, Kernel::Config::kGroups - first_group);
   if (threadIdx.x == 0) {
-    Ring<Kernel::kStages>::init(barriers, active * 4);
+    Ring<Kernel::kStages>::init(barriers, Kernel::kWarpgroups * 4);
     barrier_init_fence();
   }
   __syncthreads();
@@ -247,18 +258,19 @@ __global__ void __launch_bounds__(ChunkState<kHeadDim, T>::kThreads, 1) chunk_st
     if (threadIdx.x % 128 == 0) Kernel::produce(p, shared, barriers);
   } else {
     take_registers<kConsumerRegisters>();
-    const int group = first_group + warpgroup;
-    if (warpgroup >= active) return;
-    if (group < Kernel::Config::kSharedGroups)
-      Kernel::template consume<true>(p, group, shared, barriers);
-    else if constexpr (Kernel::Config::kSharedGroups < Kernel::Config::kGroups)
-      Kernel::template consume<false>(p, group, shared, barriers);
+    const int group = kHeadDim == 64 ? blockIdx.x + kStateBlocks<64> * warpgroup : blockIdx.x * Kernel::kWarpgroups + warpgroup;
+    const bool second_kind = kHeadDim == 64 ? warpgroup == 1 : kHeadDim == 128 && group >= 64;
+    if (second_kind) {
+      if constexpr (kHeadDim > 32) Kernel::template consume<TileGroup<kHeadDim, 1>>(p, group, shared, barriers);
+    } else {
+      Kernel::template consume<TileGroup<kHeadDim, 0>>(p, group, shared, barriers);
+    }
   }
 }
 
 template <int kHeadDim, typename T>
 int64_t chunk_state_workspace_of(const pt_problem& problem) {
-  const int segments = choose_segments(problem, (int64_t)ChunkState<kHeadDim, T>::kBlocksPerHead * problem.batch * problem.key_heads);
+  const int segments = choose_segments(problem, (int64_t)kStateBlocks<kHeadDim> * problem.batch * problem.key_heads);
   return segments > 1 ? segments * boundary_elements(problem) * 4 : 0;
 }
 
@@ -270,7 +282,6 @@ int launch_chunk_state(const pt_problem& problem, const pt_chunk_state_params& p
   ChunkStateParams p;
   p.x = params.x;
   p.u = params.u;
-  p.decay = params.reverse ? gates.chunk_in : gates.chunk_out;
   p.chunk_decay = gates.chunk_decay;
   p.initial = params.initial;
   p.states = params.states;
@@ -280,13 +291,14 @@ int launch_chunk_state(const pt_problem& problem, const pt_chunk_state_params& p
   p.chunks = chunks(problem.seq_len, problem.chunk_size);
   p.blocks_per_chunk = problem.chunk_size / kBlock;
   p.group = params.reverse ? problem.query_heads / problem.key_heads : 1;
-  p.segments = choose_segments(problem, Kernel::kBlocksPerHead * heads);
+  p.segments = choose_segments(problem, kStateBlocks<kHeadDim> * heads);
   p.locals = (float*)params.workspace;
   p.reverse = params.reverse;
+  p.wants_final = params.final_state != nullptr;
   p.state_scale = problem.state_scale;
   auto* kernel = chunk_state_kernel<kHeadDim, T>;
   if (int status = allow_shared_memory((const void*)kernel, Kernel::kSharedBytes)) return status;
-  kernel<<<dim3(Kernel::kBlocksPerHead, p.segments, (unsigned)heads), Kernel::kThreads, Kernel::kSharedBytes, stream>>>(p);
+  kernel<<<dim3(kStateBlocks<kHeadDim>, p.segments, (unsigned)heads), Kernel::kThreads, Kernel::kSharedBytes, stream>>>(p);
   if (int status = check_cuda(cudaGetLastError(), "chunk_state")) return status;
   return p.segments > 1 ? join_segments(problem, params, p.segments, p.locals, stream) : PT_OK;
 }

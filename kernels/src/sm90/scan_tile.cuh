@@ -26,7 +26,8 @@ inline ScanShape scan_shape(const pt_problem& problem, bool reverse, int row_blo
   return s;
 }
 
-// One row tile, decoded from its index: row tiles of a chunk are neighbours, then chunks, then heads.
+// One row tile, decoded from its index: row tiles of a chunk are neighbours, then chunks, then heads. A later place in the chunk is more work
+// (reverse: less), and thread blocks take every gridDim-th index: without the rotation one that gets the last place once would get it always.
 template <bool kReverse, int kRowBlocks>
 struct ScanTile {
   int row_head, key_head, chunk;   // flat (b, h) of rows and of the state
@@ -34,7 +35,8 @@ struct ScanTile {
   int first_column_head, column_count;  // the first of the column_heads heads that columns come from, blocks of columns of each
   bool has_state;
   __device__ ScanTile(const ScanShape& p, int index) {
-    const int within = index % p.tiles_per_chunk, chunk_of_all = index / p.tiles_per_chunk;
+    const int chunk_of_all = index / p.tiles_per_chunk, turn = chunk_of_all * p.tiles_per_chunk / (int)gridDim.x;
+    const int within = (index + turn) % p.tiles_per_chunk;
     chunk = chunk_of_all % p.chunks;
     row_head = chunk_of_all / p.chunks;
     key_head = kReverse ? row_head : row_head / p.group;  // (b Hq + h) / group = b Hk + h / group
@@ -49,6 +51,13 @@ struct ScanTile {
   // Columns run from the diagonal away.
   __device__ int column_block(int index) const { return kReverse ? row_block + index : row_block + row_blocks - 1 - index; }
 };
+
+// Blocks of 64 rows that a warpgroup takes from a row tile of two (kM = 1) or four (kM = 2): 0 and 3, or 1 and 2, so that both have the same
+// number of pairs within the chunk.
+template <int kM>
+__device__ __forceinline__ int row_block_of(int warpgroup, int m) {
+  return m == 0 ? warpgroup : 2 * kM - 1 - warpgroup;
+}
 
 // Writes this thread's part (columns 2 (lane % 4) and + 1) of two neighbouring groups of 8 columns of one row. Neighbouring threads exchange
 // halves first, so that four of them write 32 contiguous bytes.
