@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import os
 import platform
 import shlex
 import signal
 import sys
 import threading
+import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from powertrain.cluster.queue import SlurmError, current_job_id
 from powertrain.cluster.snapshot import code_version
@@ -103,7 +107,7 @@ def main(argv: list[str]) -> int:
         _check_same_run(Path(config.paths.runs) / config.resolved_run_id(), config)
         return submit.main(config)
     with _signals_stop():
-        return _train_here(config, arguments, shlex.join(["powertrain", "train", *argv]))
+        return _train_here(config, arguments, argv)
 
 
 def _configuration(arguments: argparse.Namespace) -> RunConfig:
@@ -142,24 +146,64 @@ def _signals_stop() -> Iterator[None]:
             signal.signal(signum, handler)
 
 
-def _train_here(config: RunConfig, arguments: argparse.Namespace, command: str) -> int:
-    try:
-        from powertrain.training.checkpoint import CheckpointError
-        from powertrain.training.fit import RunLockedError
-        from powertrain.training.nonfinite import NonFiniteError
+def _train_here(config: RunConfig, arguments: argparse.Namespace, argv: list[str]) -> int:
+    from powertrain.training.batching import resolve_devices
+    from powertrain.training.launch import end_with_launcher, launch, launcher
 
-        try:
-            result = run(config, command=command)
-        except (CheckpointError, NonFiniteError, RunLockedError, RunBusyError) as error:
-            print(f"powertrain train: {error}", file=sys.stderr)
-            return 1
+    devices = resolve_devices(config.trainer)
+    if devices.per_node > 1 and launcher() is None:
+        again = [sys.executable, "-m", "powertrain", "train", *argv]
+        return launch(again, devices.per_node, num_nodes=devices.num_nodes)
+    command = shlex.join(["powertrain", "train", *argv])
+    end_with_launcher()
+    try:
+        result = run(config, command=command)
         if result.fit.interrupted_by is not None:
             saved = f"Everything is saved at step {result.fit.counters.step}"
             return _interrupted(config, result.fit.interrupted_by, saved, command)
         _report(config, result, arguments.overrides if arguments.config is None else None)
     except _Stopped as stop:
         return _interrupted(config, stop.signum, "No step was under way", command)
+    except Exception as error:
+        if devices.world_size > 1:
+            _end_rank(error)
+        if not isinstance(error, _expected_errors()):
+            raise
+        print(f"powertrain train: {error}", file=sys.stderr)
+        return 1
     return 0
+
+
+def _expected_errors() -> tuple[type[Exception], ...]:
+    """Errors whose message is one sentence for the user, all that there is to say."""
+    from powertrain.training.checkpoint import CheckpointError
+    from powertrain.training.fit import RunLockedError
+    from powertrain.training.nonfinite import NonFiniteError
+
+    return (CheckpointError, NonFiniteError, RunLockedError, RunBusyError)
+
+
+def _end_rank(error: Exception) -> NoReturn:
+    """Report the error of one of several processes in the order of causes, and end it; see `training.launch`."""
+    from powertrain.training.launch import LOST_PEER_DELAY, OTHER_RANK_DELAY, is_lost_peer
+
+    # The launcher ends those whose error is only the echo of another's.
+    for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(signum, signal.SIG_DFL)
+    if is_lost_peer(error):
+        time.sleep(LOST_PEER_DELAY)
+    elif not _is_main_process():
+        time.sleep(OTHER_RANK_DELAY)
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")
+    known = isinstance(error, (*_expected_errors(), ValueError, OSError))
+    text = f"powertrain train: rank {rank}: {error if known else f'{type(error).__name__}: {error}'}\n"
+    if not known or os.environ.get("POWERTRAIN_TRACEBACK", "0") not in ("", "0"):
+        text += "".join(traceback.format_exception(error))
+    sys.stderr.write(text)
+    sys.stderr.flush()
+    sys.stdout.flush()
+    # Python's own way out would wait for threads and collectives that wait for others.
+    os._exit(2 if isinstance(error, ValueError | OSError) else 1)
 
 
 def _interrupted(config: RunConfig, signum: int, saved: str, command: str) -> int:
@@ -195,6 +239,7 @@ def run(config: RunConfig, *, command: str = "") -> RunResult:
         CheckpointError, NonFiniteError, RunLockedError: see `powertrain.training.fit.fit`.
     """
     import lightning.pytorch as pl
+    import torch
     from lightning.pytorch.utilities.seed import isolate_rng
 
     from powertrain.data.datamodule import TokenDataModule
@@ -223,7 +268,9 @@ def run(config: RunConfig, *, command: str = "") -> RunResult:
     report = StatusReport(run_dir, job_id=current_job_id(), enabled=_is_main_process())
     with report, isolate_rng():
         pl.seed_everything(config.seed, workers=True, verbose=False)
-        model = GPT(model_config)
+        # Sharded, no process may ever hold all of it: `fit` makes the weights.
+        with torch.device("meta") if config.trainer.strategy == "fsdp" else contextlib.nullcontext():
+            model = GPT(model_config)
         _introduce(config, run_dir, datamodule, model, length)
         result = fit(
             model,

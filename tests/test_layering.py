@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "models": {"ops"},
     "data": set(),
     "training": {"models", "data", "ops"},
-    "inference": {"models", "ops", "data", "config"},
+    "inference": {"models", "ops", "data", "config", "training"},
     "config": {"schema", "models", "data", "training", "cluster"},
     "cluster": {"schema", "config", "native", "run_status"},
     "run_status": set(),

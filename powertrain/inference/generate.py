@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from powertrain.config import from_values
 from powertrain.data.tokenizers import Tokenizer, load_tokenizer
 from powertrain.inference.cache import DecodeCache
 from powertrain.models.gpt import GPT
+from powertrain.training.checkpoint import Checkpoint, CheckpointError, read_weights
 
 
 def generate_tokens(
@@ -102,30 +102,24 @@ def generate_text(
 def load_run(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer]:
     """The model, in evaluation mode on `device`, and the tokenizer of a run.
 
-    path: a run directory, whose best checkpoint is taken (the last where none was validated), or a checkpoint file
-    in one.
+    path: a run directory, whose best checkpoint is taken (the last where none was validated), or a checkpoint in one.
     Errors: ValueError where there is no run, no checkpoint, or a checkpoint of another model.
     """
     path = Path(path)
-    run = path if path.is_dir() else path.parent.parent
+    run = path.parent.parent if path.parent.name == "checkpoints" else path
     config_file = run / "config.yaml"
     if not path.exists() or not config_file.is_file():
         raise ValueError(f"{path} is neither a run directory nor a checkpoint in one: there is no {config_file}")
     tokenizer = load_tokenizer(run / "tokenizer")
     config = from_values(yaml.safe_load(config_file.read_text())).model
     config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
-    checkpoint = _best_checkpoint(run) if path.is_dir() else path
-    try:
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-    except (RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{checkpoint} is not a checkpoint of a run, or is damaged: {error}") from error
+    checkpoint = _best_checkpoint(run) if path == run else path
     with torch.device("meta"):
         model = GPT(config)
-    # Lightning's name for the module's model.
-    weights = {name.removeprefix("model."): value for name, value in saved.items() if name.startswith("model.")}
+    model.to_empty(device="cpu")
     try:
-        model.load_state_dict(weights, assign=True)
-    except RuntimeError as error:
+        read_weights(Checkpoint(checkpoint), model)
+    except CheckpointError as error:
         raise ValueError(f"{checkpoint} does not hold the weights of the model in {config_file}: {error}") from error
     return model.to(device).eval(), tokenizer
 
@@ -154,7 +148,7 @@ def _check(prompt: Tensor, max_new_tokens: int, temperature: float, top_k: int |
 def main(argv: list[str]) -> int:
     """`powertrain generate RUN`: print the prompt and its continuation as it is generated; returns 0."""
     parser = argparse.ArgumentParser(prog="powertrain generate", description="Continue a prompt with a trained run.")
-    parser.add_argument("run", help="a run directory (its best checkpoint is taken), or a checkpoint file in one")
+    parser.add_argument("run", help="a run directory (its best checkpoint is taken), or a checkpoint in one")
     parser.add_argument("--prompt", default="", help="the text to continue; none starts a new document")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="at most this many tokens (default: 256)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")

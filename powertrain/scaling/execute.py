@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,27 +55,11 @@ def branch(trunk: Path, run_dir: Path, decay_start: int) -> int:
     if not usable:
         return 0
     step = max(usable)
-    checkpoints = run_dir / "checkpoints"
-    checkpoints.mkdir(parents=True, exist_ok=True)
+    run_dir.mkdir(parents=True, exist_ok=True)
     # Records after that step are dropped when the run resumes.
     shutil.copyfile(trunk / METRICS_FILE, run_dir / METRICS_FILE)
-    # The sidecar vouches for the file, so that it comes last.
-    for suffix in ("", ".json"):
-        path = source.path(step)
-        _link_or_copy(path.with_name(path.name + suffix), checkpoints / (path.name + suffix))
+    CheckpointStore(run_dir / "checkpoints").adopt(source, step)
     return step
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    # Checkpoints are never changed in place, so that one file may have two names.
-    try:
-        os.link(source, target)
-    except FileExistsError:
-        return
-    except OSError:
-        temporary = target.with_name(f".{target.name}.tmp")
-        shutil.copyfile(source, temporary)
-        os.replace(temporary, target)
 
 
 @contextlib.contextmanager

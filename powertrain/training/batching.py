@@ -114,6 +114,11 @@ def choose_micro_batch_size(model: nn.Module, config: TrainerConfig, devices: De
     if devices.accelerator == "cpu":
         limit = max(1, CPU_MICRO_BATCH_TOKENS // config.context_length)
         return next(n for n in candidates if n <= limit)
+    if config.strategy == "fsdp":
+        raise ValueError(
+            "trainer.strategy=fsdp needs trainer.micro_batch_size on GPUs, because what fits is tried out with the"
+            f" whole model on one of them; allowed are {sorted(candidates)}."
+        )
     device = devices.torch_device
     model.to(device)
     # From small to large: a pass that runs out of memory costs more than all that fit.

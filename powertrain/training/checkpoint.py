@@ -1,8 +1,12 @@
 """A directory of checkpoints in which a crash, a full disk or a damaged file never costs the one before.
 
-step-00000100.ckpt        everything a run needs to continue, for `torch.load(weights_only=True)`
-step-00000100.ckpt.json   its size, SHA-256 and validation loss; written after it, so that it vouches for a whole file
-last, best                links to the newest, and to the one with the lowest validation loss
+step-00000100/                  a whole checkpoint: it gets this name when everything in it is on the disk
+    rank-00000.safetensors      the tensors that process 0 wrote, and its random state; see checkpoint_files.py
+    manifest.json               every file with its size and SHA-256, which tensors are where, and all plain values
+last, best                      links to the newest, and to the one with the lowest validation loss
+
+Training only waits while its tensors are copied to host memory. A thread of each process writes them; that of rank 0
+waits for all, and makes the directory a checkpoint.
 """
 
 from __future__ import annotations
@@ -13,19 +17,33 @@ import json
 import os
 import re
 import shutil
+import threading
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor, nn
 
-_NAME = re.compile(r"step-(\d{8,})\.ckpt")
-_HASH_BLOCK = 1 << 22
+from powertrain.training.checkpoint_files import (
+    CheckpointError,
+    HostCopies,
+    Piece,
+    PieceReader,
+    metadata_of,
+    pieces_to_write,
+    sha256,
+    write_pieces,
+)
+from powertrain.training.ranks import ALONE, Ranks
 
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or read; the message is one sentence for the user."""
+FORMAT = 2
+MANIFEST = "manifest.json"
+WEIGHTS = "model."  # the model's tensors are saved under this and their own names
+_NAME = re.compile(r"step-(\d{8,})")
+_POLL = 0.02  # seconds between looks at what other processes have written
 
 
 def _fsync_directory(directory: Path) -> None:
@@ -36,156 +54,347 @@ def _fsync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def _replace(temporary: Path, target: Path) -> None:
-    """Rename over `target` so that a crash leaves the old or the new file, never a part."""
-    os.replace(temporary, target)
-    _fsync_directory(target.parent)
+def _file_name(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_HASH_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+def _digest(manifest: Mapping[str, Any]) -> str:
+    body = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
+def _read_manifest(directory: Path) -> dict[str, Any]:
+    """Return the manifest of a checkpoint's directory; a CheckpointError says what is wrong with it."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text())
+        stated = manifest["sha256"]
+    except FileNotFoundError as error:
+        raise CheckpointError("it has no manifest") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"its manifest cannot be read ({error})") from error
+    if _digest(manifest) != stated:
+        raise CheckpointError("its manifest is not the one it was written with")
+    if manifest["format"] != FORMAT:
+        raise CheckpointError(f"it has format {manifest['format']!r}; this version reads {FORMAT}")
+    return manifest
+
+
+def _file_fault(path: Path, stated: Mapping[str, Any]) -> str | None:
+    try:
+        size = path.stat().st_size
+        if size != stated["bytes"]:
+            return f"{path.name} has {size} bytes instead of {stated['bytes']}"
+        if sha256(path) != stated["sha256"]:
+            return f"the SHA-256 of {path.name} is not the one it was written with"
+    except FileNotFoundError:
+        return f"{path.name} is missing"
+    except OSError as error:
+        return f"{path.name} cannot be read ({error})"
+    return None
+
+
+class Checkpoint:
+    """A checkpoint on the disk: its plain values, and its tensors where they are asked for.
+
+    Args:
+        directory: `.../checkpoints/step-00000100`, or a link to one.
+    Errors:
+        CheckpointError: the directory is no checkpoint, or its manifest is damaged.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        try:
+            manifest = _read_manifest(self.directory)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.directory} is not a usable checkpoint: {error}") from error
+        self.step: int = manifest["step"]
+        self.values: dict[str, Any] = manifest["values"]  # as they were given to CheckpointStore.begin
+        self.shapes: dict[str, list[int]] = manifest["tensors"]  # of whole tensors, by name
+        self._reader = PieceReader(self.directory, {name: facts["pieces"] for name, facts in manifest["files"].items()})
+        self._ranks = len(manifest["files"])
+
+    def read_into(self, tensors: Mapping[str, Tensor]) -> None:
+        """Fill tensors, whole or sharded, in place with those of the same names; see `PieceReader.read_into`."""
+        self._reader.read_into(tensors)
+
+    def rng(self, rank: int) -> dict[str, Any] | None:
+        """Return the random state of a process, or None for one that there was not."""
+        if rank >= self._ranks:
+            return None
+        return json.loads(metadata_of(self.directory / _file_name(rank))["rng"])
+
+
+def read_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Fill the weights of `model`, whole or sharded, in place.
+
+    Errors:
+        CheckpointError: the checkpoint is of another model, or cannot be read.
+    """
+    weights = {WEIGHTS + name: tensor for name, tensor in model.state_dict().items()}
+    saved = {name: shape for name, shape in checkpoint.shapes.items() if name.startswith(WEIGHTS)}
+    faults = [f"{name} is missing" for name in sorted(weights.keys() - saved.keys())]
+    faults += [f"{name} is unknown" for name in sorted(saved.keys() - weights.keys())]
+    faults += [
+        f"size mismatch for {name}: {saved[name]}, now {list(tensor.shape)}"
+        for name, tensor in weights.items()
+        if name in saved and saved[name] != list(tensor.shape)
+    ]
+    if faults:
+        raise CheckpointError(f"{checkpoint.directory} is of another model: {'; '.join(faults[:2])}")
+    checkpoint.read_into(weights)
+
+
+@dataclass
+class _Save:
+    """A save that was begun."""
+
+    step: int
+    thread: threading.Thread | None = None
+    error: str | None = None  # of this process or, on rank 0, of the first that failed
 
 
 class CheckpointStore:
-    """Saves, verifies, finds and prunes checkpoints under one directory; for one writing process.
+    """Saves, verifies, finds and prunes checkpoints under one directory, for all processes of a run together.
 
     Args:
         directory: created by the first save.
         keep: newest checkpoints kept; the best one is kept besides.
+        ranks: the processes; alone unless given.
     """
 
-    def __init__(self, directory: str | Path, keep: int = 2) -> None:
+    def __init__(self, directory: str | Path, keep: int = 2, ranks: Ranks = ALONE) -> None:
         assert keep >= 1
         self.directory = Path(directory)
         self.keep = keep
+        self.ranks = ranks
+        self.pause_seconds = 0.0  # that the latest save kept its caller waiting before it returned
+        self.save_seconds = 0.0  # from its beginning until it was a checkpoint
+        self._copies = HostCopies()
+        self._save: _Save | None = None
+        self._number = 0
 
     def path(self, step: int) -> Path:
-        """Return the file of a step."""
-        return self.directory / f"step-{step:08d}.ckpt"
+        """Return the directory of a step."""
+        return self.directory / f"step-{step:08d}"
 
-    def _sidecar(self, step: int) -> Path:
-        return self.directory / f"step-{step:08d}.ckpt.json"
+    def _temporary(self, step: int) -> Path:
+        return self.directory / f".step-{step:08d}.tmp"
 
     def steps(self) -> list[int]:
-        """Return the steps of which a checkpoint file exists, ascending; whether they are whole is not looked at."""
+        """Return the steps that have a checkpoint, ascending; whether they are undamaged is not looked at."""
         if not self.directory.is_dir():
             return []
-        matches = (_NAME.fullmatch(entry.name) for entry in self.directory.iterdir())
+        matches = (_NAME.fullmatch(entry.name) for entry in self.directory.iterdir() if entry.is_dir())
         return sorted(int(match[1]) for match in matches if match)
 
-    def fault(self, step: int) -> str | None:
-        """Return what is wrong with the checkpoint of a step, or None when it is whole."""
-        path = self.path(step)
-        try:
-            stated = json.loads(self._sidecar(step).read_text())
-            if path.stat().st_size != stated["bytes"]:
-                return f"it has {path.stat().st_size} bytes instead of {stated['bytes']}"
-            if _sha256(path) != stated["sha256"]:
-                return "its SHA-256 is not the one it was written with"
-        except FileNotFoundError:
-            return "its writing was interrupted"
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            return f"it cannot be read ({error})"
-        return None
-
-    def save(self, step: int, state: dict[str, Any], *, val_loss: float | None = None) -> Path:
-        """Write a checkpoint, point `last` (and `best`) at it, and prune older ones.
+    def fault(self, step: int, share: tuple[int, int] = (0, 1)) -> str | None:
+        """Return what is wrong with the checkpoint of a step, or None when it is whole.
 
         Args:
-            state: tensors, numbers, texts, and lists, tuples and dicts of these.
+            share: (r, n) looks only at the files r, r + n, ... of it.
+        """
+        try:
+            files = _read_manifest(self.path(step))["files"]
+        except CheckpointError as error:
+            return str(error)
+        for name in sorted(files)[share[0] :: share[1]]:
+            fault = _file_fault(self.path(step) / name, files[name])
+            if fault is not None:
+                return fault
+        return None
+
+    # Saving
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save of this process is still being written (on rank 0: is not yet a checkpoint)."""
+        return self._save is not None and self._save.thread is not None and self._save.thread.is_alive()
+
+    @property
+    def pending(self) -> bool:
+        """Whether a save was begun and not yet finished by `finish`; the same on all ranks."""
+        return self._save is not None
+
+    def begin(
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        values: Mapping[str, Any],
+        *,
+        rng: Mapping[str, Any] | None = None,
+        val_loss: float | None = None,
+    ) -> None:
+        """Copy what is to be saved, and write it while the caller goes on; a collective.
+
+        Args:
+            tensors: of the whole run, each whole and the same on all ranks, or sharded over them.
+            values: plain values (what JSON holds), the same on all ranks.
+            rng: plain values of this process.
             val_loss: validation loss at exactly this step, in nats per token.
         Errors:
-            CheckpointError: the disk is full or fails; earlier checkpoints are untouched.
+            CheckpointError: of the save before, which is waited for.
         """
-        path, sidecar = self.path(step), self._sidecar(step)
-        temporary = self.directory / f".{path.name}.{os.getpid()}.tmp"
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._remove_leftovers()
-            # A damaged file of the same step must not be vouched for by the sidecar of the new one, nor the reverse.
-            sidecar.unlink(missing_ok=True)
-            self._write(temporary, state)
-            facts = {
-                "step": step,
-                "bytes": temporary.stat().st_size,
-                "sha256": _sha256(temporary),
-                "val_loss": val_loss,
-            }
-            _replace(temporary, path)
-            self._write_text(sidecar, json.dumps(facts))
-            # Later steps were damaged, or the run would have continued from them; now they are the past's future.
-            for later in [s for s in self.steps() if s > step]:
-                self._remove(later)
-            self._link("last", path)
-            best = self.best_step()
-            if best is not None:
-                self._link("best", self.path(best))
-        except (OSError, RuntimeError) as error:
-            temporary.unlink(missing_ok=True)
-            raise CheckpointError(self._explain(step, state, error)) from error
-        self._prune()
-        return path
+        started = time.monotonic()
+        self.finish()
+        pieces = self._copies.take(pieces_to_write(tensors, self.ranks.rank, self.ranks.size))
+        manifest = {
+            "format": FORMAT,
+            "step": step,
+            "val_loss": val_loss,
+            "values": dict(values),
+            "tensors": {name: list(tensor.shape) for name, tensor in tensors.items()},
+        }
+        self._number += 1
+        save = _Save(step)
+        save.thread = threading.Thread(
+            target=self._write, args=(save, pieces, manifest, dict(rng or {}), started), daemon=True
+        )
+        self._save = save
+        save.thread.start()
+        self.pause_seconds = time.monotonic() - started
 
-    def _write(self, temporary: Path, state: dict[str, Any]) -> None:
-        needed = sum(tensor.untyped_storage().nbytes() for tensor in _tensors(state))
+    def finish(self) -> None:
+        """Wait until the save that was begun is a checkpoint; a collective, and nothing where none was begun.
+
+        Errors:
+            CheckpointError: on every rank, where any could not write; earlier checkpoints are untouched.
+        """
+        if self._save is None:
+            return
+        save, self._save = self._save, None
+        assert save.thread is not None
+        save.thread.join()
+        error = self.ranks.broadcast(save.error)
+        if error is not None:
+            raise CheckpointError(error)
+
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        values: Mapping[str, Any],
+        *,
+        rng: Mapping[str, Any] | None = None,
+        val_loss: float | None = None,
+    ) -> Path:
+        """`begin`, then `finish`."""
+        self.begin(step, tensors, values, rng=rng, val_loss=val_loss)
+        self.finish()
+        return self.path(step)
+
+    def settle(self, seconds: float) -> None:
+        """Let the save that was begun come to its end, for a while at most; no collective, for a process that fails."""
+        if self._save is not None and self._save.thread is not None:
+            self._save.thread.join(seconds)
+
+    def _write(
+        self, save: _Save, pieces: list[Piece], manifest: dict[str, Any], rng: dict[str, Any], started: float
+    ) -> None:
+        """Write the pieces of this process and, on rank 0, the checkpoint; runs in the save's own thread."""
+        try:
+            entry: dict[str, Any] = self._write_pieces(save.step, pieces, rng)
+        except Exception as error:
+            entry = {"error": self._explain(save.step, pieces, error)}
+        try:
+            entries = self._exchange(entry)
+            if self.ranks.is_main:
+                self._commit(save, pieces, manifest, entries)
+                self.save_seconds = time.monotonic() - started
+        except Exception as error:
+            save.error = self._explain(save.step, pieces, error)
+
+    def _write_pieces(self, step: int, pieces: list[Piece], rng: dict[str, Any]) -> dict[str, Any]:
+        temporary = self._temporary(step)
+        temporary.mkdir(parents=True, exist_ok=True)
+        needed = sum(piece.local.nbytes for piece in pieces)
         if shutil.disk_usage(self.directory).free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
+        return write_pieces(temporary / _file_name(self.ranks.rank), pieces, {"rng": json.dumps(rng)})
 
-    def _write_text(self, target: Path, text: str) -> None:
-        temporary = self.directory / f".{target.name}.{os.getpid()}.tmp"
-        with temporary.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        _replace(temporary, target)
+    def _exchange(self, entry: dict[str, Any]) -> list[dict[str, Any]]:
+        """Tell rank 0 what this process has written, and return there what all have."""
+        store = self.ranks.store
+        if store is None:
+            return [entry]
+        # Not by a collective: the main thread's may be under way.
+        key = f"save/{self._number}"
+        store.set(f"{key}/{self.ranks.rank}", json.dumps(entry))
+        if not self.ranks.is_main:
+            return []
+        entries = []
+        for rank in range(self.ranks.size):
+            while not store.check([f"{key}/{rank}"]):
+                time.sleep(_POLL)
+            entries.append(json.loads(store.get(f"{key}/{rank}")))
+            store.delete_key(f"{key}/{rank}")
+        return entries
+
+    def _commit(
+        self, save: _Save, pieces: list[Piece], manifest: dict[str, Any], entries: list[dict[str, Any]]
+    ) -> None:
+        """Make the directory that all have written into the checkpoint of its step, and prune older ones."""
+        temporary, target = self._temporary(save.step), self.path(save.step)
+        save.error = next((entry["error"] for entry in entries if "error" in entry), None)
+        if save.error is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+            return
+        try:
+            manifest["files"] = {_file_name(rank): entry for rank, entry in enumerate(entries)}
+            manifest["sha256"] = _digest(manifest)
+            with (temporary / MANIFEST).open("w") as file:
+                json.dump(manifest, file)
+                file.flush()
+                os.fsync(file.fileno())
+            _fsync_directory(temporary)
+            # One of the same step was damaged, or the run would have continued from it; so were all later ones.
+            for later in [s for s in self.steps() if s >= save.step]:
+                self._remove(later)
+            os.rename(temporary, target)
+            _fsync_directory(self.directory)
+        except OSError as error:
+            save.error = self._explain(save.step, pieces, error)
+            shutil.rmtree(temporary, ignore_errors=True)
+            return
+        self._link("last", target)
+        best = self.best_step()
+        if best is not None:
+            self._link("best", self.path(best))
+        for step in self.steps()[: -self.keep]:
+            if step != best:
+                self._remove(step)
 
     def _link(self, name: str, path: Path) -> None:
-        temporary = self.directory / f".{name}.{os.getpid()}.tmp"
+        temporary = self.directory / f".{name}.tmp"
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(path.name)
-        _replace(temporary, self.directory / name)
+        os.replace(temporary, self.directory / name)
+        _fsync_directory(self.directory)
 
-    def _explain(self, step: int, state: dict[str, Any], error: BaseException) -> str:
-        needed = sum(tensor.untyped_storage().nbytes() for tensor in _tensors(state))
+    def _explain(self, step: int, pieces: list[Piece], error: BaseException) -> str:
+        needed = sum(piece.local.nbytes for piece in pieces)
         free = shutil.disk_usage(self.directory).free if self.directory.is_dir() else 0
-        # torch reports a failed write as a RuntimeError about its archive.
-        codes = [getattr(e, "errno", None) for e in (error, error.__cause__, error.__context__)]
-        full = free < needed or any(code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) for code in codes)
+        code = getattr(error, "errno", None)
+        full = code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         cause = f"the disk is full ({needed} bytes needed, {free} free)" if full else str(error).splitlines()[0]
-        earlier = [s for s in self.steps() if s != step and self._sidecar(s).exists()]
+        earlier = [s for s in self.steps() if s != step]
         kept = f"the checkpoint of step {earlier[-1]} is intact" if earlier else "there is no earlier checkpoint"
         return f"the checkpoint of step {step} could not be written to {self.directory}: {cause}; {kept}"
 
-    def _remove_leftovers(self) -> None:
-        for entry in self.directory.glob(".*.tmp"):
-            entry.unlink(missing_ok=True)
+    def _remove(self, step: int) -> None:
+        # Under another name first: a part of a checkpoint must not look like a damaged one.
+        doomed = self.directory / f".removed-{step:08d}.tmp"
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.rename(self.path(step), doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
     def val_losses(self) -> dict[int, float]:
         """Return the validation loss of each checkpoint that has one, by step."""
         losses = {}
         for step in self.steps():
             try:
-                value = json.loads(self._sidecar(step).read_text())["val_loss"]
-            except (OSError, ValueError, KeyError, TypeError):
+                value = _read_manifest(self.path(step))["val_loss"]
+            except CheckpointError:
                 continue
             if value is not None and value == value:
                 losses[step] = float(value)
@@ -196,36 +405,57 @@ class CheckpointStore:
         losses = self.val_losses()
         return min(losses, key=lambda step: (losses[step], step)) if losses else None
 
-    def _prune(self) -> None:
-        best = self.best_step()
-        for step in self.steps()[: -self.keep]:
-            if step != best:
-                self._remove(step)
+    # Finding
 
-    def _remove(self, step: int) -> None:
-        # The sidecar first: what it vouches for must exist.
-        self._sidecar(step).unlink(missing_ok=True)
-        self.path(step).unlink(missing_ok=True)
+    def latest(self) -> Checkpoint | None:
+        """Return the newest whole checkpoint, or None where there is none; a collective, before the first save.
 
-    def load_latest(self) -> tuple[dict[str, Any], int] | None:
-        """Load the newest whole checkpoint to CPU memory, or return None where there is none.
+        Every file is read once to verify it, by one of the ranks. Damaged newer checkpoints are passed over, each with
+        a warning. What an interrupted save left over is removed.
 
-        Returns:
-            The state and its step. Damaged or interrupted newer ones are passed over, each with a warning.
         Errors:
             CheckpointError: there are checkpoints, and none of them is whole.
         """
+        steps = self.ranks.broadcast(self._clean_steps() if self.ranks.is_main else [])
         faults: list[str] = []
-        for step in reversed(self.steps()):
-            fault = self.fault(step)
+        for step in reversed(steps):
+            found = self.ranks.gather(self.fault(step, (self.ranks.rank, self.ranks.size)))
+            fault = next((f for f in found if f is not None), None)
             if fault is None:
-                for message in faults:
+                for message in faults if self.ranks.is_main else ():
                     warnings.warn(f"{message}; falling back to step {step}", stacklevel=2)
-                return torch.load(self.path(step), map_location="cpu", weights_only=True), step
+                return Checkpoint(self.path(step))
             faults.append(f"the checkpoint {self.path(step)} is not usable: {fault}")
-        # Only the file of a first save that was killed: a run without progress, which starts anew.
-        if faults and any(self._sidecar(step).exists() for step in self.steps()):
+        if faults:
             raise CheckpointError(
                 f"{'; '.join(faults)}; no whole checkpoint is left: restore one, or remove the directory"
             )
+        if any(self.directory.glob("step-*.ckpt")):
+            raise CheckpointError(
+                f"{self.directory} holds checkpoints of format 1, and this version reads {FORMAT}: finish the run with"
+                " the version that began it, or remove the directory"
+            )
         return None
+
+    def _clean_steps(self) -> list[int]:
+        for entry in self.directory.glob(".*.tmp"):
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink(missing_ok=True)
+        return self.steps()
+
+    def adopt(self, other: CheckpointStore, step: int) -> None:
+        """Take over another store's checkpoint of a step, by hard links where the file system has them.
+
+        Checkpoints are never changed in place, so that one file may have two names.
+        """
+        temporary = self._temporary(step)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        for file in other.path(step).iterdir():
+            try:
+                os.link(file, temporary / file.name)
+            except OSError:
+                shutil.copyfile(file, temporary / file.name)
+        os.rename(temporary, self.path(step))

@@ -8,11 +8,12 @@ from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 
-from powertrain.training.checkpoint import CheckpointError, CheckpointStore
+from powertrain.training.checkpoint import CheckpointStore
 from powertrain.training.module import PowertrainModule
-from powertrain.training.state import collect_state
+from powertrain.training.ranks import Ranks
+from powertrain.training.rng import capture_rng
+from powertrain.training.state import collect_tensors, collect_values
 
 
 class TrainingInterrupted(Exception):
@@ -60,19 +61,12 @@ class StopSignals:
             raise SystemExit(128 + signum)
         self.received = self.received or signum
 
-    def agreed(self, trainer: pl.Trainer) -> int | None:
-        """Return the signal that any rank has received, the same on all ranks; a collective."""
-        if trainer.world_size == 1:
-            return self.received
-        flag = torch.tensor(self.received or 0, device=trainer.strategy.root_device)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        return int(flag) or None
-
 
 class Checkpointing(pl.Callback):
     """Saves every so many steps, with each new lowest validation loss, at the end, and before a signal ends the run.
 
-    A step that is followed by a validation is saved after it, so that a resumed run neither misses nor repeats it.
+    A save is written while training goes on; the next one, the end and a signal wait for it. A step that is followed by
+    a validation is saved after it, so that a resumed run neither misses nor repeats it.
     """
 
     def __init__(
@@ -82,11 +76,16 @@ class Checkpointing(pl.Callback):
         every_steps: int,
         run_config: dict[str, Any],
         signals: StopSignals,
+        ranks: Ranks,
+        patience: float,
     ) -> None:
+        """patience: seconds that a process which fails gives its save in flight."""
         self.store = store
         self.every_steps = every_steps
         self.run_config = run_config
         self.signals = signals
+        self.ranks = ranks
+        self.patience = patience
         self._saved_step: int | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -101,8 +100,8 @@ class Checkpointing(pl.Callback):
             return
         pl_module.clock.pause()
         if pl_module.step % self.every_steps == 0:
-            self._save(trainer, pl_module, val_loss=None)
-        self._stop_if_asked(trainer, pl_module, val_loss=None)
+            self._begin(trainer, pl_module, val_loss=None)
+        self._agree(trainer, pl_module, val_loss=None)
         pl_module.clock.resume()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -110,29 +109,35 @@ class Checkpointing(pl.Callback):
         counters = pl_module.counters
         due = counters.step % self.every_steps == 0 or counters.step == pl_module.last_step
         if due or counters.best_step == counters.step:
-            self._save(trainer, pl_module, val_loss=counters.val_loss)
+            self._begin(trainer, pl_module, val_loss=counters.val_loss)
         if counters.step < pl_module.last_step:
-            self._stop_if_asked(trainer, pl_module, val_loss=counters.val_loss)
+            self._agree(trainer, pl_module, val_loss=counters.val_loss)
 
-    def _save(self, trainer: pl.Trainer, module: PowertrainModule, *, val_loss: float | None) -> None:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.store.finish()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        # Not together: an error may be of this process alone.
+        self.store.settle(self.patience)
+
+    def _begin(self, trainer: pl.Trainer, module: PowertrainModule, *, val_loss: float | None) -> None:
         if self._saved_step == module.step:
             return
-        datamodule = trainer.datamodule  # type: ignore[attr-defined]
-        state = collect_state(trainer, module, datamodule, self.run_config)
-        error = None
-        if trainer.is_global_zero:
-            try:
-                self.store.save(module.step, state, val_loss=val_loss)
-            except CheckpointError as caught:
-                error = str(caught)
-        # Every rank ends with the writer's sentence, instead of waiting for it in the next step.
-        error = trainer.strategy.broadcast(error)
-        if error is not None:
-            raise CheckpointError(error)
+        self.store.begin(
+            module.step,
+            collect_tensors(module, trainer.optimizers[0]),
+            collect_values(module, trainer.datamodule, self.run_config),  # type: ignore[attr-defined]
+            rng=capture_rng(),
+            val_loss=val_loss,
+        )
         self._saved_step = module.step
 
-    def _stop_if_asked(self, trainer: pl.Trainer, module: PowertrainModule, *, val_loss: float | None) -> None:
-        signum = self.signals.agreed(trainer)
-        if signum is not None:
-            self._save(trainer, module, val_loss=val_loss)
+    def _agree(self, trainer: pl.Trainer, module: PowertrainModule, *, val_loss: float | None) -> None:
+        """Learn whether a rank was asked to stop, and whether a save has come to its end; one collective for both."""
+        signum, busy = self.ranks.max(self.signals.received or 0, int(self.store.busy))
+        if not busy:
+            self.store.finish()
+        if signum:
+            self._begin(trainer, module, val_loss=val_loss)
+            self.store.finish()
             raise TrainingInterrupted(signum, module.step)

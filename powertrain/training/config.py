@@ -16,7 +16,7 @@ DECAY_SHAPES = ("linear", "1-sqrt")
 UNITS = ("tokens", "steps", "flops")
 PRECISIONS = ("bf16-mixed", "32-true")
 ACCELERATORS = ("auto", "cpu", "gpu")
-STRATEGIES = ("auto", "ddp")
+STRATEGIES = ("auto", "ddp", "fsdp")
 NONFINITE_POLICIES = ("stop", "skip")
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 PROFILERS = ("simple", "pytorch")
@@ -114,7 +114,10 @@ class TrainerConfig:
     accelerator: str = "auto"  # auto (a GPU where there is one), cpu or gpu
     devices: int | str = "auto"  # processes on this node; auto is every GPU, or one process on a CPU
     num_nodes: int = 1  # machines
-    strategy: str = "auto"  # auto (ddp where there is more than one process) or ddp
+    # How processes share the model: ddp (each has all of it), fsdp (FSDP2: parameters, gradients and optimizer are
+    # divided over them) or auto (ddp). One process alone needs none.
+    strategy: str = "auto"
+    hang_timeout: float = 1800.0  # seconds without a finished batch after which all processes show their stacks and end
     compile: bool = False  # torch.compile of the model
     val_every_steps: int = 100  # steps between validations; the last step always validates
     log_every_steps: int = 10  # steps between training records; the last step always records
@@ -151,6 +154,7 @@ class TrainerConfig:
                     f"trainer.devices is {self.devices!r}; it must be 'auto' or a whole number of at least 1."
                 )
             _whole(self, "devices", "trainer")
+        _number("trainer.hang_timeout", self.hang_timeout, 0.0, exclusive=True)
         if self.grad_clip is not None:
             _number("trainer.grad_clip", self.grad_clip, 0.0, exclusive=True)
         if self.peak_flops is not None:

@@ -14,23 +14,30 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
-from lightning.pytorch.strategies import DDPStrategy, Strategy
-from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
-from powertrain.training.batching import choose_micro_batch_size, resolve_devices
+from powertrain.training.batching import Devices, choose_micro_batch_size, resolve_devices
 from powertrain.training.checkpoint import CheckpointStore
 from powertrain.training.checkpointing import Checkpointing, StopSignals, TrainingInterrupted
 from powertrain.training.config import DebugConfig, LoggerConfig, OptimConfig, ScheduleConfig, TrainerConfig
+from powertrain.training.distribution import (
+    compile_model,
+    launcher_environment,
+    lightning_strategy,
+    materialize,
+    process_group,
+    shard_model,
+)
 from powertrain.training.hardware import peak_flops
 from powertrain.training.length import TrainingLength
 from powertrain.training.loggers import build_loggers
 from powertrain.training.module import Counters, PowertrainModule
 from powertrain.training.progress import ProgressReport
+from powertrain.training.ranks import ALONE, Ranks
 from powertrain.training.records import truncate_metrics
 from powertrain.training.schedules import Schedule
 from powertrain.training.state import RestoreTraining, restore_before_fit, seed_loop_counters
+from powertrain.training.watchdog import HangWatch
 
 
 @dataclass(frozen=True)
@@ -48,29 +55,32 @@ class RunLockedError(RuntimeError):
     """Another process trains in this run directory."""
 
 
-def _is_main_process() -> bool:
-    # Before the process group exists: Lightning reads it from the launcher's environment.
-    return getattr(rank_zero_only, "rank", 0) == 0
-
-
 @contextlib.contextmanager
-def _sole_writer(run_dir: Path) -> Iterator[None]:
-    """Hold the run directory's lock on the main process; the operating system frees it however the process ends."""
-    if not _is_main_process():
-        yield
-        return
-    with (run_dir / ".lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise RunLockedError(
-                f"the run in {run_dir} is being trained by another process ({file.read().strip() or 'unknown'});"
-                " stop that one, or give this run another run_id"
-            ) from error
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-        file.flush()
+def sole_writer(run_dir: Path, ranks: Ranks = ALONE) -> Iterator[None]:
+    """Hold the run directory's lock on rank 0, for all; the operating system frees it however the process ends.
+
+    Errors:
+        RunLockedError: on every rank, where a process of another run holds it.
+    """
+    with contextlib.ExitStack() as stack:
+        fault = None
+        if ranks.is_main:
+            file = stack.enter_context((run_dir / ".lock").open("a+"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                fault = (
+                    f"the run in {run_dir} is being trained by another process ({file.read().strip() or 'unknown'});"
+                    " stop that one, or give this run another run_id"
+                )
+            else:
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+                file.flush()
+        fault = ranks.broadcast(fault)
+        if fault is not None:
+            raise RunLockedError(fault)
         yield
 
 
@@ -97,20 +107,6 @@ def _quiet_lightning() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _strategy(config: TrainerConfig, world_size: int) -> Strategy | str:
-    if world_size == 1 and config.strategy == "auto":
-        return "auto"
-    # Gradients alias the communication buckets: one copy less of all gradients.
-    return DDPStrategy(gradient_as_bucket_view=True)
-
-
-def _plugins() -> list[Any]:
-    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
-        # Lightning's own requeue saves inside the signal's handler, whose barrier meets other ranks' collectives.
-        return [SLURMEnvironment(auto_requeue=False)]
-    return []
-
-
 def _profiler(debug: DebugConfig, run_dir: Path) -> Any:
     if debug.profiler is None:
         return None
@@ -126,6 +122,9 @@ def build_trainer(
     config: TrainerConfig,
     debug: DebugConfig,
     *,
+    model: nn.Module,
+    devices: Devices,
+    ranks: Ranks,
     run_dir: Path,
     max_steps: int,
     accumulation: int,
@@ -133,14 +132,14 @@ def build_trainer(
     loggers: list[Any],
 ) -> pl.Trainer:
     """Return Lightning's Trainer for a run; what Lightning would do by epoch or on its own is switched off."""
-    devices = resolve_devices(config)
+    environment = launcher_environment(devices)
     # Every kernel here writes the whole of its outputs; filling them before would only cost time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return pl.Trainer(
         accelerator=devices.accelerator,
         devices=devices.per_node,
         num_nodes=devices.num_nodes,
-        strategy=_strategy(config, devices.world_size),
+        strategy=lightning_strategy(model, ranks),
         precision=config.precision,  # type: ignore[arg-type]
         logger=loggers,
         callbacks=callbacks,
@@ -157,7 +156,7 @@ def build_trainer(
         deterministic="warn" if config.deterministic else False,
         detect_anomaly=debug.detect_anomaly,
         profiler=_profiler(debug, run_dir),
-        plugins=_plugins(),
+        plugins=[environment] if environment is not None else [],
         default_root_dir=run_dir,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -184,7 +183,8 @@ def fit(
     """Train to the end of `length`, or to a signal; where the run directory has a checkpoint, continue from it.
 
     Args:
-        model: see `PowertrainModule`; its weights are replaced by those of the checkpoint where there is one.
+        model: see `PowertrainModule`; its weights are replaced by those of the checkpoint where there is one. Built on
+            the meta device it gets its weights here, by `init_weights()`: with fsdp no process ever holds all of them.
         datamodule: `powertrain.data.TokenDataModule`, or what has its attributes; its micro-batch size is set here.
         run_dir: exists, or is made.
         run_config: plain values of the whole configuration, for checkpoints and W&B.
@@ -206,17 +206,23 @@ def fit(
     run_dir.mkdir(parents=True, exist_ok=True)
     plan = Schedule(schedule, length)
     devices = resolve_devices(trainer)
-    store = CheckpointStore(run_dir / "checkpoints", keep=trainer.keep_checkpoints)
-    with _sole_writer(run_dir), _quiet_lightning():
-        loaded = store.load_latest()
-        state, start = loaded if loaded is not None else (None, 0)
+    with (
+        _quiet_lightning(),
+        process_group(trainer, devices) as ranks,
+        sole_writer(run_dir, ranks),
+    ):
+        store = CheckpointStore(run_dir / "checkpoints", trainer.keep_checkpoints, ranks)
+        checkpoint = store.latest()
         micro_batch_size = choose_micro_batch_size(model, trainer, devices)
         rows = trainer.global_batch_tokens // trainer.context_length
         accumulation = rows // (micro_batch_size * devices.world_size)
         datamodule.micro_batch_size = micro_batch_size  # type: ignore[attr-defined]
         datamodule.global_batch_size = rows  # type: ignore[attr-defined]
+        if trainer.strategy == "fsdp" and ranks.size > 1:
+            shard_model(model, ranks, trainer.precision)
+        materialize(model, ranks.device)
         on_gpu = devices.accelerator == "gpu"
-        device_name = torch.cuda.get_device_name(devices.torch_device) if on_gpu else "cpu"
+        device_name = torch.cuda.get_device_name(ranks.device) if on_gpu else "cpu"
         module = PowertrainModule(
             model,
             optim=optim,
@@ -226,31 +232,40 @@ def fit(
             peak_flops=trainer.peak_flops or peak_flops(device_name, trainer.precision),
             bytes_per_token=getattr(datamodule, "bytes_per_token", None),
             overfit=debug.overfit,
+            ranks=ranks,
         )
-        if state is not None:
-            restore_before_fit(state, module, datamodule)
-            assert module.step == start
-        if _is_main_process():
+        start = 0
+        if checkpoint is not None:
+            restore_before_fit(checkpoint, module, datamodule)
+            start = module.step
+            assert start == checkpoint.step
+        if ranks.is_main:
             truncate_metrics(run_dir, start)
         if start >= length.steps:
             return FitResult(module.counters, start, True, None, store.path(start))
         if trainer.compile:
-            # In place: the keys of the state stay those of the model.
-            model.compile()
+            compile_model(model)
         signals = StopSignals()
+        watch = HangWatch(trainer.hang_timeout, run_dir, ranks)
         lightning = build_trainer(
             trainer,
             debug,
+            model=model,
+            devices=devices,
+            ranks=ranks,
             run_dir=run_dir,
             max_steps=length.steps,
             accumulation=accumulation,
             callbacks=[
-                RestoreTraining(state),
+                watch,
+                RestoreTraining(checkpoint),
                 Checkpointing(
                     store,
                     every_steps=trainer.checkpoint_every_steps or trainer.val_every_steps,
                     run_config=run_config,
                     signals=signals,
+                    ranks=ranks,
+                    patience=trainer.hang_timeout,
                 ),
                 progress or ProgressReport(),
                 *(callbacks or []),
@@ -259,7 +274,7 @@ def fit(
         )
         seed_loop_counters(lightning, start, accumulation)
         interrupted = None
-        with signals:
+        with signals, watch:
             try:
                 lightning.fit(module, datamodule=datamodule)
             except TrainingInterrupted as stop:

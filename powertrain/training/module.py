@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from powertrain.training.clock import Clock
 from powertrain.training.config import OptimConfig, TrainerConfig
+from powertrain.training.distribution import total_norm
 from powertrain.training.metrics import IGNORE_INDEX, ValidationMetrics, bits_per_byte, perplexity
-from powertrain.training.nonfinite import NonFiniteError, diagnose, save_record
+from powertrain.training.nonfinite import NonFiniteError, diagnose, first_fault, has_room, save_record
 from powertrain.training.optim import build_optimizer
+from powertrain.training.ranks import ALONE, Ranks
 from powertrain.training.rng import capture_rng
 from powertrain.training.schedules import Schedule
 
@@ -49,6 +51,7 @@ class PowertrainModule(pl.LightningModule):
         peak_flops: of one device in FLOP/s, for the MFU; None leaves it out.
         bytes_per_token: of the training text; None leaves out bits per byte where batches do not say it.
         overfit: train on the first global batch again and again.
+        ranks: the processes that train together; alone unless given.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class PowertrainModule(pl.LightningModule):
         peak_flops: float | None = None,
         bytes_per_token: float | None = None,
         overfit: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
         super().__init__()
         self.model = model
@@ -72,6 +76,7 @@ class PowertrainModule(pl.LightningModule):
         self.peak_flops = peak_flops
         self.bytes_per_token = bytes_per_token
         self.overfit = overfit
+        self.ranks = ranks
         self.counters = Counters()
         self.clock = Clock()
         self.loss = float("nan")  # of the latest step, nats per token
@@ -105,14 +110,10 @@ class PowertrainModule(pl.LightningModule):
         return step % self.config.log_every_steps == 0 or step == self.last_step
 
     def on_fit_start(self) -> None:
-        if self.trainer.world_size > 1:
-            # Ranks that accumulate differently would wait for each other for ever.
-            counts: list[int] = [0] * self.trainer.world_size
-            torch.distributed.all_gather_object(counts, self.trainer.accumulate_grad_batches)
-            if len(set(counts)) > 1:
-                raise ValueError(
-                    f"ranks chose different numbers of micro-batches {counts}: set trainer.micro_batch_size"
-                )
+        # Ranks that accumulate differently would wait for each other for ever.
+        counts = self.ranks.gather(self.trainer.accumulate_grad_batches)
+        if len(set(counts)) > 1:
+            raise ValueError(f"ranks chose different numbers of micro-batches {counts}: set trainer.micro_batch_size")
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return build_optimizer(self.model, self.optim)
@@ -145,7 +146,7 @@ class PowertrainModule(pl.LightningModule):
             parts.append(batch["label_bytes"].sum())
         self._sums[: len(parts)] += torch.stack([part.double() for part in parts])
         # Divided by the number of tokens that a full micro-batch has, so that micro-batches weigh by their labels;
-        # Lightning divides by the number of micro-batches, and DDP by that of ranks.
+        # Lightning divides by the number of micro-batches, and DDP and FSDP by that of ranks.
         return output.loss / labels.numel()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -161,9 +162,7 @@ class PowertrainModule(pl.LightningModule):
     ) -> None:
         """Make the accumulated gradient that of the mean over all labels of the step, check it, and clip its norm."""
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if hasattr(norm, "full_tensor"):
-            norm = norm.full_tensor()
+        norm = total_norm(gradients)
         sums = self._sums
         if self.trainer.world_size > 1:
             sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
@@ -188,24 +187,31 @@ class PowertrainModule(pl.LightningModule):
         """Keep what replays the step, then stop, or empty the gradients so that the update changes nothing."""
         number = self.step + 1
         optimizer.zero_grad(set_to_none=True)
-        diagnosis = diagnose(self.model, self._micro_batches, self.config.precision)
-        config = getattr(self.model, "config", None)
-        path = save_record(
-            self.run_dir / "nonfinite" / f"step-{number:08d}",
-            self.global_rank,
-            model=self.model,
-            model_config=dataclasses.asdict(config) if dataclasses.is_dataclass(config) else None,  # type: ignore[arg-type]
-            micro_batches=self._micro_batches,
-            rng=self._rng,
-            step=number,
-            precision=self.config.precision,
-            diagnosis=diagnosis,
+        # All ranks do the same and come to one answer, of whichever of them it began on.
+        rank, diagnosis = first_fault(
+            self.ranks.gather(diagnose(self.model, self._micro_batches, self.config.precision))
         )
+        config = getattr(self.model, "config", None)
+        directory = self.run_dir / "nonfinite" / f"step-{number:08d}"
+        kept = self.ranks.broadcast(has_room(directory))
+        if kept:
+            save_record(
+                directory,
+                self.ranks.rank,
+                model=self.model,
+                model_config=dataclasses.asdict(config) if dataclasses.is_dataclass(config) else None,  # type: ignore[arg-type]
+                micro_batches=self._micro_batches,
+                rng=self._rng,
+                step=number,
+                precision=self.config.precision,
+                diagnosis=diagnosis,
+            )
         self.counters.skipped += 1
         self.counters.skipped_in_a_row += 1
         what = "loss" if self.loss - self.loss != 0.0 else "gradient"
-        where = f"; replay it from {path}" if path else ""
-        sentence = f"step {number}: the {what} is not finite: {diagnosis}; the update was not made{where}"
+        on = f" on rank {rank}" if self.ranks.size > 1 else ""
+        where = f"; replay it from {directory / f'rank-{rank}.pt'}" if kept else ""
+        sentence = f"step {number}: the {what} is not finite{on}: {diagnosis}; the update was not made{where}"
         if self.config.nonfinite == "stop":
             raise NonFiniteError(sentence)
         if self.counters.skipped_in_a_row >= self.config.nonfinite_patience:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from powertrain.training.metrics import IGNORE_INDEX
 from powertrain.training.rng import capture_rng, restore_rng
@@ -50,6 +51,8 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _finite(tensor: Tensor) -> bool:
+    if isinstance(tensor, DTensor):
+        tensor = tensor.to_local()
     return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
 
 
@@ -63,24 +66,28 @@ def autocast(precision: str, device_type: str) -> contextlib.AbstractContextMana
 def diagnose(model: nn.Module, micro_batches: list[dict[str, Tensor]], precision: str) -> Diagnosis:
     """Run the micro-batches forward and backward under observation; gradients are left empty.
 
+    Every process runs all of them whatever it finds, because those of a sharded model do it together.
+
     Args:
         model: takes `(input_ids, labels=, cu_seqlens=)` and returns an object with `loss`.
         micro_batches: batches on the model's device.
     """
-    for name, parameter in model.named_parameters():
-        if not _finite(parameter):
-            return Diagnosis(float("nan"), weights=name)
+    weights = next((name for name, parameter in model.named_parameters() if not _finite(parameter)), None)
     found: dict[str, str] = {}
     handles = []
+    # Only the first micro-batch in which something was found tells where it began.
+    observing = True
+
+    def observe(key: str, name: str, tensor: Tensor) -> None:
+        if observing and key not in found and not _finite(tensor):
+            found[key] = name
 
     def observe_gradient(name: str, gradient: Tensor) -> None:
-        if "backward" not in found and not _finite(gradient):
-            found["backward"] = name
+        observe("backward", name, gradient)
 
     def observe_output(name: str, output: Any) -> None:
         for tensor in _tensors(output):
-            if "forward" not in found and not _finite(tensor):
-                found["forward"] = name
+            observe("forward", name, tensor)
             if tensor.requires_grad:
                 tensor.register_hook(lambda gradient: observe_gradient(f"{name}'s output", gradient))
 
@@ -92,13 +99,12 @@ def diagnose(model: nn.Module, micro_batches: list[dict[str, Tensor]], precision
             handles.append(parameter.register_hook(lambda gradient, name=name: observe_gradient(name, gradient)))
     total, labels_seen = 0.0, 0
     try:
-        with torch.enable_grad():
+        # Compiled code would run without the observers.
+        with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
             for batch in micro_batches:
                 device_type = batch["input_ids"].device.type
                 with autocast(precision, device_type):
-                    # Not through a compiled call: the observers belong to the layers of the eager model.
-                    output = nn.Module._call_impl(
-                        model,
+                    output = model(
                         batch["input_ids"],
                         labels=batch["labels"],
                         cu_seqlens=batch.get("cu_seqlens"),
@@ -106,14 +112,30 @@ def diagnose(model: nn.Module, micro_batches: list[dict[str, Tensor]], precision
                     )
                 total += float(output.loss.detach())
                 labels_seen += int((batch["labels"] != IGNORE_INDEX).sum())
-                if found:
-                    break
                 output.loss.backward()
+                observing = observing and not found
     finally:
         for handle in handles:
             handle.remove()
         model.zero_grad(set_to_none=True)
-    return Diagnosis(total / max(1, labels_seen), forward=found.get("forward"), backward=found.get("backward"))
+    return Diagnosis(total / max(1, labels_seen), weights, found.get("forward"), found.get("backward"))
+
+
+def first_fault(diagnoses: list[Diagnosis]) -> tuple[int, Diagnosis]:
+    """Return the rank whose diagnosis lies earliest in the computation, and that diagnosis; equals by rank."""
+
+    def stage(rank: int) -> int:
+        found = diagnoses[rank]
+        return next((i for i, name in enumerate((found.weights, found.forward, found.backward)) if name), 3)
+
+    rank = min(range(len(diagnoses)), key=stage)
+    return rank, diagnoses[rank]
+
+
+def has_room(directory: Path) -> bool:
+    """Whether the directory of records that `directory` lies in has room for it."""
+    others = [entry for entry in directory.parent.glob("step-*") if entry != directory]
+    return len(others) < MAX_RECORDS
 
 
 def save_record(
@@ -127,19 +149,23 @@ def save_record(
     step: int,
     precision: str,
     diagnosis: Diagnosis,
-) -> Path | None:
-    """Write what replays the step of this rank; None where the directory beside it already holds enough records."""
-    others = [entry for entry in directory.parent.glob("step-*") if entry != directory]
-    if len(others) >= MAX_RECORDS:
-        return None
+) -> Path:
+    """Write what replays the step of this rank; the weights once for all ranks, by rank 0. A collective."""
     directory.mkdir(parents=True, exist_ok=True)
+    # One at a time: no more than one whole weight of a sharded model is on a device.
+    weights = {}
+    for name, value in model.state_dict().items():
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        if rank == 0:
+            weights[name] = whole.detach().cpu()
+    if rank == 0:
+        torch.save(weights, directory / "weights.pt")
     path = directory / f"rank-{rank}.pt"
     torch.save(
         {
             "step": step,
             "precision": precision,
             "model_config": model_config,
-            "state_dict": {name: value.detach().cpu() for name, value in model.state_dict().items()},
             "micro_batches": [{name: value.cpu() for name, value in batch.items()} for batch in micro_batches],
             "rng": rng,
             "diagnosis": str(diagnosis),
@@ -153,13 +179,15 @@ def replay(path: str | Path, *, model: nn.Module | None = None, device: str = "c
     """Run the batch of a saved record again, with the weights and random state it had.
 
     Args:
-        path: `runs/<run_id>/nonfinite/step-N/rank-R.pt`.
+        path: `runs/<run_id>/nonfinite/step-N/rank-R.pt`; the weights lie beside it.
         model: a model of the record's shape; None builds the GPT that the record describes.
         device: where to run; another device than the training's may round differently.
     Returns:
         The diagnosis of this run; `str()` of it is the sentence that training printed.
     """
+    path = Path(path)
     record = torch.load(path, map_location=device, weights_only=True)
+    weights = torch.load(path.with_name("weights.pt"), map_location=device, weights_only=True)
     if model is None:
         from powertrain.models.config import MixerConfig, ModelConfig
         from powertrain.models.gpt import GPT
@@ -167,9 +195,9 @@ def replay(path: str | Path, *, model: nn.Module | None = None, device: str = "c
         fields = dict(record["model_config"])
         model = GPT(ModelConfig(**{**fields, "mixer": MixerConfig(**fields["mixer"])}))
     model = model.to(device).train()
-    model.load_state_dict(record["state_dict"])
+    model.load_state_dict(weights)
     before = capture_rng()
-    restore_rng({name: value.cpu() if isinstance(value, Tensor) else value for name, value in record["rng"].items()})
+    restore_rng(record["rng"])
     try:
         return diagnose(model, record["micro_batches"], record["precision"])
     finally:

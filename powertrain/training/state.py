@@ -1,4 +1,4 @@
-"""What a checkpoint holds, gathered from a run and put back into one."""
+"""What a checkpoint holds, taken from a run and put back into one, whatever its processes and its sharding."""
 
 from __future__ import annotations
 
@@ -7,55 +7,46 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from torch import Tensor
 
-from powertrain.training.checkpoint import CheckpointError
+from powertrain.training.checkpoint import WEIGHTS, Checkpoint, read_weights
 from powertrain.training.module import Counters, PowertrainModule
-from powertrain.training.rng import capture_rng, restore_rng
+from powertrain.training.rng import restore_rng
 
-FORMAT = 1
+_OPTIMIZER = "optimizer."  # optimizer.<moment>.<name of the weight>
 
 
-def collect_state(
-    trainer: pl.Trainer, module: PowertrainModule, datamodule: pl.LightningDataModule, run_config: dict[str, Any]
+def collect_tensors(module: PowertrainModule, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return weights and optimizer state by name, as they are: sharded where they are sharded, nothing is copied."""
+    tensors = {WEIGHTS + name: tensor for name, tensor in module.model.state_dict().items()}
+    for name, parameter in module.model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{_OPTIMIZER}{key}.{name}"] = value
+    return tensors
+
+
+def collect_values(
+    module: PowertrainModule, datamodule: pl.LightningDataModule, run_config: dict[str, Any]
 ) -> dict[str, Any]:
-    """Gather the state at the end of a step; a collective: every rank calls it, and every rank gets all random states.
-
-    Returns:
-        `state_dict` (keys `model.<name>`), `optimizer`, `counters`, `rng` (one per rank), `data`, `config`, `format`.
-    """
+    """Return `counters`, `data` (the position in it) and `config`, as plain values."""
     assert module.at_step_end, "a checkpoint belongs between two steps"
-    states: list[Any] = [capture_rng()]
-    if trainer.world_size > 1:
-        gathered: list[Any] = [None] * trainer.world_size
-        torch.distributed.all_gather_object(gathered, states[0])
-        states = gathered
     return {
-        "format": FORMAT,
-        "state_dict": module.state_dict(),
-        "optimizer": trainer.optimizers[0].state_dict(),
         "counters": {**dataclasses.asdict(module.counters), "seconds": module.clock.seconds},
-        "rng": states,
         "data": datamodule.state_dict(),
         "config": run_config,
     }
 
 
-def restore_before_fit(state: dict[str, Any], module: PowertrainModule, datamodule: pl.LightningDataModule) -> None:
+def restore_before_fit(checkpoint: Checkpoint, module: PowertrainModule, datamodule: pl.LightningDataModule) -> None:
     """Put weights, counters and the position in the data back; before `Trainer.fit` reads any of them.
 
     Errors:
-        CheckpointError: the checkpoint is of another format or of another model.
+        CheckpointError: the checkpoint is of another model.
         ValueError: the data are not those of the checkpoint.
     """
-    if state.get("format") != FORMAT:
-        raise CheckpointError(f"the checkpoint has format {state.get('format')!r}; this version reads {FORMAT}")
-    try:
-        module.load_state_dict(state["state_dict"])
-    except RuntimeError as error:
-        reasons = [line.strip() for line in str(error).splitlines()[1:3]]
-        raise CheckpointError(f"the checkpoint is of another model: {' '.join(reasons)}") from error
-    module.counters = Counters(**state["counters"])
-    datamodule.load_state_dict(state["data"])
+    read_weights(checkpoint, module.model)
+    module.counters = Counters(**checkpoint.values["counters"])
+    datamodule.load_state_dict(checkpoint.values["data"])
 
 
 class RestoreTraining(pl.Callback):
@@ -64,19 +55,42 @@ class RestoreTraining(pl.Callback):
     The random state comes last, when every loader is made: what construction drew is forgotten.
     """
 
-    def __init__(self, state: dict[str, Any] | None) -> None:
-        self._state = state
+    def __init__(self, checkpoint: Checkpoint | None) -> None:
+        self._checkpoint = checkpoint
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, PowertrainModule)
-        if self._state is not None:
-            trainer.optimizers[0].load_state_dict(self._state["optimizer"])
-            states = self._state["rng"]
+        if self._checkpoint is not None:
+            _restore_optimizer(self._checkpoint, pl_module, trainer.optimizers[0])
             # Another number of ranks cannot continue the same streams; a rank beyond the old ones keeps its own.
-            if trainer.global_rank < len(states):
-                restore_rng(states[trainer.global_rank])
-            self._state = None
+            rng = self._checkpoint.rng(trainer.global_rank)
+            if rng is not None:
+                restore_rng(rng)
+            self._checkpoint = None
         pl_module.clock.start(pl_module.counters.seconds)
+
+
+def _restore_optimizer(checkpoint: Checkpoint, module: PowertrainModule, optimizer: torch.optim.Optimizer) -> None:
+    tensors: dict[str, Tensor] = {}
+    states: dict[Tensor, dict[str, Tensor]] = {}
+    for saved, shape in checkpoint.shapes.items():
+        if not saved.startswith(_OPTIMIZER):
+            continue
+        key, name = saved.removeprefix(_OPTIMIZER).split(".", 1)
+        parameter = module.model.get_parameter(name)
+        # A moment lies and is sharded as its weight; the number of steps is a scalar beside it.
+        value = torch.zeros_like(parameter) if shape else torch.zeros(())
+        tensors[saved] = states.setdefault(parameter, {})[key] = value
+    checkpoint.read_into(tensors)
+    # Through the optimizer's own loading, which knows where it wants its scalars.
+    state = optimizer.state_dict()
+    numbers = {
+        parameter: number
+        for group, saved_group in zip(optimizer.param_groups, state["param_groups"], strict=True)
+        for parameter, number in zip(group["params"], saved_group["params"], strict=True)
+    }
+    state["state"] = {numbers[parameter]: values for parameter, values in states.items()}
+    optimizer.load_state_dict(state)
 
 
 def seed_loop_counters(trainer: pl.Trainer, step: int, accumulation: int) -> None:

@@ -1,10 +1,12 @@
 """Sampling, generation of text, and `powertrain generate` on a run directory."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from powertrain.cli import main as powertrain
 from powertrain.config import compose, to_values
@@ -12,6 +14,7 @@ from powertrain.data.tokenizers import byte_tokenizer
 from powertrain.inference.generate import generate_text, generate_tokens, load_run, sample
 from powertrain.models.config import MixerConfig, ModelConfig
 from powertrain.models.gpt import GPT
+from powertrain.training.checkpoint import CheckpointStore
 from tests.models.small import small_model, tokens
 
 
@@ -140,7 +143,8 @@ def test_text_shows_bytes_that_are_no_character():
 def run(tmp_path: Path) -> Path:
     """A run directory as training leaves it: resolved config, tokenizer, checkpoints with links."""
     directory = tmp_path / "runs" / "small"
-    (directory / "checkpoints").mkdir(parents=True)
+    directory.mkdir(parents=True)
+    store = CheckpointStore(directory / "checkpoints")
     config = compose(["model=1m", "mixer=hybrid_power_window", "model.n_layers=4", "mixer.window=8", "name=small"])
     (directory / "config.yaml").write_text(yaml.safe_dump(to_values(config)))
     tokenizer = byte_tokenizer()
@@ -149,9 +153,7 @@ def run(tmp_path: Path) -> Path:
         torch.manual_seed(step)
         model = GPT(ModelConfig(**{**vars(config.model), "vocab_size": tokenizer.vocab_size}))
         state = {f"model.{name}": value for name, value in model.state_dict().items()}
-        torch.save({"state_dict": state, "step": step}, directory / "checkpoints" / f"step-{step:08d}.ckpt")
-    (directory / "checkpoints" / "best").symlink_to("step-00000001.ckpt")
-    (directory / "checkpoints" / "last").symlink_to("step-00000002.ckpt")
+        store.save(step, state, {}, val_loss=float(step))
     return directory
 
 
@@ -161,9 +163,9 @@ def test_load_run_takes_the_best_checkpoint_or_the_one_given(run: Path):
     assert tokenizer.vocab_size == best.config.vocab_size == 257
     assert best.config.mixer.kinds == ("window", "window", "window", "power")
     assert not best.training
-    saved = torch.load(checkpoints / "step-00000001.ckpt", weights_only=True)["state_dict"]
+    saved = load_file(checkpoints / "step-00000001" / "rank-00000.safetensors")
     assert all(torch.equal(saved[f"model.{name}"], value) for name, value in best.state_dict().items())
-    for path in (checkpoints / "last", checkpoints / "step-00000002.ckpt"):
+    for path in (checkpoints / "last", checkpoints / "step-00000002"):
         last, _ = load_run(path)
         assert not torch.equal(last.embedding.weight, best.embedding.weight)
     (checkpoints / "best").unlink()
@@ -186,26 +188,28 @@ def test_command_explains_what_is_missing(run: Path, tmp_path: Path, capsys: pyt
         return capsys.readouterr().err
 
     assert "config.yaml" in error(tmp_path)
-    assert "config.yaml" in error(run / "checkpoints" / "step-00000009.ckpt")
-    damaged = run / "checkpoints" / "step-00000001.ckpt"
-    damaged.write_bytes(damaged.read_bytes()[:1000])
-    assert "is not a checkpoint of a run, or is damaged" in error(run)
-    torch.save({"weights": {}}, damaged)
-    assert "is not a checkpoint of a run, or is damaged" in error(run)
-    torch.save({"state_dict": {"model.embedding.weight": torch.zeros(3)}}, damaged)
-    assert "does not hold the weights of the model" in error(run)
-    for entry in (run / "checkpoints").iterdir():
-        entry.unlink()
+    assert "config.yaml" in error(run / "checkpoints" / "step-00000009")
+    weights = run / "checkpoints" / "step-00000001" / "rank-00000.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert "rank-00000.safetensors cannot be read" in error(run)
+    weights.with_name("manifest.json").write_text("{}")
+    assert "is not a usable checkpoint: its manifest cannot be read" in error(run)
+    store = CheckpointStore(run / "checkpoints")
+    store.save(1, {"model.embedding.weight": torch.zeros(3)}, {}, val_loss=0.0)
+    message = error(run)
+    assert "does not hold the weights of the model" in message
+    assert "size mismatch for model.embedding.weight" in message or "is missing" in message
+    shutil.rmtree(run / "checkpoints")
     assert "neither checkpoints/best nor checkpoints/last" in error(run)
 
 
-def test_unsafe_checkpoint_is_not_executed(run: Path, tmp_path: Path):
+def test_a_pickle_is_not_executed(run: Path, tmp_path: Path):
     class Bomb:
         def __reduce__(self):
             return (Path.touch, (tmp_path / "executed",))
 
-    torch.save({"state_dict": Bomb()}, run / "checkpoints" / "step-00000001.ckpt")
-    with pytest.raises(ValueError, match="not a checkpoint"):
+    torch.save({"state_dict": Bomb()}, run / "checkpoints" / "step-00000001" / "rank-00000.safetensors")
+    with pytest.raises(ValueError, match="cannot be read"):
         load_run(run)
     assert not (tmp_path / "executed").exists()
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from powertrain.training.checkpoint import Checkpoint
 from powertrain.training.config import (
     DebugConfig,
     LoggerConfig,
@@ -37,7 +38,7 @@ class TinyModel(nn.Module):
     def __init__(self, d_model: int = 32, dropout: float = 0.1) -> None:
         super().__init__()
         self.embedding = nn.Embedding(VOCAB, d_model)
-        self.layers = nn.ModuleList(nn.Linear(d_model, d_model) for _ in range(2))
+        self.blocks = nn.ModuleList(nn.Linear(d_model, d_model) for _ in range(2))
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(d_model, VOCAB, bias=False)
 
@@ -54,8 +55,8 @@ class TinyModel(nn.Module):
         collect_stats: bool = False,
     ) -> Output:
         x = self.embedding(input_ids)
-        for layer in self.layers:
-            x = x + self.dropout(torch.tanh(layer(x)))
+        for block in self.blocks:
+            x = x + self.dropout(torch.tanh(block(x)))
         logits = self.head(x)
         stats = {"power/gate_half_life/0": x.detach().float().abs().mean()} if collect_stats else {}
         if labels is None:
@@ -120,6 +121,14 @@ class FakeData(pl.LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.start = state_dict["consumed_samples"]
+
+
+def saved_tensors(checkpoint: Path) -> dict[str, Tensor]:
+    """Return all tensors of a checkpoint, whole; everything that is saved of a run is fp32."""
+    opened = Checkpoint(checkpoint)
+    tensors = {name: torch.empty(shape) for name, shape in opened.shapes.items()}
+    opened.read_into(tensors)
+    return tensors
 
 
 def run_tiny(

@@ -1,10 +1,6 @@
 """The gradient of a step is that of one big batch, whatever the micro-batches and ranks."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
@@ -92,30 +88,6 @@ def test_a_step_without_labels_changes_nothing_but_the_decay(tmp_path):
     run_tiny(tmp_path / "run", steps=1, data=Silent(), callbacks=[keep])
     assert keep.loss == 0.0
     assert keep.norm == 0.0
-
-
-def test_two_ranks_give_the_same_gradient(tmp_path):
-    script = Path(__file__).with_name("ddp_script.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    subprocess.run([sys.executable, str(script), str(tmp_path)], env=environment, check=True, timeout=240)
-    wanted, loss = expected_gradients()
-    found = torch.load(tmp_path / "gradients.pt", weights_only=True)
-    assert_gradients(found, wanted)
-    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    train = [r for r in records if "train/loss" in r]
-    assert [r["step"] for r in train] == [1, 2]
-    assert train[0]["train/loss"] == pytest.approx(loss, rel=1e-6)
-    # The validation of two ranks reads their batches twice here, which leaves the mean as it is.
-    run_tiny(tmp_path / "one", steps=2, model=_fresh(), grad_clip=None)
-    alone = [json.loads(line) for line in (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()]
-    assert records[-1]["val/loss"] == pytest.approx(alone[-1]["val/loss"], rel=1e-5)
-    state = torch.load(tmp_path / "run" / "checkpoints" / "last", weights_only=True)
-    assert len(state["rng"]) == 2
-
-
-def _fresh():
-    torch.manual_seed(0)
-    return TinyModel(dropout=0.0)
 
 
 def test_decay_shrinks_what_the_model_names_and_nothing_else():

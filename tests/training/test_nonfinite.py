@@ -7,7 +7,7 @@ from torch import nn
 
 from powertrain.training.nonfinite import MAX_RECORDS, NonFiniteError, replay
 from powertrain.training.records import read_metrics
-from tests.training.fakes import FakeData, TinyModel, run_tiny
+from tests.training.fakes import FakeData, TinyModel, run_tiny, saved_tensors
 from tests.training.test_resume import assert_same_run
 
 
@@ -40,11 +40,11 @@ class FaultyModel(TinyModel):
 
     def __init__(self, kind, trigger=None):
         super().__init__(dropout=0.0)
-        self.layers[1] = Faulty(self.layers[1], kind)
+        self.blocks[1] = Faulty(self.blocks[1], kind)
         self.trigger = trigger
 
     def forward(self, input_ids, **kwargs):
-        self.layers[1].on = bool((input_ids == self.trigger).any()) if self.trigger is not None else True
+        self.blocks[1].on = bool((input_ids == self.trigger).any()) if self.trigger is not None else True
         return super().forward(input_ids, **kwargs)
 
 
@@ -79,8 +79,8 @@ class Weights(pl.Callback):
 @pytest.mark.parametrize(
     ("kind", "what", "where"),
     [
-        ("forward", "the loss is not finite", r"the output of layers\.1 went first"),
-        ("backward", "the gradient is not finite", r"the gradient of layers\.1\.inner's output went first"),
+        ("forward", "the loss is not finite", r"the output of blocks\.1 went first"),
+        ("backward", "the gradient is not finite", r"the gradient of blocks\.1\.inner's output went first"),
     ],
 )
 def test_stop_names_the_layer_keeps_the_weights_and_replays(tmp_path, kind, what, where):
@@ -91,11 +91,12 @@ def test_stop_names_the_layer_keeps_the_weights_and_replays(tmp_path, kind, what
     record = torch.load(path, weights_only=True)
     assert len(record["micro_batches"]) == 2
     assert (record["micro_batches"][1]["input_ids"] == TRIGGER).any()
-    assert all(torch.isfinite(value).all() for value in record["state_dict"].values())
+    weights = torch.load(path.with_name("weights.pt"), weights_only=True)
+    assert all(torch.isfinite(value).all() for value in weights.values())
     # The weights are those before the update: the checkpoint of step 2 has them.
-    saved = torch.load(tmp_path / "run" / "checkpoints" / "step-00000002.ckpt", weights_only=True)["state_dict"]
-    assert all(torch.equal(value, saved[f"model.{name}"]) for name, value in record["state_dict"].items())
-    assert all(torch.equal(value, record["state_dict"][name]) for name, value in model.state_dict().items())
+    saved = saved_tensors(tmp_path / "run" / "checkpoints" / "step-00000002")
+    assert all(torch.equal(value, saved[f"model.{name}"]) for name, value in weights.items())
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     again = replay(path, model=FaultyModel(kind, TRIGGER))
     assert str(again) == record["diagnosis"]
     assert str(again) in str(where).replace("\\", "")
@@ -148,8 +149,8 @@ def test_records_are_limited(tmp_path):
 def test_weights_that_are_not_finite_are_named(tmp_path):
     model = TinyModel()
     with torch.no_grad():
-        model.layers[0].weight[3, 4] = math.nan
-    with pytest.raises(NonFiniteError, match=r"the weights of layers\.0\.weight were not finite before the step"):
+        model.blocks[0].weight[3, 4] = math.nan
+    with pytest.raises(NonFiniteError, match=r"the weights of blocks\.0\.weight were not finite before the step"):
         run_tiny(tmp_path / "run", steps=2, model=model)
 
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-from powertrain.training.checkpoint import CheckpointError
+from powertrain.training.checkpoint import Checkpoint, CheckpointError
 from powertrain.training.config import ScheduleConfig
-from powertrain.training.fit import RunLockedError, _sole_writer
+from powertrain.training.fit import RunLockedError, sole_writer
 from powertrain.training.records import read_metrics
-from tests.training.fakes import FakeData, TinyModel, run_tiny
+from tests.training.fakes import FakeData, TinyModel, run_tiny, saved_tensors
 
 NOT_REPRODUCIBLE = ("seconds", "train/tokens_per_second")
 
@@ -25,13 +25,9 @@ def history(run_dir):
     return [{k: v for k, v in record.items() if k not in NOT_REPRODUCIBLE} for record in read_metrics(run_dir)]
 
 
-def weights(run_dir):
-    return torch.load(run_dir / "checkpoints" / "last", weights_only=True)["state_dict"]
-
-
 def assert_same_run(a, b):
     assert history(a) == history(b)
-    mine, theirs = weights(a), weights(b)
+    mine, theirs = (saved_tensors(run / "checkpoints" / "last") for run in (a, b))
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
@@ -114,7 +110,7 @@ def test_a_signal_saves_after_the_step_and_says_so(tmp_path, unbroken, signum, s
     # The step in which the signal came, or the next, where the callback ran after the check.
     assert result.counters.step in (step, step + 1)
     assert result.checkpoint is not None
-    assert result.checkpoint.name == f"step-{result.counters.step:08d}.ckpt"
+    assert result.checkpoint.name == f"step-{result.counters.step:08d}"
     assert signal.getsignal(signum) is handler
     again = run_tiny(tmp_path / "run", steps=10)
     assert again.resumed_step == result.counters.step
@@ -135,7 +131,7 @@ def test_a_second_signal_ends_at_once(tmp_path):
 def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(tmp_path, unbroken):
     with pytest.raises(Crash):
         run_tiny(tmp_path / "run", steps=10, callbacks=[Do(7, crash)])
-    newest = tmp_path / "run" / "checkpoints" / "step-00000006.ckpt"
+    newest = tmp_path / "run" / "checkpoints" / "step-00000006" / "rank-00000.safetensors"
     newest.write_bytes(newest.read_bytes()[:-100])
     with pytest.warns(UserWarning, match="falling back to step 4"):
         result = run_tiny(tmp_path / "run", steps=10)
@@ -162,15 +158,19 @@ def test_a_longer_budget_continues_a_finished_run(tmp_path):
 
 
 def test_a_checkpoint_holds_what_is_promised(unbroken):
-    state = torch.load(unbroken / "32-true" / "checkpoints" / "last", weights_only=True)
-    assert set(state) == {"format", "state_dict", "optimizer", "counters", "rng", "data", "config"}
-    assert set(state["state_dict"]) == {f"model.{name}" for name in TinyModel().state_dict()}
-    assert state["counters"]["step"] == 10
-    assert state["data"] == {"consumed_samples": 40}
-    assert state["config"] == {"seed": 0}
-    best = torch.load(unbroken / "32-true" / "checkpoints" / "best", weights_only=True)
+    saved = Checkpoint(unbroken / "32-true" / "checkpoints" / "last")
+    names = set(TinyModel().state_dict())
+    moments = {f"optimizer.{key}.{name}" for key in ("exp_avg", "exp_avg_sq", "step") for name in names}
+    assert set(saved.shapes) == {f"model.{name}" for name in names} | moments
+    assert set(saved.values) == {"counters", "data", "config"}
+    assert saved.step == saved.values["counters"]["step"] == 10
+    assert saved.values["data"] == {"consumed_samples": 40}
+    assert saved.values["config"] == {"seed": 0}
+    assert set(saved.rng(0)) >= {"python", "numpy", "torch"}
+    assert saved.rng(1) is None
+    best = Checkpoint(unbroken / "32-true" / "checkpoints" / "best")
     values = {r["step"]: r["val/loss"] for r in history(unbroken / "32-true") if "val/loss" in r}
-    assert best["counters"]["step"] == min(values, key=values.get)
+    assert best.step == min(values, key=values.get)
 
 
 def test_another_model_is_refused_in_one_sentence(tmp_path):
@@ -183,7 +183,7 @@ def test_a_full_disk_stops_with_one_message_and_the_run_can_continue(tmp_path, u
     import shutil
 
     def full(path):
-        free = 0 if (tmp_path / "run/checkpoints/step-00000004.ckpt").exists() else 10**9
+        free = 0 if (tmp_path / "run/checkpoints/step-00000004").exists() else 10**9
         return type("Usage", (), {"free": free})()
 
     with monkeypatch.context() as patch:
@@ -197,7 +197,7 @@ def test_a_full_disk_stops_with_one_message_and_the_run_can_continue(tmp_path, u
 def test_two_processes_do_not_train_one_run(tmp_path):
     tmp_path.joinpath("run").mkdir()
     with (
-        _sole_writer(tmp_path / "run"),
+        sole_writer(tmp_path / "run"),
         pytest.raises(RunLockedError, match=rf"trained by another process \(process {os.getpid()}"),
     ):
         run_tiny(tmp_path / "run", steps=1)
@@ -214,7 +214,8 @@ def test_compiled_runs_keep_the_models_own_keys_and_resume_uncompiled(tmp_path, 
     monkeypatch.setattr(nn.Module, "compile", compile_eagerly)
     run_tiny(tmp_path / "run", steps=2, compile=True, model=TinyModel(dropout=0.0))
     assert len(calls) == 1
-    assert set(weights(tmp_path / "run")) == {f"model.{name}" for name in TinyModel().state_dict()}
+    saved = Checkpoint(tmp_path / "run" / "checkpoints" / "last").shapes
+    assert {name for name in saved if name.startswith("model.")} == {f"model.{n}" for n in TinyModel().state_dict()}
     assert run_tiny(tmp_path / "run", steps=4, model=TinyModel(dropout=0.0)).resumed_step == 2
 
 

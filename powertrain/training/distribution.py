@@ -1,0 +1,181 @@
+"""The processes that train together: how they meet, what they agree on, and how a model is shared among them.
+
+docs/distribution.md says why it is done so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from powertrain.training.batching import Devices
+from powertrain.training.config import TrainerConfig
+from powertrain.training.launch import launcher
+from powertrain.training.ranks import Ranks
+
+
+def launcher_environment(devices: Devices) -> ClusterEnvironment | None:
+    """Return Lightning's view of what started this process as one of several, or None where it is alone."""
+    match launcher():
+        case "torchrun":
+            return TorchElasticEnvironment()
+        case "srun":
+            # Lightning's own requeue saves inside the signal's handler, whose barrier meets other ranks' collectives.
+            return SLURMEnvironment(auto_requeue=False)
+        case "powertrain":
+            environment = LightningEnvironment()
+            environment.set_world_size(int(os.environ.get("WORLD_SIZE", devices.world_size)))
+            environment.set_global_rank(environment.node_rank() * devices.per_node + environment.local_rank())
+            return environment
+    return SLURMEnvironment(auto_requeue=False) if SLURMEnvironment.detect() else None
+
+
+# Every process counts alike how often it has met the others, so that no meeting reads what an earlier one left.
+_meetings = itertools.count()
+
+
+@functools.cache
+def _common_store(rank: int, size: int, timeout: timedelta) -> torch.distributed.Store:
+    """Connect to the store of all processes, which rank 0 (or torchrun) keeps for as long as it lives."""
+    store, _, _ = next(torch.distributed.rendezvous("env://", rank, size, timeout=timeout))
+    return store
+
+
+@contextlib.contextmanager
+def process_group(config: TrainerConfig, devices: Devices) -> Iterator[Ranks]:
+    """Meet the other processes of the run (NCCL on GPUs, gloo on CPUs); alone there is nothing to set up.
+
+    Errors:
+        ValueError: the processes that were started are not those that the configuration asks for.
+    """
+    environment = launcher_environment(devices)
+    started = environment.world_size() if environment is not None else 1
+    if devices.world_size == 1 and isinstance(environment, SLURMEnvironment):
+        started = 1  # tasks that train each for itself, as those of a sweep
+    if started != devices.world_size:
+        raise ValueError(
+            f"trainer.devices={config.devices} and trainer.num_nodes={config.num_nodes} make {devices.world_size}"
+            f" processes, but {started} {'was' if started == 1 else 'were'} started: use `powertrain train`, torchrun"
+            " or srun with equal numbers."
+        )
+    if devices.world_size == 1:
+        yield Ranks(device=devices.torch_device)
+        return
+    assert environment is not None
+    rank, size, device = environment.global_rank(), environment.world_size(), devices.torch_device
+    if device.type == "cuda":
+        device = torch.device("cuda", environment.local_rank())
+        torch.cuda.set_device(device)
+    # Which GPU is this process's: srun says it by a name of its own.
+    os.environ["LOCAL_RANK"] = str(environment.local_rank())
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = environment.main_address, str(environment.main_port)
+    # The watch over hangs must speak first: it knows the stacks.
+    timeout = timedelta(seconds=2 * config.hang_timeout + 60)
+    store = torch.distributed.PrefixStore(f"fit/{next(_meetings)}", _common_store(rank, size, timeout))
+    torch.distributed.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=torch.distributed.PrefixStore("group", store),
+        rank=rank,
+        world_size=size,
+        timeout=timeout,
+        device_id=device if device.type == "cuda" else None,
+    )
+    ranks = Ranks(rank, size, device, torch.distributed.PrefixStore("powertrain", store))
+    yield ranks
+    # Rank 0 keeps the store: it leaves last. After an error there may be nobody left to wait for.
+    ranks.max(0)
+    torch.distributed.destroy_process_group()
+
+
+def shard_model(model: nn.Module, ranks: Ranks, precision: str) -> None:
+    """Divide the parameters of `model` over all ranks (FSDP2), in place, each block a unit that is gathered as a whole.
+
+    In bf16-mixed the blocks are gathered in bf16 and gradients reduced in fp32. What is not in a block (embedding,
+    last norm, head) is gathered in fp32, so that the residual stream is fp32 as it is without sharding.
+
+    Args:
+        model: has `blocks`, an `nn.ModuleList`.
+    """
+    mesh = torch.distributed.init_device_mesh(ranks.device.type, (ranks.size,), mesh_dim_names=("shard",))
+    gathered = torch.bfloat16 if precision == "bf16-mixed" else None
+    policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    blocks = model.blocks
+    assert isinstance(blocks, nn.ModuleList)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    outer = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    fully_shard(model, mesh=mesh, mp_policy=outer)
+
+
+def materialize(model: nn.Module, device: torch.device) -> None:
+    """Put `model` on `device`; where it was built on the meta device, draw its weights (each rank only its shards)."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        model.to_empty(device=device)
+        model.init_weights()  # type: ignore[operator]
+    else:
+        model.to(device)
+
+
+def compile_model(model: nn.Module) -> None:
+    """Compile `model` in place, so that the keys of its state stay the same.
+
+    A sharded model is compiled block by block: the hooks that gather a block's weights stay outside of its graph.
+    """
+    if not isinstance(model, FSDPModule):
+        model.compile()
+        return
+    for block in model.blocks:  # type: ignore[union-attr]
+        block.forward = torch.compile(block.forward)
+
+
+class ShardedStrategy(DDPStrategy):
+    """Lightning's distributed strategy for a model that is sharded already: nothing is wrapped, FSDP2 synchronises."""
+
+    def setup(self, trainer: Any) -> None:
+        assert self.accelerator is not None
+        self.accelerator.setup(trainer)
+        self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+
+    @contextlib.contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Keep the gradients of a micro-batch that is not the last where they are, whole and unreduced."""
+        model = self.lightning_module.model  # type: ignore[union-attr]
+        assert isinstance(model, FSDPModule)
+        model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            model.set_requires_gradient_sync(True)
+
+
+def lightning_strategy(model: nn.Module, ranks: Ranks) -> Strategy | str:
+    """Return Lightning's strategy for `model` on these processes."""
+    if ranks.size == 1:
+        return "auto"
+    if isinstance(model, FSDPModule):
+        return ShardedStrategy()
+    # Gradients alias the communication buckets: one copy less of all gradients.
+    return DDPStrategy(gradient_as_bucket_view=True)
+
+
+def total_norm(gradients: list[Tensor]) -> Tensor:
+    """Return the L2 norm of all gradients together, the same on every rank; a collective where they are sharded."""
+    norm = nn.utils.get_total_norm(gradients)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

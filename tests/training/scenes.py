@@ -1,0 +1,41 @@
+"""What happens to a run of several processes while a test looks on: callbacks by name."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+import torch
+from torch.distributed.tensor import DTensor
+
+
+class KeepGradients(pl.Callback):
+    """Writes the whole gradients of the first step, as they are after clipping, to `<run_dir>/gradients.pt`."""
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        if pl_module.step != 1 or not pl_module.at_step_end:
+            return
+        gradients = {}
+        for name, parameter in pl_module.model.named_parameters():
+            gradient = parameter.grad
+            gradients[name] = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+        if trainer.is_global_zero:
+            torch.save(gradients, pl_module.run_dir / "gradients.pt")
+
+
+class CheckSharded(KeepGradients):
+    """Asserts that parameters, gradients and moments are divided over the ranks, and that none is held whole."""
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        super().on_train_batch_end(trainer, pl_module)
+        if not pl_module.at_step_end:
+            return
+        optimizer = trainer.optimizers[0]
+        for name, parameter in pl_module.model.named_parameters():
+            moments = [value for key, value in optimizer.state[parameter].items() if key != "step"]
+            assert len(moments) == 2, (name, optimizer.state[parameter])
+            for tensor in (parameter, parameter.grad, *moments):
+                assert isinstance(tensor, DTensor), name
+                assert tensor.to_local().numel() <= -(-tensor.shape[0] // trainer.world_size) * tensor[0].numel(), name
+                assert tensor.dtype == torch.float32
+
+
+SCENES = {"keep": KeepGradients, "sharded": CheckSharded}
