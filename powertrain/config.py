@@ -63,6 +63,7 @@ NOT_IDENTITY = {
         "checkpoint_every_steps",
         "keep_checkpoints",
         "peak_flops",
+        "hang_timeout",
     ),
     "data": ("num_workers",),
 }
