@@ -62,7 +62,7 @@ class ChunkScan(ctypes.Structure):
 class ChunkScanGrad(ctypes.Structure):
     _fields_ = [
         ("reverse", I32), ("has_boundary", I32), ("q", P), ("k", P), ("v", P), ("dn", P), ("gates", P), ("states", P),
-        ("out", Strided), ("x_scale", P), ("value_scale", P), ("dn_scale", P), ("dots", P),
+        ("out", Strided), ("x_scale", P), ("value_scale", P), ("dn_scale", P), ("row_scale", P), ("dots", P),
     ]  # fmt: skip
 
 
@@ -268,7 +268,9 @@ class Run:
         inputs = [self.packed_q, self.packed_k, self.packed_v, self.packed_dn, self.gates, states]
         scale = None if self.dn_scale is None else self.dn_scale.data_ptr()
         pointers = [t.data_ptr() for t in inputs]
-        params = ChunkScanGrad(reverse, self.case.boundary, *pointers, strided(out), None, None, scale, dots.data_ptr())
+        params = ChunkScanGrad(
+            reverse, self.case.boundary, *pointers, strided(out), None, None, scale, None, dots.data_ptr()
+        )
         self.call("pt_chunk_scan_grad", ctypes.byref(params), self.stream())
 
     def new(self, *shape: int, dtype: torch.dtype) -> Tensor:

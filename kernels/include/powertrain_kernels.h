@@ -1,6 +1,6 @@
 /* powertrain kernels: power retention of degree 2, forward and backward, behind a plain C ABI.
  *
- * One call runs one stage on one stream; nothing is allocated, nothing synchronises, no state is kept between calls, no exception
+ * One call runs one stage, or one whole pass, on one stream; nothing is allocated, nothing synchronises, no state is kept between calls, no exception
  * crosses the boundary. Every function returns a pt_status; pt_last_error() says what was wrong in one sentence (per host thread).
  *
  * Shapes: B batch, T tokens, Hq query heads, Hk key heads (Hq a multiple of Hk), K = V head dim, C chunk, N = ceil(T / C) chunks,
@@ -9,7 +9,7 @@
  *
  * The forward of y = n / d:
  *     pt_gates                 log_G, cu_seqlens  -> gates
- *     pt_pack (x3)             q, k, v            -> packed q, k (transposed tiles), v' = [v, 1] (tiles)
+ *     pt_pack                  q, k, v            -> packed q, k (transposed tiles), v' = [v, 1] (tiles)
  *     pt_chunk_state           k, v', gates       -> states entering each chunk, final state
  *     pt_chunk_scan            q, k, v', states   -> y, normalizer
  * The backward, with the roles exchanged and time reversed:
@@ -29,14 +29,13 @@
 extern "C" {
 #endif
 
-#define PT_ABI_VERSION 2
+#define PT_ABI_VERSION 3
 #define PT_API __attribute__((visibility("default")))
 
 typedef enum { PT_OK = 0, PT_INVALID = 1, PT_UNSUPPORTED = 2, PT_CUDA_ERROR = 3 } pt_status;
 typedef enum { PT_BF16 = 0, PT_FP16 = 1, PT_FP32 = 2 } pt_dtype;
 typedef enum { PT_ARCH_AUTO = 0, PT_ARCH_SM80 = 80, PT_ARCH_SM90 = 90 } pt_arch;
 typedef enum { PT_STAGE_CHUNK_STATE = 0, PT_STAGE_CHUNK_SCAN = 1, PT_STAGE_CHUNK_SCAN_GRAD = 2 } pt_stage;
-typedef enum { PT_PACK_FEATURES = 0, PT_PACK_VALUES = 1 } pt_pack_kind;
 
 /* A (B, T, H, D) tensor whose last dimension is contiguous; strides in elements. data may be null where a stage says so. */
 typedef struct {
@@ -122,16 +121,16 @@ typedef struct {
 } pt_row_scale_params;
 PT_API int pt_row_scale(const pt_problem* problem, const pt_row_scale_params* params, void* stream);
 
-/* Copies x into tiles of 64 tokens, zero beyond T. PT_PACK_FEATURES: q or k. PT_PACK_VALUES: v, with a column of ones appended, and once
- * more with every token's decay to its chunk's end multiplied in, for pt_chunk_state. */
+/* Copies q, k and v into tiles of 64 tokens, zero beyond T; v with a column of ones appended, and once more with every token's decay to its
+ * chunk's end multiplied in, for pt_chunk_state. */
 typedef struct {
-  pt_tensor x;        /* (B, T, heads, K) of problem.dtype */
-  int32_t heads;
-  int32_t kind;       /* pt_pack_kind */
-  const float* scale; /* (B, heads) powers of two that x is multiplied by (not the ones column), or null */
-  void* packed;
-  const void* gates;  /* PT_PACK_VALUES with decayed: as pt_gates wrote it; else null */
-  void* decayed;      /* PT_PACK_VALUES: out, pt_sizes.packed_v bytes, the ones column as hi + lo in two columns; or null */
+  pt_tensor q, k, v;        /* (B, T, Hq, K), (B, T, Hk, K), (B, T, Hk, V) of problem.dtype */
+  const float* query_scale; /* (B, Hq) powers of two that q is multiplied by, or null */
+  const float* key_scale;   /* (B, Hk), or null */
+  const float* value_scale; /* (B, Hk), not of the ones column, or null */
+  const void* gates;        /* as pt_gates wrote it; may be null without decayed_v */
+  void *packed_q, *packed_k, *packed_v;
+  void* decayed_v;          /* pt_sizes.packed_v bytes, the ones column as hi + lo in two columns; or null */
 } pt_pack_params;
 PT_API int pt_pack(const pt_problem* problem, const pt_pack_params* params, void* stream);
 
@@ -168,7 +167,8 @@ typedef struct {
   const int32_t* cu_seqlens;  /* as in pt_gates */
   int32_t num_cu_seqlens;
   int32_t has_initial_state;  /* if 0, nothing passes the gate of a row's first token, and its gradient is zero exactly */
-  const float* scale;         /* (B, Hk) divided out (dn_scale * value_scale), or null */
+  const float* dn_scale;      /* (B, Hk) divided out, or null */
+  const float* value_scale;   /* (B, Hk) divided out, or null */
   float* dlog_G;              /* (B, T, Hk) out */
   int64_t dlog_G_stride_b, dlog_G_stride_t, dlog_G_stride_h;
 } pt_gate_grad_params;
@@ -184,6 +184,7 @@ typedef struct {
   int32_t gradient;    /* 1: the arrays hold gradients */
   const float* key_scale;   /* (B, Hk) scale that k was packed with, or null */
   const float* value_scale; /* (B, Hk) scale that v was packed with, or null */
+  const float* dn_scale;    /* (B, Hk) gradients: what dn' was multiplied by, or null */
 } pt_boundary_params;
 PT_API int pt_boundary(const pt_problem* problem, const pt_boundary_params* params, void* stream);
 
@@ -234,11 +235,58 @@ typedef struct {
   const float* x_scale;     /* dq: (B, Hq) scale of q, dk: (B, Hk) scale of k: out is multiplied by it, or null */
   const float* value_scale; /* (B, Hk) out is divided by it, or null */
   const float* dn_scale;    /* (B, Hk) out is divided by it, or null */
+  const float* row_scale;   /* dq: (B, Hq, T) out is multiplied by it, as pt_row_scale wrote it; or null */
   float* dots;              /* out, in packed units before any scale, 0 beyond T, from the fp32 gradients; or null. (q_i . dq_i) / 2,
                                (B, Hq, Tp): sum_j w_ij dW_ij over everything before i. Reverse: (2, B, Hk, Tp): (k_j . dk_j) / 2, the sum
                                over everything after j; then its part from later chunks, decay_out_j phi(k_j) E v'_j. */
 } pt_chunk_scan_grad_params;
 PT_API int pt_chunk_scan_grad(const pt_problem* problem, const pt_chunk_scan_grad_params* params, void* stream);
+
+/* --- whole passes: the stages above in order (src/common/passes.cu) ------------------------------------------------------------ */
+
+/* What the forward pass leaves for the backward pass, and what each needs while it runs, in bytes. */
+typedef struct {
+  int64_t saved;
+  int64_t forward_workspace;
+  int64_t backward_workspace;
+  int64_t scales; /* offset in `saved` of the powers of two (B, Hq) of q, (B, Hk) of k, (B, Hk) of v, fp32; fp16 only */
+} pt_pass_sizes;
+PT_API int pt_pass_sizes_of(const pt_problem* problem, int32_t has_initial_state, int32_t has_final_state, pt_pass_sizes* sizes);
+
+typedef struct {
+  pt_tensor q, k, v;
+  const float* log_G; /* (B, T, Hk) fp32 <= 0, or null */
+  int64_t log_G_stride_b, log_G_stride_t, log_G_stride_h;
+  const int32_t* cu_seqlens; /* as in pt_gates */
+  int32_t num_cu_seqlens;
+  const float* initial_state;       /* (B, Hk, F, V) contiguous, or null: empty */
+  const float* initial_sum_of_keys; /* (B, Hk, F) contiguous, or null */
+  pt_tensor out;                    /* (B, T, Hq, V) */
+  float* normalizer;                /* (B, Hq, T), in packed units */
+  float* final_state;               /* (B, Hk, F, V) contiguous, or null */
+  float* final_sum_of_keys;
+  void* saved;                      /* pt_pass_sizes.saved bytes */
+  void* workspace;
+} pt_forward_params;
+PT_API int pt_forward(const pt_problem* problem, const pt_forward_params* params, void* stream);
+
+typedef struct {
+  pt_tensor dy, y;
+  const float* normalizer; /* as pt_forward wrote it */
+  const void* saved;       /* as pt_forward wrote it */
+  const int32_t* cu_seqlens;
+  int32_t num_cu_seqlens;
+  int32_t has_initial_state; /* as in the forward pass */
+  const float* dfinal_state; /* (B, Hk, F, V) contiguous, or null: zero */
+  const float* dfinal_sum_of_keys;
+  pt_tensor dq, dk, dv;
+  float* dlog_G; /* (B, T, Hk), or null: not wanted */
+  int64_t dlog_G_stride_b, dlog_G_stride_t, dlog_G_stride_h;
+  float* dinitial_state; /* where has_initial_state, (B, Hk, F, V) contiguous */
+  float* dinitial_sum_of_keys;
+  void* workspace;
+} pt_backward_params;
+PT_API int pt_backward(const pt_problem* problem, const pt_backward_params* params, void* stream);
 
 #ifdef __cplusplus
 }

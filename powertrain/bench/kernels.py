@@ -7,16 +7,16 @@ drawn from that file alone.
 """
 
 import argparse
-import contextlib
 import ctypes
 import importlib.metadata
 import importlib.util
 import json
 import platform
+import re
 import statistics
 import subprocess
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -258,24 +258,33 @@ def _measure(
     record("retention", lambda: peer(q, k, v, log_g, deg=2, chunk_size=p.resolved_chunk_size), leaves, grad)
 
 
-@contextlib.contextmanager
-def _observed_stages(record: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]]) -> Iterator[None]:
-    """Put events around every stage that the CUDA path runs."""
-    run = cuda._Plan.run
+# Kernels of one pass, in the order in which they run. What comes after pack_grad runs backward; the second
+# chunk_scan_grad is the reverse one.
+_STAGES = {
+    "block_gates": "gates",
+    "chunk_gates": "gates",
+    "pack_inputs": "pack",
+    "chunk_state_kernel": "chunk_state",
+    "join_kernel": "chunk_state",
+    "chunk_scan_kernel": "chunk_scan",
+    "pack_grad": "pack_grad",
+    "chunk_scan_grad_kernel": "chunk_scan_grad",
+    "state_flow": "state_flow",
+    "gate_grad": "gate_grad",
+}
 
-    def observed(self: cuda._Plan, name: str, parameters: ctypes.Structure, stream: int) -> None:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run(self, name, parameters, stream)
-        end.record()
-        suffix = " reverse" if getattr(parameters, "reverse", 0) else ""
-        record[name.removeprefix("pt_") + suffix].append((start, end))
 
-    cuda._Plan.run = observed  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        cuda._Plan.run = run  # type: ignore[method-assign]
+def stages_of(kernels: list[str]) -> list[str | None]:
+    """Return the stage of each kernel of one forward and backward pass, by name and order; None for others' kernels."""
+    stages: list[str | None] = []
+    for kernel in kernels:
+        name = re.search(r"(\w+)(?:<|\()", kernel.split("::")[-1] + "(")
+        stage = _STAGES.get(name[1]) if name else None
+        comes_after = {"chunk_state": "pack_grad", "chunk_scan": "pack_grad", "chunk_scan_grad": "chunk_scan_grad"}
+        if stage in comes_after and comes_after[stage] in stages:
+            stage += " reverse"
+        stages.append(stage)
+    return stages
 
 
 def _stage_timings(
@@ -283,18 +292,23 @@ def _stage_timings(
 ) -> list[StageTiming]:
     for _ in range(WARM_UP):
         step()
-    sums: dict[str, list[float]] = defaultdict(list)
+    times: dict[str, list[float]] = defaultdict(list)
     for _ in range(args.repeats):
-        events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = defaultdict(list)
-        with _observed_stages(events):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
             step()
-        torch.cuda.synchronize()
-        for name, pairs in events.items():
-            sums[name].append(sum(start.elapsed_time(end) for start, end in pairs))
+            torch.cuda.synchronize()
+        events = [event for event in profiler.events() or [] if event.device_type == torch.autograd.DeviceType.CUDA]
+        events.sort(key=lambda event: event.time_range.start)
+        sums: dict[str, float] = defaultdict(float)
+        for event, stage in zip(events, stages_of([event.name for event in events]), strict=True):
+            if stage is not None:
+                sums[stage] += event.time_range.elapsed_us() / 1e3
+        for stage, milliseconds in sums.items():
+            times[stage].append(milliseconds)
     floors = stage_floors(problem, rates)
     return [
-        StageTiming(problem.name, contender, name, statistics.median(times), floors.get(name))
-        for name, times in sums.items()
+        StageTiming(problem.name, contender, name, statistics.median(values), floors.get(name))
+        for name, values in times.items()
     ]
 
 

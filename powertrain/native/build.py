@@ -127,7 +127,8 @@ def verify_library(library: Path) -> Manifest:
 
 
 def compiler_reports() -> tuple[list[KernelReport], list[str]]:
-    """What the compiler said of each unit of the library in the cache: `(kernels, warnings)`, lost performance among the latter.
+    """What the compiler said of each unit of the library in the cache: `(kernels, warnings)`, where lost speed is a
+    warning.
 
     Raises:
         KernelsUnavailable: a unit was not compiled into this cache.

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from powertrain import native
 from powertrain.native import abi
-from powertrain.ops.cuda_plan import BLOCK, DTYPES, Layout, choose_chunk_size, unsupported
+from powertrain.ops.cuda_plan import BLOCK, DTYPES, choose_chunk_size, saved_bytes, unsupported
 from powertrain.ops.flops import OpPassFlops, power_retention_flops
 from powertrain.ops.sympow import phi_dimension
 
@@ -142,46 +142,39 @@ def public_normalizer(normalizer: Tensor, saved: Tensor, scale: float, like: Ten
 
 
 class _Plan:
-    """The problem struct of some shapes on some device, the sizes of its buffers, and their layout."""
+    """The problem struct of some shapes on some device, and the sizes of its buffers."""
 
     def __init__(
-        self, dtype: torch.dtype, arch: int, B: int, T: int, Hq: int, Hk: int, D: int, chunk_size: int, has_state: bool
+        self,
+        dtype: torch.dtype,
+        arch: int,
+        B: int,
+        T: int,
+        Hq: int,
+        Hk: int,
+        D: int,
+        chunk_size: int,
+        has_state: bool,
+        final_state: bool,
     ) -> None:
-        self.scaled = dtype == torch.float16
         # fp16: |phi| and |v'| are at most 1 in packed units and a state sums at most T of them; its gradient T Hq / Hk,
         # with queries lengthened up to 4 times where weights are small (few rows: a factor of 4 of the 16 is allowed
         # for). Twice that off the diagonal; half of the largest number is left as headroom.
-        largest = 8 * T * (Hq // Hk) if self.scaled else 1
+        largest = 8 * T * (Hq // Hk) if dtype == torch.float16 else 1
         state_scale = 2.0 ** -max(0, math.ceil(math.log2(largest)) - 15)
-        self.problem = abi.Problem(DTYPES[dtype], arch, B, Hq, Hk, D, chunk_size, state_scale, T)
-        self.problem_ref = ctypes.byref(self.problem)
-        self.sizes = abi.Sizes()
-        native.call("pt_sizes_of", self.problem_ref, ctypes.byref(self.sizes))
-        self.keeps_states = has_state or chunk_size < T
-        self.layout = Layout.make(
-            batch=B,
-            tokens=T,
-            query_heads=Hq,
-            key_heads=Hk,
-            head_dim=D,
-            chunk_size=chunk_size,
-            keeps_states=self.keeps_states,
-            scaled=self.scaled,
-        )
-        self.B, self.T, self.Hq, self.Hk, self.D, self.F = B, T, Hq, Hk, D, phi_dimension(D, 2)
-        self.library = native.library()
+        problem = abi.Problem(DTYPES[dtype], arch, B, Hq, Hk, D, chunk_size, state_scale, T)
+        self.problem = ctypes.byref(problem)
+        sizes = abi.PassSizes()
+        native.call("pt_pass_sizes_of", self.problem, has_state, final_state, ctypes.byref(sizes))
+        # Plain attributes: reading one of a ctypes struct costs ten times as much.
+        self.saved, self.scales = sizes.saved, sizes.scales
+        self.forward_workspace, self.backward_workspace = sizes.forward_workspace, sizes.backward_workspace
+        library = native.library()
+        self.forward, self.backward = library.pt_forward, library.pt_backward
 
-    def run(self, name: str, parameters: ctypes.Structure, stream: int) -> None:
-        if getattr(self.library, name)(self.problem_ref, ctypes.byref(parameters), stream) != 0:
-            raise native.KernelLaunchError(f"{name}: {self.library.pt_last_error().decode()}")
-
-    def scale_pointers(self, base: int) -> tuple[int | None, int | None, int | None]:
-        """Scales of q `(B, Hq)`, k and v `(B, Hk)`; None in bf16."""
-        if not self.scaled:
-            return None, None, None
-        q = base + self.layout.scales
-        k = q + self.B * self.Hq * 4
-        return q, k, k + self.B * self.Hk * 4
+    def run(self, function: Any, parameters: ctypes.Structure, stream: int) -> None:
+        if function(self.problem, ctypes.byref(parameters), stream) != 0:
+            raise native.KernelLaunchError(f"{function.__name__}: {native.library().pt_last_error().decode()}")
 
 
 # Keyed by the device too: the library chooses the architecture, and with it the size of the workspaces, on the current
@@ -241,80 +234,37 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     B, T, Hq, D = q.shape
     Hk, device = k.shape[2], q.device
-    plan = _plan(device.index, q.dtype, arch, B, T, Hq, Hk, D, chunk_size, state is not None)
-    layout, sizes, run = plan.layout, plan.sizes, plan.run
-    stream = _stream(device)
+    plan = _plan(device.index, q.dtype, arch, B, T, Hq, Hk, D, chunk_size, state is not None, final_state)
     q, k, v = _with_contiguous_rows(q), _with_contiguous_rows(k), _with_contiguous_rows(v)
-    out = allocate((B, T, Hq, D), dtype=q.dtype, device=device)
-    normalizer = allocate((B, Hq, T), dtype=torch.float32, device=device)
-    saved = _bytes(layout.total, device)
-    base = saved.data_ptr()
-    gates = base + layout.gates
-    stride = (0, 0, 0) if log_g is None else log_g.stride()
-    documents = 0 if cu_seqlens is None else cu_seqlens.shape[0]
+    if state is not None and sum_of_keys is not None:
+        state, sum_of_keys = state.contiguous(), sum_of_keys.contiguous()
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.contiguous()
-    run("pt_gates", abi.Gates(_pointer(log_g), *stride, _pointer(cu_seqlens), documents, gates), stream)
-
-    strided = _strided(q), _strided(k), _strided(v)
-    q_scale, k_scale, v_scale = plan.scale_pointers(base)
-    if plan.scaled:
-        for x, heads, scale in zip(strided, (Hq, Hk, Hk), (q_scale, k_scale, v_scale), strict=True):
-            run("pt_power_scale", abi.PowerScale(x, heads, heads, scale), stream)
-        if state is not None and sum_of_keys is not None:
-            _bound_key_scale(saved[layout.scales :].view(torch.float32), plan, state, sum_of_keys)
-    packed_q, packed_k, packed_v = base + layout.query, base + layout.key, base + layout.value
-    states = base + layout.states if plan.keeps_states else None
-    decayed_v = _bytes(sizes.packed_v, device) if states is not None or final_state else None
-    run("pt_pack", abi.Pack(strided[0], Hq, abi.PACK_FEATURES, q_scale, packed_q), stream)
-    run("pt_pack", abi.Pack(strided[1], Hk, abi.PACK_FEATURES, k_scale, packed_k), stream)
-    run("pt_pack", abi.Pack(strided[2], Hk, abi.PACK_VALUES, v_scale, packed_v, gates, _pointer(decayed_v)), stream)
-
-    new_state, new_sum = (allocate(0, dtype=torch.float32, device=device) for _ in range(2))
-    initial = final = None
-    if state is not None and sum_of_keys is not None:
-        initial = _bytes(sizes.boundary, device)
-        state, sum_of_keys = state.contiguous(), sum_of_keys.contiguous()
-        parameters: ctypes.Structure = abi.Boundary(
-            state.data_ptr(), sum_of_keys.data_ptr(), initial.data_ptr(), 1, 0, k_scale, v_scale
-        )
-        run("pt_boundary", parameters, stream)
-    if final_state:
-        final = _bytes(sizes.boundary, device)
-    if decayed_v is not None:
-        workspace = _bytes(sizes.chunk_state_workspace, device)
-        parameters = abi.ChunkState(
-            0, packed_k, decayed_v.data_ptr(), gates, _pointer(initial), states, _pointer(final), workspace.data_ptr()
-        )
-        run("pt_chunk_state", parameters, stream)
-    if final is not None:
-        new_state = allocate((B, Hk, plan.F, D), dtype=torch.float32, device=device)
-        new_sum = allocate((B, Hk, plan.F), dtype=torch.float32, device=device)
-        parameters = abi.Boundary(new_state.data_ptr(), new_sum.data_ptr(), final.data_ptr(), 0, 0, k_scale, v_scale)
-        run("pt_boundary", parameters, stream)
-    parameters = abi.ChunkScan(
-        0,
-        initial is not None,
-        packed_q,
-        packed_k,
-        packed_v,
-        gates,
-        states,
+    out = allocate((B, T, Hq, D), dtype=q.dtype, device=device)
+    normalizer = allocate((B, Hq, T), dtype=torch.float32, device=device)
+    F = phi_dimension(D, 2)
+    new_state = allocate((B, Hk, F, D) if final_state else 0, dtype=torch.float32, device=device)
+    new_sum = allocate((B, Hk, F) if final_state else 0, dtype=torch.float32, device=device)
+    saved, workspace = _bytes(plan.saved, device), _bytes(plan.forward_workspace, device)
+    parameters = abi.Forward(
+        _strided(q),
+        _strided(k),
+        _strided(v),
+        _pointer(log_g),
+        *((0, 0, 0) if log_g is None else log_g.stride()),
+        _pointer(cu_seqlens),
+        0 if cu_seqlens is None else cu_seqlens.shape[0],
+        _pointer(state),
+        _pointer(sum_of_keys),
         _strided(out),
-        v_scale,
         normalizer.data_ptr(),
+        new_state.data_ptr() if final_state else None,
+        new_sum.data_ptr() if final_state else None,
+        saved.data_ptr(),
+        workspace.data_ptr(),
     )
-    run("pt_chunk_scan", parameters, stream)
+    plan.run(plan.forward, parameters, _stream(device))
     return out, normalizer, new_state, new_sum, saved
-
-
-def _bound_key_scale(scales: Tensor, plan: _Plan, state: Tensor, sum_of_keys: Tensor) -> None:
-    """Lowers the scale of k until the initial state leaves fp16 headroom in packed units, k_scale^2 v_scale state."""
-    q_end, k_end = plan.B * plan.Hq, plan.B * (plan.Hq + plan.Hk)
-    k_scale, v_scale = scales[q_end:k_end], scales[k_end : k_end + plan.B * plan.Hk]
-    largest = torch.maximum(state.abs().amax((2, 3)).flatten() * v_scale, sum_of_keys.abs().amax(2).flatten())
-    limit = torch.exp2(torch.floor(0.5 * torch.log2(2.0**13 / plan.problem.state_scale / largest.clamp(min=1e-30))))
-    torch.minimum(k_scale, limit, out=k_scale)
 
 
 @_on_device
@@ -334,116 +284,39 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     B, T, Hq, D = out.shape
     Hk, device, dtype = key_heads, out.device, out.dtype
-    plan = _plan(device.index, dtype, arch, B, T, Hq, Hk, D, chunk_size, has_state)
-    layout, sizes, run = plan.layout, plan.sizes, plan.run
-    stream = _stream(device)
-    base = saved.data_ptr()
-    q, k, v, gates = base + layout.query, base + layout.key, base + layout.value, base + layout.gates
-    q_scale, k_scale, v_scale = plan.scale_pointers(base)
+    plan = _plan(device.index, dtype, arch, B, T, Hq, Hk, D, chunk_size, has_state, grad_state is not None)
     grad_out = _with_contiguous_rows(grad_out)
+    if grad_state is not None and grad_sum is not None:
+        grad_state, grad_sum = grad_state.contiguous(), grad_sum.contiguous()
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.contiguous()
-
-    row_scale = scaled_q = None
-    if plan.scaled:
-        scaled_q, row_scale = _bytes(sizes.packed_q, device), allocate((B, Hq, T), dtype=torch.float32, device=device)
-        scaled_normalizer = allocate((B, Hq, T), dtype=torch.float32, device=device)
-        pointers = (x.data_ptr() for x in (normalizer, scaled_q, scaled_normalizer, row_scale))
-        run("pt_row_scale", abi.RowScale(q, *pointers), stream)
-        q, normalizer = scaled_q.data_ptr(), scaled_normalizer
-    dn = _bytes(sizes.packed_dn, device)
-    passes_states = chunk_size < T or grad_state is not None or has_state
-    decayed_dn = _bytes(sizes.packed_dn, device) if passes_states else None
-    dn_scale = allocate((B, Hk), dtype=torch.float32, device=device) if plan.scaled else None
-    parameters: ctypes.Structure = abi.PackGrad(
-        _strided(grad_out),
-        _strided(out),
-        normalizer.data_ptr(),
-        v_scale,
-        _pointer(dn_scale),
-        dn.data_ptr(),
-        gates,
-        _pointer(decayed_dn),
-    )
-    run("pt_pack_grad", parameters, stream)
-    # dn_scale times v_scale: what every gradient with respect to a state or a gate is multiplied by in packed units.
-    units = None
-    if dn_scale is not None:
-        at = layout.scales + B * (Hq + Hk) * 4
-        units = dn_scale * saved[at : at + B * Hk * 4].view(torch.float32).view(B, Hk)
-
-    leaving = None
-    if grad_state is not None and grad_sum is not None:
-        if units is not None:
-            grad_state, grad_sum = grad_state * units[..., None, None], grad_sum * units[..., None]
-        grad_state, grad_sum = grad_state.contiguous(), grad_sum.contiguous()
-        leaving = _bytes(sizes.boundary, device)
-        parameters = abi.Boundary(
-            grad_state.data_ptr(), grad_sum.data_ptr(), leaving.data_ptr(), 1, 1, k_scale, v_scale
-        )
-        run("pt_boundary", parameters, stream)
-    grad_states = None
-    entering = _bytes(sizes.boundary, device) if has_state else None
-    if decayed_dn is not None:
-        grad_states = _bytes(sizes.states, device)
-        workspace = _bytes(sizes.chunk_state_workspace, device)
-        parameters = abi.ChunkState(
-            1,
-            q,
-            decayed_dn.data_ptr(),
-            gates,
-            _pointer(leaving),
-            grad_states.data_ptr(),
-            _pointer(entering),
-            workspace.data_ptr(),
-        )
-        run("pt_chunk_state", parameters, stream)
-
     dq = allocate((B, T, Hq, D), dtype=dtype, device=device)
     dk = allocate((B, T, Hk, D), dtype=dtype, device=device)
     dv = allocate((B, T, Hk, D), dtype=dtype, device=device)
-    dlog_g, dstate, dsum = (allocate(0, dtype=torch.float32, device=device) for _ in range(3))
-    # q . dq of every query head, then k . dk of every key head and its part from later chunks.
-    group = Hq // Hk
-    dots = _bytes(sizes.dots * (group + 2), device) if has_gates else None
-    query_dots = _pointer(dots)
-    key_dots = None if query_dots is None else query_dots + sizes.dots * group
-    has_leaving = leaving is not None
-    parameters = abi.ChunkScan(
-        1, has_leaving, q, k, dn.data_ptr(), gates, _pointer(grad_states), _strided(dv), _pointer(dn_scale)
+    dlog_g = allocate((B, T, Hk) if has_gates else 0, dtype=torch.float32, device=device)
+    F = phi_dimension(D, 2)
+    dstate = allocate((B, Hk, F, D) if has_state else 0, dtype=torch.float32, device=device)
+    dsum = allocate((B, Hk, F) if has_state else 0, dtype=torch.float32, device=device)
+    workspace = _bytes(plan.backward_workspace, device)
+    parameters = abi.Backward(
+        _strided(grad_out),
+        _strided(out),
+        normalizer.data_ptr(),
+        saved.data_ptr(),
+        _pointer(cu_seqlens),
+        0 if cu_seqlens is None else cu_seqlens.shape[0],
+        has_state,
+        _pointer(grad_state),
+        _pointer(grad_sum),
+        _strided(dq),
+        _strided(dk),
+        _strided(dv),
+        *((dlog_g.data_ptr(), *dlog_g.stride()) if has_gates else (None, 0, 0, 0)),
+        dstate.data_ptr() if has_state else None,
+        dsum.data_ptr() if has_state else None,
+        workspace.data_ptr(),
     )
-    run("pt_chunk_scan", parameters, stream)
-    states = base + layout.states if plan.keeps_states else None
-    scales = v_scale, _pointer(dn_scale)
-    parameters = abi.ChunkScanGrad(
-        0, has_state, q, k, v, dn.data_ptr(), gates, states, _strided(dq), q_scale, *scales, query_dots
-    )
-    run("pt_chunk_scan_grad", parameters, stream)
-    parameters = abi.ChunkScanGrad(
-        1, has_leaving, q, k, v, dn.data_ptr(), gates, _pointer(grad_states), _strided(dk), k_scale, *scales, key_dots
-    )
-    run("pt_chunk_scan_grad", parameters, stream)
-    if row_scale is not None:
-        dq *= row_scale.transpose(1, 2)[..., None]
-    if dots is not None:
-        dlog_g = allocate((B, T, Hk), dtype=torch.float32, device=device)
-        documents = 0 if cu_seqlens is None else cu_seqlens.shape[0]
-        through = None
-        if states is not None and grad_states is not None:
-            through = allocate((B, Hk, -(-T // chunk_size)), dtype=torch.float32, device=device)
-            run("pt_state_flow", abi.StateFlow(states, grad_states.data_ptr(), gates, through.data_ptr()), stream)
-        parameters = abi.GateGrad(
-            query_dots, key_dots, _pointer(through), _pointer(cu_seqlens), documents, has_state, _pointer(units),
-            dlog_g.data_ptr(), *dlog_g.stride(),
-        )  # fmt: skip
-        run("pt_gate_grad", parameters, stream)
-    if entering is not None:
-        dstate = allocate((B, Hk, plan.F, D), dtype=torch.float32, device=device)
-        dsum = allocate((B, Hk, plan.F), dtype=torch.float32, device=device)
-        parameters = abi.Boundary(dstate.data_ptr(), dsum.data_ptr(), entering.data_ptr(), 0, 1, k_scale, v_scale)
-        run("pt_boundary", parameters, stream)
-        if units is not None:
-            dstate, dsum = dstate / units[..., None, None], dsum / units[..., None]
+    plan.run(plan.backward, parameters, _stream(device))
     return dq, dk, dv, dlog_g, dstate, dsum
 
 
@@ -491,14 +364,14 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     B, T, Hq, D = q.shape
     Hk, F = k.shape[2], phi_dimension(D, 2)
-    layout = Layout.make(
+    size = saved_bytes(
         batch=B,
         tokens=T,
         query_heads=Hq,
         key_heads=Hk,
         head_dim=D,
         chunk_size=chunk_size,
-        keeps_states=state is not None or bool(chunk_size < T),
+        has_state=state is not None,
         scaled=q.dtype == torch.float16,
     )
     return (
@@ -506,7 +379,7 @@ def _(
         q.new_empty(B, Hq, T, dtype=torch.float32),
         q.new_empty((B, Hk, F, D) if final_state else (0,), dtype=torch.float32),
         q.new_empty((B, Hk, F) if final_state else (0,), dtype=torch.float32),
-        q.new_empty(layout.total, dtype=torch.uint8),
+        q.new_empty(size, dtype=torch.uint8),
     )
 
 

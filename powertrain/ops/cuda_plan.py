@@ -1,7 +1,6 @@
 """What the CUDA path decides from shapes alone: what it supports, the chunk size, the sizes of its buffers."""
 
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -78,46 +77,29 @@ def choose_chunk_size(*, tokens: int, head_dim: int, query_heads_per_key_head: i
     return min([size for size in _CHUNK_SIZES if size < whole] + [whole], key=cost)
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Bytes and offsets of what the forward pass keeps for the backward pass, one buffer; every part starts at a
-    multiple of 256 bytes.
+def saved_bytes(
+    *,
+    batch: Any,
+    tokens: Any,
+    query_heads: Any,
+    key_heads: Any,
+    head_dim: int,
+    chunk_size: Any,
+    has_state: bool,
+    scaled: bool,
+) -> Any:
+    """Return the bytes of what the forward pass keeps for the backward pass: packed q, k and v', gates, states, and in
+    fp16 scales.
 
-    Plain arithmetic in the shapes, which may be symbolic; `pt_sizes_of` agrees (a test compares them).
+    Plain arithmetic in the shapes, which may be symbolic; `pt_pass_sizes_of` agrees (a test compares them).
     """
-
-    query: Any
-    key: Any
-    value: Any
-    gates: Any
-    states: Any
-    scales: Any
-    total: Any
-
-    @classmethod
-    def make(
-        cls,
-        *,
-        batch: Any,
-        tokens: Any,
-        query_heads: Any,
-        key_heads: Any,
-        head_dim: int,
-        chunk_size: Any,
-        keeps_states: bool,
-        scaled: bool,
-    ) -> "Layout":
-        blocks, chunks = (tokens + BLOCK - 1) // BLOCK, (tokens + chunk_size - 1) // chunk_size
-        heads = batch * key_heads
-        query = 0
-        key = query + batch * query_heads * blocks * BLOCK * head_dim * 2
-        value = key + heads * blocks * BLOCK * head_dim * 2
-        gates = value + heads * blocks * BLOCK * (head_dim + NORM_COLUMNS) * 2
-        states = gates + gate_bytes(batch, key_heads, blocks, chunks)
-        state_bytes = phi_tiles(head_dim) * BLOCK * (head_dim + NORM_COLUMNS) * 2
-        scales = states + (heads * chunks * state_bytes if keeps_states else 0)
-        total = scales + (batch * (query_heads + 2 * key_heads) * 4 if scaled else 0)
-        return cls(query, key, value, gates, states, scales, total)
+    blocks, chunks = (tokens + BLOCK - 1) // BLOCK, (tokens + chunk_size - 1) // chunk_size
+    heads = batch * key_heads
+    rows = batch * query_heads * head_dim + heads * head_dim + heads * (head_dim + NORM_COLUMNS)
+    total = rows * blocks * BLOCK * 2 + gate_bytes(batch, key_heads, blocks, chunks)
+    if has_state or chunk_size < tokens:
+        total += heads * chunks * phi_tiles(head_dim) * BLOCK * (head_dim + NORM_COLUMNS) * 2
+    return total + (batch * (query_heads + 2 * key_heads) * 4 if scaled else 0)
 
 
 def gate_bytes(batch: Any, key_heads: Any, blocks: Any, chunks: Any) -> Any:

@@ -1,21 +1,26 @@
 """The ctypes structs against the C header, field by field, as a C compiler lays them out."""
 
 import ctypes
-import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from kernels import check_stages
 from powertrain.native import abi, toolchain
 
 STRUCTS: dict[str, type[ctypes.Structure]] = {
     "pt_tensor": abi.StridedTensor,
     "pt_problem": abi.Problem,
-    "pt_sizes": abi.Sizes,
+    "pt_pass_sizes": abi.PassSizes,
     "pt_kernel_attributes": abi.KernelAttributes,
-    **{f"{name}_params": parameters for name, parameters in abi.STAGE_PARAMETERS.items()},
+    "pt_forward_params": abi.Forward,
+    "pt_backward_params": abi.Backward,
+    "pt_sizes": check_stages.Sizes,
+    "pt_chunk_state_params": check_stages.ChunkState,
+    "pt_chunk_scan_params": check_stages.ChunkScan,
+    "pt_chunk_scan_grad_params": check_stages.ChunkScanGrad,
 }
 
 
@@ -37,9 +42,3 @@ def test_structs_are_those_of_the_header(tmp_path: Path) -> None:
         expected[name] = ctypes.sizeof(struct)
         expected |= {f"{name}.{field}": getattr(struct, field).offset for field, _ in struct._fields_}
     assert found == expected
-
-
-def test_every_stage_of_the_header_is_declared() -> None:
-    text = (toolchain.kernel_sources() / "include" / "powertrain_kernels.h").read_text()
-    stages = re.findall(r"PT_API int (pt_\w+)\(const pt_problem\* problem, const \1_params\* params", text)
-    assert set(stages) == set(abi.STAGE_PARAMETERS)

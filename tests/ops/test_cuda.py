@@ -17,7 +17,7 @@ from torch import Tensor
 
 from powertrain.native import loader
 from powertrain.ops import cuda, cuda_plan, power_retention, power_retention_with_normalizer
-from powertrain.ops.cuda_plan import BLOCK, choose_chunk_size
+from powertrain.ops.cuda_plan import BLOCK, choose_chunk_size, saved_bytes
 from powertrain.ops.reference import power_retention_quadratic
 from powertrain.ops.sympow import phi_dimension
 from tests.ops.emulation import emulated_library
@@ -363,18 +363,15 @@ def test_normalizer(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("T", "chunk_size", "state"), [(1, 64, False), (200, 64, False), (256, 256, True), (1000, 192, False)]
 )
-def test_layout_in_python_agrees_with_the_library(head_dim: int, T: int, chunk_size: int, state: bool) -> None:
+def test_size_in_python_agrees_with_the_library(head_dim: int, T: int, chunk_size: int, state: bool) -> None:
     for dtype in (BF16, FP16):
-        plan = cuda._Plan(dtype, 0, 3, T, 4, 2, head_dim, chunk_size, state)
-        layout, sizes = plan.layout, plan.sizes
-        assert layout.key - layout.query == sizes.packed_q
-        assert layout.value - layout.key == sizes.packed_k
-        assert layout.gates - layout.value == sizes.packed_v
-        assert layout.states - layout.gates == sizes.gates
-        assert layout.scales - layout.states == (sizes.states if state or chunk_size < T else 0)
-        assert all(
-            offset % 256 == 0 for offset in (layout.key, layout.value, layout.gates, layout.states, layout.scales)
-        )
+        plan = cuda._Plan(dtype, 0, 3, T, 4, 2, head_dim, chunk_size, state, False)
+        size = saved_bytes(
+            batch=3, tokens=T, query_heads=4, key_heads=2, head_dim=head_dim, chunk_size=chunk_size, has_state=state,
+            scaled=dtype == FP16,
+        )  # fmt: skip
+        assert plan.saved == size
+        assert plan.scales == size - (4 * 3 * (4 + 2 * 2) if dtype == FP16 else 0)
 
 
 @needs_gpu

@@ -155,10 +155,10 @@ def test_without_a_library_one_warning_and_the_torch_path() -> None:
         power_retention(**tensors, impl="cuda")
 
 
-def test_a_refused_stage_raises_with_the_librarys_words() -> None:
-    plan = cuda._Plan(BF16, 80, 1, 10, 1, 1, 32, 64, False)
-    with pytest.raises(native.KernelLaunchError, match=r"pt_chunk_scan: .*does not hold"):
-        plan.run("pt_chunk_scan", native.abi.ChunkScan(), 0)
+def test_a_refused_call_raises_with_the_librarys_words() -> None:
+    plan = cuda._Plan(BF16, 80, 1, 10, 1, 1, 32, 64, False, False)
+    with pytest.raises(native.KernelLaunchError, match=r"pt_forward: .*does not hold"):
+        plan.run(plan.forward, native.abi.Forward(), 0)
 
 
 def test_capability_and_devices_are_checked() -> None:

@@ -8,7 +8,7 @@
 namespace powertrain {
 namespace {
 
-constexpr int kThreads = 128;
+constexpr int kThreads = 128, kBoundThreads = 1024;
 constexpr float kSqrt2 = 1.4142135623730951f;
 
 // Row of the exact upper-triangular order for features a <= b.
@@ -31,7 +31,9 @@ __global__ void __launch_bounds__(kThreads) convert(pt_boundary_params a, int he
   float* boundary = a.boundary + (int64_t)blockIdx.x * (head_dim + kNormColumns);
   const float ks = a.key_scale ? a.key_scale[bh] : 1.f, vs = a.value_scale ? a.value_scale[bh] : 1.f;
   const float weight = i == j ? 1.f : kSqrt2;
-  const float norm = ks * ks, value = norm * vs;
+  // Gradients in packed units carry dn' times dn_scale against values times value_scale.
+  const float units = a.dn_scale ? a.dn_scale[bh] * vs : 1.f;
+  const float norm = ks * ks / units, value = norm * vs;
   if (a.to_boundary) {
     const float fv = (a.gradient ? 1.f / value : value) / weight, fn = (a.gradient ? 1.f / norm : norm) / weight;
     for (int c = threadIdx.x; c < head_dim + kNormColumns; c += kThreads)
@@ -43,7 +45,34 @@ __global__ void __launch_bounds__(kThreads) convert(pt_boundary_params a, int he
   }
 }
 
+// fp16: lowers the scale of k until the initial state leaves headroom in packed units, key_scale^2 value_scale state. One thread block per (b, h).
+__global__ void __launch_bounds__(kBoundThreads) bound_scale(const float* state, const float* sum_of_keys, int64_t features, int head_dim,
+                                                             float headroom, const float* value_scale, float* key_scale) {
+  __shared__ float partial[kBoundThreads / 32];
+  const int64_t bh = blockIdx.x;
+  const float vs = value_scale[bh];
+  float largest = 0.f;
+  for (int64_t e = threadIdx.x; e < features * head_dim; e += kBoundThreads) largest = fmaxf(largest, fabsf(state[bh * features * head_dim + e]) * vs);
+  for (int64_t e = threadIdx.x; e < features; e += kBoundThreads) largest = fmaxf(largest, fabsf(sum_of_keys[bh * features + e]));
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
+  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = largest;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int w = 1; w < kBoundThreads / 32; w++) largest = fmaxf(largest, partial[w]);
+    key_scale[bh] = fminf(key_scale[bh], exp2f(floorf(0.5f * log2f(headroom / fmaxf(largest, 1e-30f)))));
+  }
+}
+
 }  // namespace
+
+int bound_key_scale(const pt_problem& p, const float* state, const float* sum_of_keys, const float* value_scale, float* key_scale, cudaStream_t stream) {
+  const int64_t features = (int64_t)p.head_dim * (p.head_dim + 1) / 2;
+  bound_scale<<<(unsigned)(p.batch * p.key_heads), kBoundThreads, 0, stream>>>(state, sum_of_keys, features, p.head_dim, 0x1p13f / p.state_scale,
+                                                                               value_scale, key_scale);
+  return check_cuda(cudaGetLastError(), "bound_key_scale");
+}
+
 }  // namespace powertrain
 
 using namespace powertrain;

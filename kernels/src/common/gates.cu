@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(kThreads) gate_grad(pt_gate_grad_params a, int
   __shared__ Segment warps[kThreads / 32];
   const int64_t bh = blockIdx.x / chunk_count, n = blockIdx.x % chunk_count, b = bh / heads, h = bh % heads;
   const int64_t begin = n * chunk_size, end = min(begin + chunk_size, seq_len);
-  const double factor = a.scale ? 1. / a.scale[bh] : 1., through = a.through ? a.through[blockIdx.x] : 0.;
+  const double factor = 1. / ((a.dn_scale ? (double)a.dn_scale[bh] : 1.) * (a.value_scale ? (double)a.value_scale[bh] : 1.)), through = a.through ? a.through[blockIdx.x] : 0.;
   float* out = a.dlog_G + b * a.dlog_G_stride_b + h * a.dlog_G_stride_h;
   const float *keys = a.key_dots + bh * padded, *key_states = keys + batch_heads * padded;
   const float* queries = a.query_dots + bh * group * padded;

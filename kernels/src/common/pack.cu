@@ -51,31 +51,26 @@ __device__ __forceinline__ uint32_t high_and_low(float x) {
 struct BlockIndex {
   int b, h;
   int64_t block;
+  __device__ BlockIndex(int64_t index, int heads, int64_t blocks)
+      : b((int)(index / blocks / heads)), h((int)(index / blocks % heads)), block(index % blocks) {}
 };
-__device__ __forceinline__ BlockIndex block_index(int heads, int64_t blocks) {
-  const int64_t index = blockIdx.x, bh = index / blocks;
-  return {(int)(bh / heads), (int)(bh % heads), index % blocks};
-}
 
 // Features: 64 tokens x D are transposed through shared memory; the pad of 16 bytes keeps ldmatrix free of bank conflicts.
 template <typename T, int D>
-__global__ void __launch_bounds__(kThreads) pack_features(Strided<T> x, int heads, int64_t seq_len, int64_t blocks, const float* scale,
-                                                          T* packed, bool vector) {
+__device__ void pack_features(const Strided<T>& x, const BlockIndex& at, int64_t seq_len, const float* scale, T* packed, bool vector) {
   constexpr int kRow = D * 2 + 16;
   __shared__ __align__(16) uint8_t tile[kBlock * kRow];
-  const BlockIndex at = block_index(heads, blocks);
-  const float s = scale ? scale[at.b * heads + at.h] : 1.f;
   for (int e = threadIdx.x; e < kBlock * D / 8; e += kThreads) {
     const int token = e / (D / 8), group = e % (D / 8);
     const int64_t t = at.block * kBlock + token;
     uint4 v = make_uint4(0, 0, 0, 0);
     if (t < seq_len) v = load8(x.row(at.b, t, at.h) + group * 8, vector);
-    if (scale) v = scaled<T>(v, s);
+    if (scale) v = scaled<T>(v, *scale);
     *(uint4*)(tile + token * kRow + group * 16) = v;
   }
   __syncthreads();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  uint32_t* out = (uint32_t*)(packed + (int64_t)blockIdx.x * feature_block_elements(D));
+  uint32_t* out = (uint32_t*)packed;
   for (int core = warp * 4; core < D; core += kThreads / 8) {  // D / 8 feature groups x 8 token groups, four a time
     const int feature_group = core / 8, token_group = core % 8 + lane / 8;
     const uint32_t address = (uint32_t)__cvta_generic_to_shared(tile + (token_group * 8 + lane % 8) * kRow + feature_group * 16);
@@ -88,12 +83,10 @@ __global__ void __launch_bounds__(kThreads) pack_features(Strided<T> x, int head
   }
 }
 
+// `decay`: of this block's tokens, or null without `decayed`.
 template <typename T, int D>
-__global__ void __launch_bounds__(kThreads) pack_values(Strided<T> x, int heads, int64_t seq_len, int64_t blocks, const float* scale,
-                                                        T* packed, const float* decay, T* decayed, bool vector) {
-  const BlockIndex at = block_index(heads, blocks);
-  const float s = scale ? scale[at.b * heads + at.h] : 1.f;
-  const int64_t offset = (int64_t)blockIdx.x * value_block_elements(D);
+__device__ void pack_values(const Strided<T>& x, const BlockIndex& at, int64_t seq_len, const float* scale, T* packed, const float* decay, T* decayed,
+                            bool vector) {
   constexpr int kGroups = D / 8 + 1;
   for (int e = threadIdx.x; e < kBlock * kGroups; e += kThreads) {
     const int token = e / kGroups, group = e % kGroups;
@@ -102,17 +95,48 @@ __global__ void __launch_bounds__(kThreads) pack_values(Strided<T> x, int heads,
     if (t < seq_len) {
       if (group < D / 8) {
         v = load8(x.row(at.b, t, at.h) + group * 8, vector);
-        if (scale) v = scaled<T>(v, s);
+        if (scale) v = scaled<T>(v, *scale);
       } else {
         v.x = Numeric<T>::pack(1.f, 0.f);
       }
     }
-    *(uint4*)(packed + offset + value_index(group * 8, token)) = v;
+    *(uint4*)(packed + value_index(group * 8, token)) = v;
     if (decayed) {
-      const float by = decay[(int64_t)blockIdx.x * kBlock + token];
+      const float by = decay[token];
       v = group < D / 8 ? scaled<T>(v, by) : t < seq_len ? make_uint4(high_and_low<T>(by), 0, 0, 0) : v;
-      *(uint4*)(decayed + offset + value_index(group * 8, token)) = v;
+      *(uint4*)(decayed + value_index(group * 8, token)) = v;
     }
+  }
+}
+
+template <typename T>
+struct PackArguments {
+  Strided<T> q, k, v;
+  bool vector_q, vector_k, vector_v;
+  const float *query_scale, *key_scale, *value_scale, *decay;
+  T *packed_q, *packed_k, *packed_v, *decayed_v;
+  int query_heads, key_heads;
+  int64_t seq_len, blocks, query_blocks, key_blocks;  // the last two of all (b, h)
+};
+
+// One thread block per packed block: those of q, then of k, then of v.
+template <typename T, int D>
+__global__ void __launch_bounds__(kThreads) pack_inputs(const __grid_constant__ PackArguments<T> a) {
+  const int64_t index = blockIdx.x;
+  if (index < a.query_blocks) {
+    const BlockIndex at(index, a.query_heads, a.blocks);
+    const float* scale = a.query_scale ? a.query_scale + at.b * a.query_heads + at.h : nullptr;
+    pack_features<T, D>(a.q, at, a.seq_len, scale, a.packed_q + index * feature_block_elements(D), a.vector_q);
+  } else if (index < a.query_blocks + a.key_blocks) {
+    const BlockIndex at(index - a.query_blocks, a.key_heads, a.blocks);
+    const float* scale = a.key_scale ? a.key_scale + at.b * a.key_heads + at.h : nullptr;
+    pack_features<T, D>(a.k, at, a.seq_len, scale, a.packed_k + (index - a.query_blocks) * feature_block_elements(D), a.vector_k);
+  } else {
+    const int64_t mine = index - a.query_blocks - a.key_blocks, offset = mine * value_block_elements(D);
+    const BlockIndex at(mine, a.key_heads, a.blocks);
+    const float* scale = a.value_scale ? a.value_scale + at.b * a.key_heads + at.h : nullptr;
+    pack_values<T, D>(a.v, at, a.seq_len, scale, a.packed_v + offset, a.decayed_v ? a.decay + mine * kBlock : nullptr,
+                      a.decayed_v ? a.decayed_v + offset : nullptr, a.vector_v);
   }
 }
 
@@ -149,7 +173,7 @@ __global__ void __launch_bounds__(kThreads) pack_grad(Strided<T> dy, Strided<T> 
                                                       const float* value_scale, float* dn_scale, int query_heads, int key_heads,
                                                       int64_t seq_len, int64_t blocks, T* packed, const float* decay, T* decayed) {
   constexpr int kLanes = D / 8, kRows = kThreads / kLanes;
-  const BlockIndex at = block_index(query_heads, blocks);
+  const BlockIndex at(blockIdx.x, query_heads, blocks);
   const int group = at.h / (query_heads / key_heads), lane = threadIdx.x % kLanes;
   const float vs = value_scale ? value_scale[at.b * key_heads + group] : 1.f;
   const float scale = !kOnlyMaximum && dn_scale ? dn_scale[at.b * key_heads + group] : 1.f;
@@ -192,7 +216,7 @@ __global__ void __launch_bounds__(kThreads) pack_grad(Strided<T> dy, Strided<T> 
 template <typename T, int D>
 __global__ void __launch_bounds__(kThreads) largest_magnitude(Strided<T> x, int heads, int groups, int64_t seq_len, int64_t blocks,
                                                               float* scale, bool vector) {
-  const BlockIndex at = block_index(heads, blocks);
+  const BlockIndex at(blockIdx.x, heads, blocks);
   float largest = 0.f;
   for (int e = threadIdx.x; e < kBlock * D / 8; e += kThreads) {
     const int64_t t = at.block * kBlock + e / (D / 8);
@@ -267,13 +291,17 @@ int run_row_scale(const pt_problem& p, const pt_row_scale_params& a, cudaStream_
 template <typename T, int D>
 int run_pack(const pt_problem& p, const pt_pack_params& a, cudaStream_t stream) {
   const int64_t blocks = padded_blocks(p.seq_len);
-  const dim3 grid((unsigned)(blocks * p.batch * a.heads));
-  const bool vector = vectorizable(a.x);
-  if (a.kind == PT_PACK_FEATURES)
-    pack_features<T, D><<<grid, kThreads, 0, stream>>>(strided<T>(a.x), a.heads, p.seq_len, blocks, a.scale, (T*)a.packed, vector);
-  else
-    pack_values<T, D><<<grid, kThreads, 0, stream>>>(strided<T>(a.x), a.heads, p.seq_len, blocks, a.scale, (T*)a.packed,
-                                                     a.decayed ? gates_of(p, a.gates).chunk_out : nullptr, (T*)a.decayed, vector);
+  PackArguments<T> k;
+  k.q = strided<T>(a.q), k.k = strided<T>(a.k), k.v = strided<T>(a.v);
+  k.vector_q = vectorizable(a.q), k.vector_k = vectorizable(a.k), k.vector_v = vectorizable(a.v);
+  k.query_scale = a.query_scale, k.key_scale = a.key_scale, k.value_scale = a.value_scale;
+  k.decay = a.decayed_v ? gates_of(p, a.gates).chunk_out : nullptr;
+  k.packed_q = (T*)a.packed_q, k.packed_k = (T*)a.packed_k, k.packed_v = (T*)a.packed_v, k.decayed_v = (T*)a.decayed_v;
+  k.query_heads = p.query_heads, k.key_heads = p.key_heads;
+  k.seq_len = p.seq_len, k.blocks = blocks, k.query_blocks = blocks * p.batch * p.query_heads, k.key_blocks = blocks * p.batch * p.key_heads;
+  const int64_t grid = k.query_blocks + 2 * k.key_blocks;
+  if (grid > INT32_MAX) return fail(PT_UNSUPPORTED, "pt_pack: batch * heads * seq_len is too large for one launch");
+  pack_inputs<T, D><<<(unsigned)grid, kThreads, 0, stream>>>(k);
   return check_cuda(cudaGetLastError(), "pt_pack");
 }
 
@@ -350,9 +378,8 @@ int pt_row_scale(const pt_problem* problem, const pt_row_scale_params* params, v
 
 int pt_pack(const pt_problem* problem, const pt_pack_params* params, void* stream) {
   if (int status = validate(problem)) return status;
-  PT_REQUIRE(params && params->x.data && params->packed && params->heads > 0);
-  PT_REQUIRE(params->kind == PT_PACK_FEATURES || params->kind == PT_PACK_VALUES);
-  PT_REQUIRE(!params->decayed || (params->gates && params->kind == PT_PACK_VALUES && params->heads == problem->key_heads));
+  PT_REQUIRE(params && params->q.data && params->k.data && params->v.data && params->packed_q && params->packed_k && params->packed_v);
+  PT_REQUIRE(!params->decayed_v || params->gates);
   return with_type(*problem, [&](auto element, auto dim) {
     return run_pack<decltype(element), dim.value>(*problem, *params, (cudaStream_t)stream);
   });

@@ -301,8 +301,9 @@ __global__ void __launch_bounds__(ChunkScanGradConfig<D>::kThreads, 1) chunk_sca
       const int64_t token = (p.first_block + row_block) * kBlock + row + m * 16 + r * 8 + g;
       if (token >= a.seq_len) continue;
       uint32_t* out = (uint32_t*)((T*)a.out.data + p.b * a.out.stride_b + token * a.out.stride_t + p.head * a.out.stride_h) + t;
+      const float by = a.row_scale ? factor * a.row_scale[p.row_bh * a.seq_len + token] : factor;
 #pragma unroll
-      for (int c = 0; c < D / 8; c++) out[c * 4] = N::pack(acc[m][c][2 * r] * factor, acc[m][c][2 * r + 1] * factor);
+      for (int c = 0; c < D / 8; c++) out[c * 4] = N::pack(acc[m][c][2 * r] * by, acc[m][c][2 * r + 1] * by);
     }
 }
 
@@ -312,7 +313,7 @@ int run_chunk_scan_grad(const pt_problem& p, const pt_chunk_scan_grad_params& s,
   ScanArguments a = scan_arguments<kReverse>(p, s.gates);
   a.x = kReverse ? s.k : s.q, a.y = kReverse ? s.q : s.k;
   a.x_values = kReverse ? s.v : s.dn, a.y_values = kReverse ? s.dn : s.v;
-  a.states = s.states, a.out = s.out, a.x_scale = s.x_scale, a.value_scale = s.value_scale, a.dn_scale = s.dn_scale;
+  a.states = s.states, a.out = s.out, a.x_scale = s.x_scale, a.value_scale = s.value_scale, a.dn_scale = s.dn_scale, a.row_scale = s.row_scale;
   a.has_boundary = s.has_boundary, a.dots = s.dots;
   return launch_scan(chunk_scan_grad_kernel<T, D, kReverse>, Config::kThreads, Config::kSharedBytes, a, stream, "chunk_scan_grad");
 }

@@ -37,7 +37,7 @@ struct ScanArguments {
   const void* states;
   Gates gates;
   pt_tensor out;
-  const float *x_scale, *value_scale, *dn_scale, *out_scale;
+  const float *x_scale, *value_scale, *dn_scale, *row_scale, *out_scale;
   float *normalizer, *dots;
   int64_t blocks, chunk_count, seq_len;
   int batch, row_heads, key_heads;  // row_heads: Hq (reverse: Hk)

@@ -22,7 +22,7 @@ struct ChunkScanGradParams : ScanShape {
   const int32_t* document_start;
   void* out;
   int64_t out_stride_b, out_stride_t, out_stride_h;
-  const float *x_scale, *value_scale, *dn_scale;
+  const float *x_scale, *value_scale, *dn_scale, *row_scale;
   float *dots, *state_dots;  // (B, H, Tp), the latter in reverse alone; or null
   float inverse_state_scale;
 };
@@ -424,10 +424,11 @@ struct ChunkScanGrad {
         for (int half = 0; half < 2; half++) {
           const int64_t token = (int64_t)(tile.row_block + block(m)) * kBlock + 16 * warp + lane / 4 + half * 8;
           T* out = (T*)p.out + batch * p.out_stride_b + token * p.out_stride_t + head * p.out_stride_h;
+          const float by = p.row_scale && token < p.seq_len ? factor * p.row_scale[tile.row_head * p.seq_len + token] : factor;
 #pragma unroll
           for (int c = 0; c < kFeatureBlocks; c += 2) {
             const float* from = acc[m] + 4 * c + 2 * half;
-            store_two_groups(out + 8 * c, token < p.seq_len, lane, from[0] * factor, from[1] * factor, from[4] * factor, from[5] * factor);
+            store_two_groups(out + 8 * c, token < p.seq_len, lane, from[0] * by, from[1] * by, from[4] * by, from[5] * by);
           }
         }
       }
@@ -489,7 +490,7 @@ int launch_chunk_scan_grad(const pt_problem& problem, const pt_chunk_scan_grad_p
   p.document_start = gates.document_start;
   p.out = params.out.data;
   p.out_stride_b = params.out.stride_b, p.out_stride_t = params.out.stride_t, p.out_stride_h = params.out.stride_h;
-  p.x_scale = params.x_scale, p.value_scale = params.value_scale, p.dn_scale = params.dn_scale;
+  p.x_scale = params.x_scale, p.value_scale = params.value_scale, p.dn_scale = params.dn_scale, p.row_scale = params.row_scale;
   p.dots = params.dots;
   p.state_dots = params.dots ? params.dots + (int64_t)problem.batch * problem.key_heads * p.blocks * kBlock : nullptr;
   p.inverse_state_scale = 1.f / problem.state_scale;

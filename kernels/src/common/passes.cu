@@ -1,0 +1,196 @@
+// pt_forward and pt_backward: the stages in order, in one call, with everything between them carved from one workspace.
+#include "segments.h"
+#include "stages.h"
+
+namespace powertrain {
+namespace {
+
+#define PT_REQUIRE(condition) \
+  if (!(condition)) return fail(PT_INVALID, "%s: %s does not hold", __func__, #condition)
+#define PT_TRY(call) \
+  if (int status = (call)) return status
+
+// Buffers one after another, each aligned to 256 bytes. With base 0 it only measures.
+class Arena {
+ public:
+  explicit Arena(const void* base) : base_((char*)const_cast<void*>(base)) {}
+  template <typename T = void>
+  T* take(int64_t bytes, bool wanted = true) {
+    if (!wanted) return nullptr;
+    char* at = base_ ? base_ + used_ : nullptr;
+    used_ += ceil_div(bytes, 256) * 256;
+    return (T*)at;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+// What the forward pass keeps. `scales` comes last, unpadded, so that its offset and the size are plain arithmetic in the shapes.
+struct Saved {
+  void *q, *k, *v, *gates, *states;
+  float *q_scale, *k_scale, *v_scale;  // null in bf16
+  int64_t scales, bytes;
+  Saved(const pt_problem& p, const pt_sizes& sizes, bool has_initial, const void* base) {
+    Arena arena(base);
+    q = arena.take(sizes.packed_q), k = arena.take(sizes.packed_k), v = arena.take(sizes.packed_v), gates = arena.take(sizes.gates);
+    states = arena.take(sizes.states, has_initial || p.chunk_size < p.seq_len);
+    scales = bytes = arena.used();
+    q_scale = k_scale = v_scale = nullptr;
+    if (p.dtype != PT_FP16) return;
+    const int64_t query_heads = (int64_t)p.batch * p.query_heads, key_heads = (int64_t)p.batch * p.key_heads;
+    bytes += (query_heads + 2 * key_heads) * 4;
+    if (base) q_scale = (float*)((char*)base + scales), k_scale = q_scale + query_heads, v_scale = k_scale + key_heads;
+  }
+};
+
+struct ForwardBuffers {
+  void* decayed_v;
+  float *initial, *final_state;
+  void* chunk_state;
+  int64_t bytes;
+  ForwardBuffers(const pt_problem& p, const pt_sizes& sizes, bool has_initial, bool has_final, void* base) {
+    Arena arena(base);
+    const bool states = has_initial || has_final || p.chunk_size < p.seq_len;
+    decayed_v = arena.take(sizes.packed_v, states);
+    initial = arena.take<float>(sizes.boundary, has_initial), final_state = arena.take<float>(sizes.boundary, has_final);
+    chunk_state = arena.take(sizes.chunk_state_workspace, states);
+    bytes = arena.used();
+  }
+};
+
+struct BackwardBuffers {
+  void *scaled_q, *dn, *decayed_dn, *grad_states, *chunk_state;
+  float *scaled_normalizer, *row_scale, *dn_scale, *leaving, *entering, *dots, *through;
+  int64_t bytes;
+  BackwardBuffers(const pt_problem& p, const pt_sizes& sizes, bool has_initial, bool has_final, void* base) {
+    Arena arena(base);
+    const bool scaled = p.dtype == PT_FP16, states = has_initial || has_final || p.chunk_size < p.seq_len;
+    const int64_t rows = (int64_t)p.batch * p.query_heads * p.seq_len * 4, heads = (int64_t)p.batch * p.key_heads;
+    scaled_q = arena.take(sizes.packed_q, scaled);
+    scaled_normalizer = arena.take<float>(rows, scaled), row_scale = arena.take<float>(rows, scaled);
+    dn_scale = arena.take<float>(heads * 4, scaled);
+    dn = arena.take(sizes.packed_dn), decayed_dn = arena.take(sizes.packed_dn, states);
+    grad_states = arena.take(sizes.states, states), chunk_state = arena.take(sizes.chunk_state_workspace, states);
+    leaving = arena.take<float>(sizes.boundary, has_final), entering = arena.take<float>(sizes.boundary, has_initial);
+    dots = arena.take<float>(sizes.dots * (p.query_heads / p.key_heads + 2));
+    through = arena.take<float>(heads * chunks(p.seq_len, p.chunk_size) * 4, states);
+    bytes = arena.used();
+  }
+};
+
+}  // namespace
+}  // namespace powertrain
+
+using namespace powertrain;
+
+extern "C" {
+
+int pt_pass_sizes_of(const pt_problem* problem, int32_t has_initial_state, int32_t has_final_state, pt_pass_sizes* result) {
+  PT_REQUIRE(result);
+  pt_sizes sizes;
+  PT_TRY(pt_sizes_of(problem, &sizes));
+  const Saved saved(*problem, sizes, has_initial_state, nullptr);
+  result->saved = saved.bytes, result->scales = saved.scales;
+  result->forward_workspace = ForwardBuffers(*problem, sizes, has_initial_state, has_final_state, nullptr).bytes;
+  result->backward_workspace = BackwardBuffers(*problem, sizes, has_initial_state, has_final_state, nullptr).bytes;
+  return PT_OK;
+}
+
+int pt_forward(const pt_problem* problem, const pt_forward_params* params, void* stream) {
+  PT_REQUIRE(params && params->saved);
+  pt_sizes sizes;
+  PT_TRY(pt_sizes_of(problem, &sizes));
+  const pt_problem& p = *problem;
+  const pt_forward_params& a = *params;
+  const bool has_initial = a.initial_state, has_final = a.final_state;
+  const Saved saved(p, sizes, has_initial, a.saved);
+  const ForwardBuffers buffers(p, sizes, has_initial, has_final, a.workspace);
+
+  const pt_gates_params gates = {a.log_G, a.log_G_stride_b, a.log_G_stride_t, a.log_G_stride_h, a.cu_seqlens, a.num_cu_seqlens, saved.gates};
+  PT_TRY(pt_gates(problem, &gates, stream));
+  if (saved.q_scale) {
+    const pt_power_scale_params of_q = {a.q, p.query_heads, p.query_heads, saved.q_scale}, of_k = {a.k, p.key_heads, p.key_heads, saved.k_scale},
+                                of_v = {a.v, p.key_heads, p.key_heads, saved.v_scale};
+    PT_TRY(pt_power_scale(problem, &of_q, stream));
+    PT_TRY(pt_power_scale(problem, &of_k, stream));
+    PT_TRY(pt_power_scale(problem, &of_v, stream));
+    if (has_initial) PT_TRY(bound_key_scale(p, a.initial_state, a.initial_sum_of_keys, saved.v_scale, saved.k_scale, (cudaStream_t)stream));
+  }
+  const pt_pack_params pack = {a.q,     a.k,     a.v,     saved.q_scale,    saved.k_scale, saved.v_scale, saved.gates,
+                               saved.q, saved.k, saved.v, buffers.decayed_v};
+  PT_TRY(pt_pack(problem, &pack, stream));
+  if (has_initial) {
+    const pt_boundary_params boundary = {const_cast<float*>(a.initial_state), const_cast<float*>(a.initial_sum_of_keys), buffers.initial, 1, 0,
+                                         saved.k_scale, saved.v_scale, nullptr};
+    PT_TRY(pt_boundary(problem, &boundary, stream));
+  }
+  if (buffers.decayed_v) {
+    const pt_chunk_state_params state = {0, saved.k, buffers.decayed_v, saved.gates, buffers.initial, saved.states, buffers.final_state, buffers.chunk_state};
+    PT_TRY(pt_chunk_state(problem, &state, stream));
+  }
+  if (has_final) {
+    const pt_boundary_params boundary = {a.final_state, a.final_sum_of_keys, buffers.final_state, 0, 0, saved.k_scale, saved.v_scale, nullptr};
+    PT_TRY(pt_boundary(problem, &boundary, stream));
+  }
+  const pt_chunk_scan_params scan = {0, has_initial, saved.q, saved.k, saved.v, saved.gates, saved.states, a.out, saved.v_scale, a.normalizer};
+  return pt_chunk_scan(problem, &scan, stream);
+}
+
+int pt_backward(const pt_problem* problem, const pt_backward_params* params, void* stream) {
+  PT_REQUIRE(params && params->saved && params->normalizer && params->workspace);
+  PT_REQUIRE(!params->has_initial_state || (params->dinitial_state && params->dinitial_sum_of_keys));
+  pt_sizes sizes;
+  PT_TRY(pt_sizes_of(problem, &sizes));
+  const pt_problem& p = *problem;
+  const pt_backward_params& a = *params;
+  const bool has_initial = a.has_initial_state, has_final = a.dfinal_state;
+  const Saved saved(p, sizes, has_initial, a.saved);
+  const BackwardBuffers buffers(p, sizes, has_initial, has_final, a.workspace);
+  const void* q = saved.q;
+  const float* normalizer = a.normalizer;
+  if (buffers.scaled_q) {
+    const pt_row_scale_params rows = {saved.q, normalizer, buffers.scaled_q, buffers.scaled_normalizer, buffers.row_scale};
+    PT_TRY(pt_row_scale(problem, &rows, stream));
+    q = buffers.scaled_q, normalizer = buffers.scaled_normalizer;
+  }
+  const pt_pack_grad_params pack = {a.dy, a.y, normalizer, saved.v_scale, buffers.dn_scale, buffers.dn, saved.gates, buffers.decayed_dn};
+  PT_TRY(pt_pack_grad(problem, &pack, stream));
+  if (has_final) {
+    const pt_boundary_params boundary = {const_cast<float*>(a.dfinal_state), const_cast<float*>(a.dfinal_sum_of_keys), buffers.leaving, 1, 1,
+                                         saved.k_scale, saved.v_scale, buffers.dn_scale};
+    PT_TRY(pt_boundary(problem, &boundary, stream));
+  }
+  if (buffers.grad_states) {
+    const pt_chunk_state_params state = {1, q, buffers.decayed_dn, saved.gates, buffers.leaving, buffers.grad_states, buffers.entering, buffers.chunk_state};
+    PT_TRY(pt_chunk_state(problem, &state, stream));
+  }
+  const pt_chunk_scan_params scan = {1, has_final, q, saved.k, buffers.dn, saved.gates, buffers.grad_states, a.dv, buffers.dn_scale, nullptr};
+  PT_TRY(pt_chunk_scan(problem, &scan, stream));
+  // q . dq of every query head, then k . dk of every key head and its part from later chunks.
+  float* const query_dots = a.dlog_G ? buffers.dots : nullptr;
+  float* const key_dots = a.dlog_G ? query_dots + sizes.dots / 4 * (p.query_heads / p.key_heads) : nullptr;
+  const pt_chunk_scan_grad_params of_q = {0,    has_initial,   q,             saved.k,          saved.v, buffers.dn, saved.gates, saved.states,
+                                          a.dq, saved.q_scale, saved.v_scale, buffers.dn_scale, buffers.row_scale,     query_dots};
+  PT_TRY(pt_chunk_scan_grad(problem, &of_q, stream));
+  const pt_chunk_scan_grad_params of_k = {1,    has_final,     q,             saved.k,          saved.v, buffers.dn, saved.gates, buffers.grad_states,
+                                          a.dk, saved.k_scale, saved.v_scale, buffers.dn_scale, nullptr,               key_dots};
+  PT_TRY(pt_chunk_scan_grad(problem, &of_k, stream));
+  if (a.dlog_G) {
+    const bool flows = saved.states && buffers.grad_states;
+    if (flows) {
+      const pt_state_flow_params flow = {saved.states, buffers.grad_states, saved.gates, buffers.through};
+      PT_TRY(pt_state_flow(problem, &flow, stream));
+    }
+    const pt_gate_grad_params gates = {query_dots, key_dots, flows ? buffers.through : nullptr, a.cu_seqlens, a.num_cu_seqlens, has_initial,
+                                       buffers.dn_scale, saved.v_scale, a.dlog_G, a.dlog_G_stride_b, a.dlog_G_stride_t, a.dlog_G_stride_h};
+    PT_TRY(pt_gate_grad(problem, &gates, stream));
+  }
+  if (!has_initial) return PT_OK;
+  const pt_boundary_params boundary = {a.dinitial_state, a.dinitial_sum_of_keys, buffers.entering, 0, 1, saved.k_scale, saved.v_scale, buffers.dn_scale};
+  return pt_boundary(problem, &boundary, stream);
+}
+
+}  // extern "C"
