@@ -195,8 +195,12 @@ def _end_rank(error: Exception) -> NoReturn:
     elif not _is_main_process():
         time.sleep(OTHER_RANK_DELAY)
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")
-    known = isinstance(error, (*_expected_errors(), ValueError, OSError))
-    text = f"powertrain train: rank {rank}: {error if known else f'{type(error).__name__}: {error}'}\n"
+    # Errors that all ranks agree on speak for all of them.
+    agreed = isinstance(error, _expected_errors())
+    known = agreed or isinstance(error, ValueError | OSError)
+    text = f"powertrain train: {error if known else f'{type(error).__name__}: {error}'}\n"
+    if not (agreed and _is_main_process()):
+        text = text.replace(": ", f": rank {rank}: ", 1)
     if not known or os.environ.get("POWERTRAIN_TRACEBACK", "0") not in ("", "0"):
         text += "".join(traceback.format_exception(error))
     sys.stderr.write(text)

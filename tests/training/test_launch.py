@@ -1,0 +1,203 @@
+"""Several processes end together: with one cause, on a signal, and when one hangs."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from powertrain.training import launch as launching
+from powertrain.training.launch import launch, launcher
+from powertrain.training.records import read_metrics
+
+OPTIONS = (
+    *("data=text", "data.tokenizer.kind=bytes", "data.num_workers=0", "data.val_fraction=0.2"),
+    *("data.max_val_tokens=512", "model=1m", "model.n_layers=2", "model.d_model=32", "model.n_heads=2"),
+    *("model.n_kv_heads=2", "model.head_dim=16", "trainer=cpu", "trainer.devices=2", "trainer.context_length=64"),
+    *("trainer.global_batch_tokens=256", "trainer.micro_batch_size=1", "trainer.precision=32-true"),
+    *("trainer.max_steps=8", "trainer.val_every_steps=4", "trainer.checkpoint_every_steps=2"),
+    *("trainer.log_every_steps=1", "sample.max_new_tokens=0"),
+)
+START = """
+import sys
+from powertrain.training.launch import launch
+sys.exit(launch([sys.executable, "-m", "tests.training.faulty_train", *sys.argv[1:]], 2))
+"""
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("corpus")
+    for number in range(40):
+        text = "".join(f"def f{number}_{i}(x):\n    return x + {i}\n\n" for i in range(20))
+        (directory / f"{number}.py").write_text(text)
+    return directory
+
+
+def train(corpus: Path, runs: Path, run_id: str, fault: str, *options: str) -> subprocess.Popen[str]:
+    """Start `powertrain train` on two processes with a fault; see faulty_train.py."""
+    arguments = [fault, *OPTIONS, f"data.files={corpus}/*.py", f"paths.cache={corpus / 'cache'}", f"paths.runs={runs}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.Popen(
+        [sys.executable, "-c", START, *arguments, f"run_id={run_id}", *options],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def complaints(stderr: str) -> list[str]:
+    return [line for line in stderr.splitlines() if line.startswith("powertrain")]
+
+
+@pytest.fixture(scope="module")
+def ends(corpus, tmp_path_factory):
+    """Exit code and stderr of runs that end in different ways, three at a time."""
+    runs = tmp_path_factory.mktemp("runs")
+    started = {
+        "error": ("error:1:5",),
+        "kill": ("kill:1:5",),
+        "hang": ("hang:1:5", "trainer.hang_timeout=20", "trainer.strategy=fsdp"),
+        "nan": ("nan:1:5", "trainer.strategy=fsdp"),
+        "disk": ("disk:1:3", "trainer.strategy=fsdp"),
+        "signal": ("hang:1:100", "trainer.max_steps=100000", "trainer.strategy=fsdp"),
+    }
+    ended = {}
+    for batch in (list(started)[:3], list(started)[3:]):
+        processes = {name: train(corpus, runs, name, *started[name]) for name in batch}
+        if "signal" in processes:
+            records = runs / "signal" / "metrics.jsonl"
+            deadline = time.monotonic() + 300
+            while not (records.exists() and read_metrics(runs / "signal")):
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            processes["signal"].send_signal(signal.SIGTERM)
+        for name, process in processes.items():
+            stderr = process.communicate(timeout=400)[1]
+            ended[name] = (process.returncode, stderr)
+    return runs, ended
+
+
+def test_an_error_of_one_rank_is_said_first_and_ends_all(ends):
+    _, ended = ends
+    code, stderr = ended["error"]
+    assert code == 1
+    assert complaints(stderr) == ["powertrain train: rank 1: KeyError: 'the fault of this rank'"]
+    assert 'raise KeyError("the fault of this rank")' in stderr
+
+
+def test_of_a_killed_rank_the_launcher_says_by_what(ends):
+    _, ended = ends
+    code, stderr = ended["kill"]
+    assert code == 128 + signal.SIGKILL
+    first, *_ = complaints(stderr)
+    assert first.startswith("powertrain: rank 1 (process ")
+    assert first.endswith("was ended by SIGKILL (out of memory?); the other processes are stopped")
+
+
+def test_a_hang_shows_the_stacks_of_all_ranks(ends):
+    runs, ended = ends
+    code, stderr = ended["hang"]
+    assert code == 70
+    for rank, place in ((0, "_agree"), (1, "in happen")):
+        stacks = (runs / "hang" / "hang" / f"rank-{rank}.txt").read_text()
+        assert place in stacks
+        assert stacks in stderr
+        assert f"rank {rank}: no batch was finished for " in stderr
+    assert len(complaints(stderr)) == 2
+
+
+def test_a_number_that_is_not_finite_on_one_rank_is_one_message_that_names_the_rank(ends):
+    runs, ended = ends
+    code, stderr = ended["nan"]
+    record = runs / "nan" / "nonfinite" / "step-00000006"
+    assert code == 1
+    (message,) = complaints(stderr)
+    assert message.startswith("powertrain train: step 6: the loss is not finite on rank 1: the weights of embedding")
+    assert message.endswith(f"replay it from {record / 'rank-1.pt'}")
+    assert {path.name for path in record.iterdir()} == {"rank-0.pt", "rank-1.pt", "weights.pt"}
+    # The save of step 4 was in flight or done: an error later on does not cost it.
+    assert (runs / "nan" / "checkpoints" / "last").resolve().name == "step-00000004"
+
+
+def test_a_full_disk_on_one_rank_is_one_message_and_the_checkpoint_before_stays(ends):
+    runs, ended = ends
+    code, stderr = ended["disk"]
+    assert code == 1
+    (message,) = complaints(stderr)
+    assert message.startswith("powertrain train: the checkpoint of step 4 could not be written to ")
+    assert message.endswith("the checkpoint of step 2 is intact")
+    assert (runs / "disk" / "checkpoints" / "last").resolve().name == "step-00000002"
+    assert not list((runs / "disk" / "checkpoints").glob(".*"))
+
+
+def test_a_signal_to_the_launcher_saves_the_run_on_all_ranks(ends):
+    runs, ended = ends
+    code, stderr = ended["signal"]
+    assert code == 128 + signal.SIGTERM
+    assert complaints(stderr) == []
+    last = (runs / "signal" / "checkpoints" / "last").resolve()
+    assert int(last.name.removeprefix("step-")) == read_metrics(runs / "signal")[-1]["step"]
+
+
+def test_a_rank_that_does_not_end_by_itself_is_killed(monkeypatch, tmp_path, capfd):
+    monkeypatch.setattr(launching, "GRACE", 0.5)
+    code = (
+        "import os, signal, sys, time\n"
+        "if os.environ['RANK'] == '1': sys.exit(3)\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "time.sleep(60)\n"
+    )
+    started = time.monotonic()
+    assert launch([sys.executable, "-c", code], 2) == 3
+    assert time.monotonic() - started < 30
+    assert capfd.readouterr().err == ""
+
+
+def test_each_process_is_told_who_it_is_and_gets_the_launchers_signals(tmp_path, monkeypatch):
+    code = (
+        "import os, signal, sys, time\n"
+        f"open(f'{tmp_path}/' + os.environ['RANK'], 'w').write(' '.join(os.environ[k] for k in"
+        " ('LOCAL_RANK', 'NODE_RANK', 'WORLD_SIZE', 'MASTER_ADDR')))\n"
+        "signal.signal(signal.SIGUSR1, lambda *_: sys.exit(0))\n"
+        f"open(f'{tmp_path}/ready-' + os.environ['RANK'], 'w').close()\n"
+        "time.sleep(60)\n"
+    )
+
+    def signal_when_ready():
+        while len(list(tmp_path.glob("ready-*"))) < 2:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    monkeypatch.setenv("NODE_RANK", "1")
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    threading.Thread(target=signal_when_ready, daemon=True).start()
+    assert launch([sys.executable, "-c", code], 2, num_nodes=2) == 0
+    assert (tmp_path / "2").read_text() == "0 1 4 10.0.0.1"
+    assert (tmp_path / "3").read_text() == "1 1 4 10.0.0.1"
+
+
+def test_several_machines_need_to_know_where_to_meet(monkeypatch):
+    for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match=r"trainer\.num_nodes=2 needs a launcher .* set NODE_RANK, MASTER_ADDR"):
+        launch(["true"], 2, num_nodes=2)
+
+
+def test_who_started_this_process(monkeypatch):
+    for name in ("LOCAL_RANK", "TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    assert launcher() is None
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert launcher() is None
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert launcher() == "powertrain"
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    assert launcher() == "srun"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert launcher() == "torchrun"
