@@ -32,6 +32,7 @@ from torch.utils.checkpoint import checkpoint
 from powertrain.models.config import MixerConfig, ModelConfig
 from powertrain.models.mixers import Cache, LayerCache, Linear, Mixer, RMSNorm, rotary_angles, token_positions
 from powertrain.ops import linear_cross_entropy
+from powertrain.ops.context_shard import ContextShard
 
 IGNORE_INDEX = -100
 
@@ -88,9 +89,10 @@ class Block(nn.Module):
         cu_seqlens: Tensor | None = None,
         cache: LayerCache | None = None,
         collect_stats: bool = False,
+        shard: ContextShard | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """x (B, T, d_model) -> the same shape, and the mixer's stats."""
-        mixed, stats = self.mixer(self.mixer_norm(x), rotary, cu_seqlens, cache, collect_stats)
+        mixed, stats = self.mixer(self.mixer_norm(x), rotary, cu_seqlens, cache, collect_stats, shard)
         x = x + mixed
         return x + self.mlp(self.mlp_norm(x)), stats
 
@@ -158,6 +160,7 @@ class GPT(nn.Module):
         loss_reduction: Literal["mean", "sum", "none"] = "mean",
         logits_to_keep: int | None = None,
         collect_stats: bool = False,
+        shard: ContextShard | None = None,
     ) -> GPTOutput:
         """Loss of `labels`, or the logits.
 
@@ -165,24 +168,34 @@ class GPT(nn.Module):
         all tokens never exist whole. cu_seqlens (M,) int32: document offsets over the flattened B T tokens; nothing
         passes a boundary. cache: the tokens follow those that the cache has seen, and it is advanced in place.
         loss_reduction: "mean" or "sum" over the labels that are not ignored, or "none". logits_to_keep: return the
-        logits of this many last positions only. collect_stats: see GPTOutput.
+        logits of this many last positions only. collect_stats: see GPTOutput. shard: input_ids and labels are this
+        rank's slice of longer rows, whose documents the shard knows (docs/context-parallel.md); the loss, "sum" or
+        "none", is that of the slice, its gradients reach the other ranks, and the call is a collective of them.
         """
-        if cache is not None and (cu_seqlens is not None or labels is not None):
-            raise ValueError("a cache continues one sequence per row: cu_seqlens and labels are not allowed with it")
+        if cache is not None and (cu_seqlens is not None or labels is not None or shard is not None):
+            raise ValueError(
+                "a cache continues one sequence per row: cu_seqlens, labels and shard are not allowed with it"
+            )
+        if shard is not None:
+            _check_shard(shard, input_ids, labels, cu_seqlens, loss_reduction)
+        (B, T), device = input_ids.shape, input_ids.device
         start = 0 if cache is None else cache.position
         x = self.embedding(input_ids)
-        positions = token_positions(input_ids, start, cu_seqlens)
+        if shard is None:
+            positions = token_positions(B, T, start, cu_seqlens, device)
+        else:
+            positions = shard.take(token_positions(B, shard.tokens, 0, shard.whole_cu_seqlens, device))
         rotary = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
         stats: dict[str, Tensor] = {}
         for layer, block in enumerate(self.blocks):
-            inputs = (x, rotary, cu_seqlens, None if cache is None else cache.layers[layer], collect_stats)
+            inputs = (x, rotary, cu_seqlens, None if cache is None else cache.layers[layer], collect_stats, shard)
             if self.config.activation_checkpointing and torch.is_grad_enabled():
                 x, layer_stats = checkpoint(block, *inputs, use_reentrant=False)
             else:
                 x, layer_stats = block(*inputs)
             stats.update({f"power/{key}/{layer}": value for key, value in layer_stats.items()})
         if cache is not None:
-            cache.position = start + input_ids.shape[1]
+            cache.position = start + T
         x = self.norm(x)
         head = self.embedding.weight if self.head is None else self.head.weight
         if labels is None:
@@ -195,6 +208,21 @@ class GPT(nn.Module):
         if loss_reduction == "none":
             loss = loss.view_as(labels)
         return GPTOutput(loss, None, stats)
+
+
+def _check_shard(
+    shard: ContextShard, input_ids: Tensor, labels: Tensor | None, cu_seqlens: Tensor | None, loss_reduction: str
+) -> None:
+    expected = (shard.rows, shard.stop - shard.start)
+    if tuple(input_ids.shape) != expected:
+        raise ValueError(
+            f"input_ids has shape {tuple(input_ids.shape)}; rank {shard.ranks.rank} of {shard.ranks.size} holds a "
+            f"slice of shape {expected}"
+        )
+    if cu_seqlens is not None:
+        raise ValueError("cu_seqlens and shard are both given; the shard holds the documents of the whole rows")
+    if labels is not None and loss_reduction == "mean":
+        raise ValueError("loss_reduction='mean' is not defined for a slice; allowed with a shard are 'sum' and 'none'")
 
 
 def _draw_normal(parameter: Tensor, std: float, seed: int, name: str) -> None:

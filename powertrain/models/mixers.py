@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from powertrain.models.config import MixerConfig, ModelConfig
 from powertrain.ops import linear_attention, softmax_attention, window_attention
 from powertrain.ops.api import power_retention_with_normalizer
+from powertrain.ops.context_parallel import context_attention, context_power_retention
+from powertrain.ops.context_shard import ContextShard
 
 
 class LayerCache(Protocol):
@@ -47,15 +49,14 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
 
 
-def token_positions(input_ids: Tensor, start: int, cu_seqlens: Tensor | None) -> Tensor:
+def token_positions(B: int, T: int, start: int, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
     """Position of each token in its document: (1, T) from `start` on, or (B, T) with documents; int64.
 
     Positions restart with each document, because the feature map of linear attention sees them absolutely.
     """
-    B, T = input_ids.shape
     if cu_seqlens is None:
-        return torch.arange(start, start + T, device=input_ids.device)[None]
-    index = torch.arange(B * T, device=input_ids.device)
+        return torch.arange(start, start + T, device=device)[None]
+    index = torch.arange(B * T, device=device)
     first = cu_seqlens[torch.searchsorted(cu_seqlens, index.to(cu_seqlens.dtype), right=True) - 1]
     return (index - first).view(B, T)
 
@@ -103,8 +104,12 @@ class Mixer(nn.Module):
         cu_seqlens: Tensor | None = None,
         cache: LayerCache | None = None,
         collect_stats: bool = False,
+        shard: ContextShard | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mixed tokens; of power layers, with `collect_stats`, also what `GPTOutput.stats` holds of this layer."""
+        """Mixed tokens; of power layers, with `collect_stats`, also what `GPTOutput.stats` holds of this layer.
+
+        With `shard`, x is this rank's slice of longer rows, and the documents are those of the shard.
+        """
         B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, self.n_heads + 2 * self.n_kv_heads, self.head_dim)
         q, k, v = qkv.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=2)
@@ -112,14 +117,21 @@ class Mixer(nn.Module):
         q = apply_rotary(self.q_norm(q.float()), *rotary).to(v.dtype)
         k = apply_rotary(self.k_norm(k.float()), *rotary).to(v.dtype)
         log_G = self._log_gates(x)
-        out, normalizer = (
-            self._mix(q, k, v, log_G, cu_seqlens) if cache is None else (cache.attend(q, k, v, log_G), None)
-        )
+        normalizer = None
+        if cache is not None:
+            out = cache.attend(q, k, v, log_G)
+        elif shard is not None:
+            out, normalizer = self._mix_slice(q, k, v, log_G, shard)
+        else:
+            out, normalizer = self._mix(q, k, v, log_G, cu_seqlens)
         stats: dict[str, Tensor] = {}
         if collect_stats and normalizer is not None:
-            stats["min_normalizer"] = normalizer.min()
+            stats["min_normalizer"] = normalizer.min() if shard is None else shard.minimum(normalizer.min())
             if log_G is not None:
-                stats["gate_half_life"] = math.log(0.5) / log_G.detach().mean()
+                total, count = log_G.detach().sum(), log_G.numel()
+                if shard is not None:
+                    total, count = shard.sum(total), shard.rows * shard.tokens * self.n_kv_heads
+                stats["gate_half_life"] = math.log(0.5) * count / total
         return self.out(out.reshape(B, T, self.n_heads * self.head_dim)), stats
 
     def _log_gates(self, x: Tensor) -> Tensor | None:
@@ -153,4 +165,29 @@ class Mixer(nn.Module):
                 return softmax_attention(q, k, v, log_G=log_G, cu_seqlens=cu_seqlens), None
             case "window":
                 return window_attention(q, k, v, config.window, log_G=log_G, cu_seqlens=cu_seqlens), None
+        raise AssertionError(f"MixerConfig let kind {config.kind!r} through")
+
+    def _mix_slice(
+        self, q: Tensor, k: Tensor, v: Tensor, log_G: Tensor | None, shard: ContextShard
+    ) -> tuple[Tensor, Tensor | None]:
+        """`_mix` for this rank's slice of longer rows, together with the other ranks."""
+        config = self.config
+        match config.kind:
+            case "power":
+                return context_power_retention(
+                    q,
+                    k,
+                    v,
+                    log_G,
+                    shard,
+                    deg=config.deg,
+                    chunk_size=config.chunk_size,
+                    switch_over_seq_len=config.switch_over_seq_len,
+                )
+            case "linear":
+                return context_power_retention(q, k, v, log_G, shard, deg=1, chunk_size=config.chunk_size)[0], None
+            case "softmax":
+                return context_attention(q, k, v, log_G, shard), None
+            case "window":
+                return context_attention(q, k, v, log_G, shard, window=config.window), None
         raise AssertionError(f"MixerConfig let kind {config.kind!r} through")

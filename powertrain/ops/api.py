@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -48,8 +49,8 @@ def power_retention(
         K: keys `(B, T, Hk, K)`, dtype of Q.
         V: values `(B, T, Hk, V)`, dtype of Q.
         log_G: log gates `(B, T, Hk)`, fp32, at most 0; G is their cumulative sum. None: no decay.
-        initial_state: state `(B, Hk, F, V)` of the tokens before these, F = binom(K + deg - 1, deg); needs sum_of_keys,
-            and excludes cu_seqlens.
+        initial_state: state `(B, Hk, F, V)` of the tokens before these, F = binom(K + deg - 1, deg); needs sum_of_keys.
+            With cu_seqlens, each row's first document continues from it.
         return_final_state: also return the state and sum_of_keys after the last token (with cu_seqlens: of each row's
             last document).
         deg: 2 or 4; or 1 for linear attention over the feature map elu + 1, where weights are scale
@@ -111,6 +112,69 @@ def power_retention_with_normalizer(
     return out, normalizer(), state, new_sum_of_keys
 
 
+@dataclass(frozen=True)
+class PowerCall:
+    """A validated call: tensors as the ops take them, and everything that was left open decided."""
+
+    Q: Tensor
+    K: Tensor
+    V: Tensor
+    deg: int
+    scale: float
+    chunk_size: int | None  # None only on the CUDA path, which chooses its own
+    on_cuda: bool  # whether the kernels compute it
+
+
+def resolve_call(
+    Q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    log_G: Tensor | None,
+    *,
+    deg: int,
+    scale: float | None,
+    chunk_size: int | None,
+    switch_over_seq_len: int | None,
+    cu_seqlens: Tensor | None,
+    has_state: bool,
+    impl: Implementation | None,
+) -> PowerCall:
+    """Validate the arguments of `power_retention` but the state, and decide scale, chunk size and implementation.
+
+    Raises:
+        ValueError: for arguments that do not fit together.
+    """
+    Q, K, V = validation.autocast(Q, K, V)
+    validation.check_qkv(Q, K, V)
+    validation.check_log_gates(log_G, K)
+    validation.check_deg(deg)
+    validation.check_scale(scale)
+    validation.check_positive("chunk_size", chunk_size)
+    validation.check_positive("switch_over_seq_len", switch_over_seq_len)
+    validation.check_cu_seqlens(cu_seqlens, K)
+    _check_implementation(impl)
+    _, T, Hq, key_dim = Q.shape
+    if scale is None:
+        scale = 1.0 / math.sqrt(key_dim)
+    if deg == 1:
+        Q, K = positive_feature_map(Q), positive_feature_map(K)
+    if switch_over_seq_len is not None and switch_over_seq_len >= T:
+        chunk_size = T
+    on_cuda = cuda.use_cuda(impl, Q, V, deg)
+    if not on_cuda:
+        if chunk_size is None:
+            chunk_size = choose_chunk_size(
+                tokens=T,
+                key_dim=key_dim,
+                value_dim=V.shape[3],
+                deg=deg,
+                query_heads_per_key_head=Hq // K.shape[2],
+                has_state=has_state,
+            )
+        chunk_size = min(chunk_size, T)
+    return PowerCall(Q, K, V, deg, float(scale), chunk_size, on_cuda)
+
+
 def _power_retention(
     Q: Tensor,
     K: Tensor,
@@ -127,62 +191,40 @@ def _power_retention(
     impl: Implementation | None,
 ) -> tuple[Tensor, Callable[[], Tensor], Tensor, Tensor]:
     """Validate, choose and run; the normalizer is a function, because the CUDA path has to convert its own."""
-    Q, K, V = validation.autocast(Q, K, V)
-    validation.check_qkv(Q, K, V)
-    validation.check_log_gates(log_G, K)
-    validation.check_deg(deg)
-    validation.check_scale(scale)
-    validation.check_positive("chunk_size", chunk_size)
-    validation.check_positive("switch_over_seq_len", switch_over_seq_len)
-    validation.check_cu_seqlens(cu_seqlens, Q)
-    _, T, _, key_dim = Q.shape
+    call = resolve_call(
+        Q, K, V, log_G, deg=deg, scale=scale, chunk_size=chunk_size, switch_over_seq_len=switch_over_seq_len,
+        cu_seqlens=cu_seqlens, has_state=initial_state is not None, impl=impl,
+    )  # fmt: skip
     B, _, Hk, value_dim = V.shape
     validation.check_state(
         initial_state,
         sum_of_keys,
         batch=B,
         key_heads=Hk,
-        key_dim=key_dim,
+        key_dim=K.shape[3],
         value_dim=value_dim,
         deg=deg,
         device=Q.device,
     )
-    if initial_state is not None and cu_seqlens is not None:
-        raise ValueError("initial_state and cu_seqlens exclude each other: every document starts from an empty state")
-    _check_implementation(impl)
-    if scale is None:
-        scale = 1.0 / math.sqrt(key_dim)
-    if deg == 1:
-        Q, K = positive_feature_map(Q), positive_feature_map(K)
-    if switch_over_seq_len is not None and switch_over_seq_len >= T:
-        chunk_size = T
-    if cuda.use_cuda(impl, Q, V, deg):
+    if call.on_cuda:
         out, state, new_sum_of_keys, raw, saved = cuda.power_retention_cuda(
-            Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens, chunk_size, return_final_state
+            call.Q, call.K, call.V, log_G, initial_state, sum_of_keys, cu_seqlens, call.chunk_size, return_final_state
         )
         if initial_state is not None and return_final_state:
             state, new_sum_of_keys = state.to(initial_state.dtype), new_sum_of_keys.to(initial_state.dtype)
-        return out, lambda: cuda.public_normalizer(raw, saved, scale, Q, Hk), state, new_sum_of_keys
-    if chunk_size is None:
-        chunk_size = choose_chunk_size(
-            tokens=T,
-            key_dim=key_dim,
-            value_dim=value_dim,
-            deg=deg,
-            query_heads_per_key_head=Q.shape[2] // Hk,
-            has_state=initial_state is not None,
-        )
+        return out, lambda: cuda.public_normalizer(raw, saved, call.scale, call.Q, Hk), state, new_sum_of_keys
+    assert call.chunk_size is not None
     out, normalizer, state, new_sum_of_keys, _ = power_retention_op(
-        Q,
-        K,
-        V,
+        call.Q,
+        call.K,
+        call.V,
         log_G,
         initial_state,
         sum_of_keys,
         cu_seqlens,
-        float(scale),
+        call.scale,
         deg,
-        min(chunk_size, T),
+        call.chunk_size,
         return_final_state,
     )
     return out, lambda: normalizer, state, new_sum_of_keys

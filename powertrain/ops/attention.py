@@ -25,7 +25,7 @@ def softmax_attention(
     """Compute causal softmax attention, out_i = sum_j w_ij v_j / sum_j w_ij with w_ij = exp(scale q_i.k_j + G_i - G_j).
 
     Args:
-        Q: queries `(B, T, Hq, K)`, fp16, bf16, fp32 or fp64; Hq is a multiple of Hk.
+        Q: queries `(B, Tq, Hq, K)` of the last Tq <= T tokens, fp16, bf16, fp32 or fp64; Hq is a multiple of Hk.
         K: keys `(B, T, Hk, K)`, dtype of Q.
         V: values `(B, T, Hk, V)`, dtype of Q.
         log_G: log gates `(B, T, Hk)`, fp32, at most 0; G is their cumulative sum (as in the Forgetting Transformer, Lin
@@ -34,20 +34,21 @@ def softmax_attention(
         scale: factor of the scores; None: 1 / sqrt(K).
 
     Returns:
-        out `(B, T, Hq, V)` in the dtype of Q. Without gates and documents it is PyTorch's scaled_dot_product_attention;
-        with documents, on CUDA in bf16 or fp16, its FlashAttention kernels; else blocked attention in PyTorch.
+        out `(B, Tq, Hq, V)` in the dtype of Q. For Tq = T, without gates and documents it is PyTorch's
+        scaled_dot_product_attention; with documents, on CUDA in bf16 or fp16, its FlashAttention kernels; else blocked
+        attention in PyTorch.
 
     Raises:
         ValueError: for inputs that do not fit together, as in `power_retention`.
     """
     Q, K, V = _checked(Q, K, V, log_G, cu_seqlens, scale)
-    if log_G is None and cu_seqlens is None:
+    if log_G is None and cu_seqlens is None and Q.shape[1] == K.shape[1]:
         q, k, v = (x.transpose(1, 2) for x in (Q, K, V))
         out = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=scale, enable_gqa=Q.shape[2] != K.shape[2]
         )
         return out.transpose(1, 2)
-    return _attention(Q, K, V, log_G, cu_seqlens, _scale(scale, Q), Q.shape[1])
+    return _attention(Q, K, V, log_G, cu_seqlens, _scale(scale, Q), K.shape[1])
 
 
 def window_attention(
@@ -65,7 +66,7 @@ def window_attention(
     """
     validation.check_positive("window", window)
     Q, K, V = _checked(Q, K, V, log_G, cu_seqlens, scale)
-    return _attention(Q, K, V, log_G, cu_seqlens, _scale(scale, Q), min(window, Q.shape[1]))
+    return _attention(Q, K, V, log_G, cu_seqlens, _scale(scale, Q), min(window, K.shape[1]))
 
 
 def _attention(
@@ -80,9 +81,13 @@ def _checked(
     Q: Tensor, K: Tensor, V: Tensor, log_G: Tensor | None, cu_seqlens: Tensor | None, scale: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     Q, K, V = validation.autocast(Q, K, V)
-    validation.check_qkv(Q, K, V)
+    validation.check_qkv(Q, K, V, same_length=False)
+    if Q.shape[1] > K.shape[1]:
+        raise ValueError(
+            f"Q has {Q.shape[1]} tokens and K {K.shape[1]}; Q belongs to the last tokens of K, at most all"
+        )
     validation.check_log_gates(log_G, K)
-    validation.check_cu_seqlens(cu_seqlens, Q)
+    validation.check_cu_seqlens(cu_seqlens, K)
     validation.check_scale(scale)
     return Q, K, V
 

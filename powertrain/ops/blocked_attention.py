@@ -4,7 +4,8 @@ T, explicit forward and backward.
     w_ij = exp(scale q_i.k_j + G_i - G_j)  for i - window < j <= i in one document
     out_i = sum_j w_ij v_j / sum_j w_ij
 
-Shape legend: N = B * Hk sequences, R query heads per key head, T tokens, K key dim, V value dim.
+Shape legend: N = B * Hk sequences, R query heads per key head, T tokens, Tq <= T of them with queries (the last ones),
+K key dim, V value dim.
 """
 
 import math
@@ -40,8 +41,9 @@ class _Problem:
         scale: float,
         window: int,
     ) -> None:
-        B, T, Hq, _ = q.shape
-        Hk, dtype = k.shape[2], compute_dtype(q.dtype)
+        B, Tq, Hq, _ = q.shape
+        T, Hk, dtype = k.shape[1], k.shape[2], compute_dtype(q.dtype)
+        self.first_query = T - Tq
         self.q, self.k, self.v = by_query_head(q, Hk).to(dtype), by_sequence(k).to(dtype), by_sequence(v).to(dtype)
         document = None if cu_seqlens is None else document_of_each_token(cu_seqlens, B, T).repeat_interleave(Hk, dim=0)
         self.decay = Decay.make(None if log_g is None else by_sequence(log_g), document)
@@ -51,7 +53,9 @@ class _Problem:
             tokens=T, window=window, query_heads_per_key_head=Hq // Hk, device_type=q.device.type
         )
         self.groups = [slice(n, n + per_group) for n in range(0, B * Hk, per_group)]
-        self.row_blocks = list(attention_row_blocks(T, window, q.device.type, self._first_column()))
+        self.row_blocks = list(
+            attention_row_blocks(T, window, q.device.type, self._first_column(), first_row=self.first_query)
+        )
 
     def _first_column(self) -> list[int] | None:
         """Return for each token the start of its document, the earliest over rows; None on a GPU, where reading it
@@ -63,9 +67,14 @@ class _Problem:
         starts = torch.arange(opens.shape[1]) * opens
         return starts.cummax(-1).values.amin(0).tolist()
 
+    def queries(self, rows: slice) -> slice:
+        """Return where the queries of tokens `rows` stand among the queries."""
+        return slice(rows.start - self.first_query, rows.stop - self.first_query)
+
     def scores(self, group: slice, rows: slice, columns: slice) -> Tensor:
         """Return `(N, R * rows, columns)`, minus infinity where masked."""
-        scores = torch.bmm(self.q[group, :, rows].flatten(1, 2), self.k[group, columns].mT).mul_(self.scale)
+        q_rows = self.q[group, :, self.queries(rows)].flatten(1, 2)
+        scores = torch.bmm(q_rows, self.k[group, columns].mT).mul_(self.scale)
         by_head = scores.unflatten(1, (self.q.shape[1], -1))
         tokens = self.tokens[group]
         if tokens.G is not None:
@@ -94,7 +103,7 @@ class _Problem:
 def blocked_attention_op(
     q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, cu_seqlens: Tensor | None, scale: float, window: int
 ) -> tuple[Tensor, Tensor]:
-    """Return out `(B, T, Hq, V)` in the dtype of q, and the log-sum-exp of the scores `(B * Hk, R, T)`."""
+    """Return out `(B, Tq, Hq, V)` in the dtype of q, and the log-sum-exp of the scores `(B * Hk, R, Tq)`."""
     problem = _Problem(q, k, v, log_g, cu_seqlens, scale, window)
     out = problem.q.new_empty(*problem.q.shape[:3], v.shape[-1])
     lse = problem.q.new_empty(problem.q.shape[:3])
@@ -103,9 +112,9 @@ def blocked_attention_op(
             scores = problem.scores(group, rows, columns)
             normalizer = scores.logsumexp(-1, keepdim=True)
             weights = scores.sub_(normalizer).exp_()
-            shape = (problem.q.shape[1], -1)
-            out[group, :, rows] = torch.bmm(weights, problem.v[group, columns]).unflatten(1, shape)
-            lse[group, :, rows] = normalizer[..., 0].unflatten(1, shape)
+            shape, queries = (problem.q.shape[1], -1), problem.queries(rows)
+            out[group, :, queries] = torch.bmm(weights, problem.v[group, columns]).unflatten(1, shape)
+            lse[group, :, queries] = normalizer[..., 0].unflatten(1, shape)
     return from_query_head(out, q.shape[0]).to(q.dtype).contiguous(), lse
 
 
@@ -141,18 +150,19 @@ def blocked_attention_bwd_op(
     grad_G = problem.k.new_zeros(problem.k.shape[:2], dtype=torch.float64)
     for group in problem.groups:
         for rows, columns in problem.row_blocks:
-            q_rows, grad_rows = problem.q[group, :, rows].flatten(1, 2), grad_y[group, :, rows].flatten(1, 2)
-            weights = problem.scores(group, rows, columns).sub_(lse[group, :, rows].flatten(1, 2)[..., None]).exp_()
+            queries = problem.queries(rows)
+            q_rows, grad_rows = problem.q[group, :, queries].flatten(1, 2), grad_y[group, :, queries].flatten(1, 2)
+            weights = problem.scores(group, rows, columns).sub_(lse[group, :, queries].flatten(1, 2)[..., None]).exp_()
             grad_v[group, columns].baddbmm_(weights.mT, grad_rows)
             grad_scores = torch.bmm(grad_rows, problem.v[group, columns].mT)
-            grad_scores.sub_(delta[group, :, rows].flatten(1, 2)[..., None]).mul_(weights)
+            grad_scores.sub_(delta[group, :, queries].flatten(1, 2)[..., None]).mul_(weights)
             if log_g is not None:
                 # Row sums vanish but for rounding (of `out`, above all), and are kept because the sum over later tokens
                 # would pile that up.
                 grad_G[group, rows] += grad_scores.sum(-1).unflatten(1, (problem.q.shape[1], -1)).sum(1)
                 grad_G[group, columns] -= grad_scores.sum(1)
             grad_k[group, columns].baddbmm_(grad_scores.mT, q_rows)
-            grad_q[group, :, rows] = torch.bmm(grad_scores, problem.k[group, columns]).unflatten(
+            grad_q[group, :, queries] = torch.bmm(grad_scores, problem.k[group, columns]).unflatten(
                 1, (problem.q.shape[1], -1)
             )
     grad_log_g = q.new_empty(0)
@@ -205,7 +215,14 @@ blocked_attention_op.register_autograd(_backward, setup_context=_setup_context)
 
 def _call_flops(q: Any, v: Any, window: int) -> OpPassFlops:
     return softmax_attention_flops(
-        batch=q[0], tokens=q[1], query_heads=q[2], key_dim=q[3], value_dim=v[3], window=window, executed=True
+        batch=q[0],
+        tokens=v[1],
+        queries=q[1],
+        query_heads=q[2],
+        key_dim=q[3],
+        value_dim=v[3],
+        window=window,
+        executed=True,
     )
 
 

@@ -28,13 +28,13 @@ class Decay:
     def make(cls, log_g: Tensor | None, document: Tensor | None) -> "Decay":
         """Return the `(N, T+1)` positions of N sequences from `log_g (N, T)` and `document (N, T)`.
 
-        Index 0 is the place before the first token: the one of the initial state, where there are no documents.
+        Index 0 is the place before the first token: the one of the initial state, which belongs to the first document.
         """
         G = None
         if log_g is not None:
             G = torch.nn.functional.pad(log_g.double().clamp(min=_MIN_LOG_GATE).cumsum(-1), (1, 0))
         if document is not None:
-            document = torch.nn.functional.pad(document, (1, 0), value=-1)
+            document = torch.cat([document[:, :1], document], dim=-1)
         return cls(G, document)
 
     @property

@@ -100,23 +100,25 @@ def softmax_attention_flops(
     value_dim: int,
     executed: bool,
     window: int | None = None,
+    queries: int | None = None,
     blocked: bool = True,
     device_type: str = "cpu",
 ) -> OpPassFlops:
     """Return the FLOPs of `softmax_attention` or, with a window, of `window_attention`, all of them under
     `intra_chunk`.
 
-    `blocked` says that our blocked implementation runs (windows, documents, gates); otherwise PyTorch's SDPA does,
-    whose registered formula counts all pairs, masked or not. Executed counts take no credit for columns of other
-    documents.
+    `queries` of the tokens, the last ones, have queries (None: all). `blocked` says that our blocked implementation
+    runs (windows, documents, gates); otherwise PyTorch's SDPA does, whose registered formula counts all pairs, masked
+    or not. Executed counts take no credit for columns of other documents.
     """
     window = tokens if window is None else min(window, tokens)
+    first_row = 0 if queries is None else tokens - queries
     if not executed:
-        pairs = window * (window + 1) // 2 + (tokens - window) * window
+        pairs = _causal_pairs(tokens, window) - _causal_pairs(first_row, window)
     elif blocked:
-        pairs = _attention_pairs(tokens, window, device_type)
+        pairs = _attention_pairs(tokens, window, device_type, first_row)
     else:
-        pairs = tokens * tokens
+        pairs = (tokens - first_row) * tokens
     rows = batch * query_heads
     return OpPassFlops(
         forward=OpFlops(intra_chunk=2 * pairs * rows * (key_dim + value_dim)),
@@ -129,6 +131,11 @@ def _executed_pairs(chunk_size: int, plan: Plan) -> int:
     return sum((rows.stop - rows.start) * rows.stop for rows in plan.blocks(chunk_size))
 
 
-def _attention_pairs(tokens: int, window: int, device_type: str) -> int:
-    blocks = attention_row_blocks(tokens, window, device_type)
+def _causal_pairs(tokens: int, window: int) -> int:
+    window = min(window, tokens)
+    return window * (window + 1) // 2 + (tokens - window) * window
+
+
+def _attention_pairs(tokens: int, window: int, device_type: str, first_row: int) -> int:
+    blocks = attention_row_blocks(tokens, window, device_type, first_row=first_row)
     return sum((rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns in blocks)

@@ -52,14 +52,11 @@ class _Sequences:
         B, T, Hq, K = q.shape
         Hk, dtype = k.shape[2], compute_dtype(q.dtype)
         values = by_sequence(v).to(dtype)
-        document = None
-        if cu_seqlens is not None:
-            document = document_of_each_token(cu_seqlens, B, T).repeat_interleave(Hk, dim=0)
         return cls(
             q=by_query_head(q, Hk).to(dtype) * scale,
             k=by_sequence(k).to(dtype),
             u=torch.cat([values, values.new_ones(*values.shape[:2], 1)], dim=-1),
-            decay=Decay.make(None if log_g is None else by_sequence(log_g), document),
+            decay=decay_by_sequence(log_g, cu_seqlens, rows=B, tokens=T, key_heads=Hk),
             state=None if state is None or sum_of_keys is None else _join_state(state, sum_of_keys, dtype),
             plan=make_plan(
                 sequences=B * Hk,
@@ -71,6 +68,16 @@ class _Sequences:
                 device_type=q.device.type,
             ),
         )
+
+
+def decay_by_sequence(
+    log_g: Tensor | None, cu_seqlens: Tensor | None, *, rows: int, tokens: int, key_heads: int
+) -> Decay:
+    """Return the positions `(rows * key_heads, tokens + 1)` of `Decay.make` for log_g `(rows, tokens, key_heads)`."""
+    document = None
+    if cu_seqlens is not None:
+        document = document_of_each_token(cu_seqlens, rows, tokens).repeat_interleave(key_heads, dim=0)
+    return Decay.make(None if log_g is None else by_sequence(log_g), document)
 
 
 def _join_state(state: Tensor, sum_of_keys: Tensor, dtype: torch.dtype) -> Tensor:
@@ -140,12 +147,9 @@ def normalized_bwd(
         q, k, v, log_g, state, sum_of_keys, cu_seqlens, scale=scale, deg=deg, chunk_size=chunk_size
     )  # fmt: skip
     dtype = x.q.dtype
-    grad_y, y = by_query_head(grad_out, Hk).to(dtype), by_query_head(out, Hk).to(dtype)
-    d = by_query_head(normalizer[..., None], Hk)
-    is_floored = d.abs() < NORMALIZER_FLOOR
-    grad_y_dot_y = (grad_y * y).sum(-1, keepdim=True)
-    divisor = guarded(d)
-    grad_o = torch.cat([grad_y / divisor, torch.where(is_floored, 0.0, -grad_y_dot_y / divisor)], dim=-1)
+    grad_o, grad_o_dot_o = through_division(
+        *(by_query_head(x, Hk).to(dtype) for x in (grad_out, out, normalizer[..., None]))
+    )
     grad_final = None
     if grad_state is not None and grad_sum_of_keys is not None:
         grad_final = _join_state(grad_state, grad_sum_of_keys, dtype)
@@ -157,7 +161,7 @@ def normalized_bwd(
         x.state,
         saved_states,
         grad_o,
-        torch.where(is_floored, grad_y_dot_y, 0.0).sum((1, 3)),
+        grad_o_dot_o.sum((1, 3)),
         grad_final,
         deg=deg,
         plan=x.plan,
@@ -184,6 +188,15 @@ def normalized_bwd(
         grad_initial,
         grad_initial_sum,
     )
+
+
+def through_division(grad_y: Tensor, y: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """Return grad_o `(..., V + 1)` and grad_o . o `(..., 1)`, which is 0 but where d is floored, for d `(..., 1)`."""
+    is_floored = d.abs() < NORMALIZER_FLOOR
+    grad_y_dot_y = (grad_y * y).sum(-1, keepdim=True)
+    divisor = guarded(d)
+    grad_o = torch.cat([grad_y / divisor, torch.where(is_floored, 0.0, -grad_y_dot_y / divisor)], dim=-1)
+    return grad_o, torch.where(is_floored, grad_y_dot_y, 0.0)
 
 
 def guarded(normalizer: Tensor) -> Tensor:

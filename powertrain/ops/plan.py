@@ -109,14 +109,14 @@ def make_plan(
 
 
 def attention_row_blocks(
-    tokens: int, window: int, device_type: str, first_column: list[int] | None = None
+    tokens: int, window: int, device_type: str, first_column: list[int] | None = None, first_row: int = 0
 ) -> Iterator[tuple[slice, slice]]:
     """Yield (rows, columns) of blocked softmax attention: the columns that some row of the block can see.
 
-    `first_column` optionally holds, for each token, the first token of its document.
+    `first_column` optionally holds, for each token, the first token of its document; rows start at token `first_row`.
     """
     block_size = _BLOCK_SIZE.get(device_type, _BLOCK_SIZE["cuda"])
-    for start in range(0, tokens, block_size):
+    for start in range(first_row, tokens, block_size):
         first = max(0, start - window + 1)
         if first_column is not None:
             first = max(first, first_column[start])

@@ -69,7 +69,7 @@ def power_retention_recurrent(
     gates = torch.ones_like(K[..., 0]) if log_G is None else log_G.to(Q.dtype).exp()
     if cu_seqlens is not None:
         document = document_of_each_token(cu_seqlens, B, T)
-        starts = torch.ones_like(document, dtype=torch.bool)
+        starts = torch.zeros_like(document, dtype=torch.bool)
         starts[:, 1:] = document[:, 1:] != document[:, :-1]
         gates = gates.masked_fill(starts[..., None], 0.0)
     outputs = []
@@ -103,8 +103,10 @@ def _decay_factors(log_G: Tensor | None, K: Tensor, cu_seqlens: Tensor | None) -
     log_gates = torch.zeros(B, T, Hk, device=K.device) if log_G is None else log_G
     G = log_gates.double().cumsum(1).transpose(1, 2)
     causal = torch.ones(T, T, dtype=torch.bool, device=K.device).tril()
+    from_start = G.exp()
     if cu_seqlens is not None:
         document = document_of_each_token(cu_seqlens, B, T)[:, None]
         causal = causal & (document[..., :, None] == document[..., None, :])
+        from_start = from_start * (document == document[..., :1])
     between = (G[..., :, None] - G[..., None, :]).masked_fill(~causal, -math.inf).exp().to(K.dtype)
-    return between, G.exp().to(K.dtype).transpose(1, 2), between[..., -1, :].transpose(1, 2)
+    return between, from_start.to(K.dtype).transpose(1, 2), between[..., -1, :].transpose(1, 2)

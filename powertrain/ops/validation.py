@@ -142,13 +142,13 @@ def check_state(
         raise ValueError(f"initial_state and sum_of_keys must share a dtype; got {state.dtype} and {sum_of_keys.dtype}")
 
 
-def check_cu_seqlens(cu_seqlens: Tensor | None, Q: Tensor) -> None:
+def check_cu_seqlens(cu_seqlens: Tensor | None, K: Tensor) -> None:
     """Raise `ValueError` unless cu_seqlens `(M,)` int32 or int64 runs from 0 to B*T without decreasing and contains
     every row start.
     """
     if cu_seqlens is None:
         return
-    B, T = Q.shape[:2]
+    B, T = K.shape[:2]
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(
             f"cu_seqlens has shape {shape_text(cu_seqlens)}; expected (M,), M at least 2: "
@@ -156,8 +156,8 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, Q: Tensor) -> None:
         )
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"cu_seqlens has dtype {cu_seqlens.dtype}; allowed are int32 and int64")
-    if cu_seqlens.device != Q.device:
-        raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, Q on {Q.device}; they must be on one device")
+    if cu_seqlens.device != K.device:
+        raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, K on {K.device}; they must be on one device")
     if checks_values(cu_seqlens):
         offsets = cu_seqlens.tolist()
         if offsets[0] != 0 or offsets[-1] != B * T:

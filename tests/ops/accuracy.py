@@ -100,6 +100,18 @@ def assert_as_accurate(
 ) -> None:
     """Assert that `tested` errs at most FACTOR times as much as plain evaluations; see above."""
     actual, cotangents = evaluate(tested, inputs)
+    assert_results_as_accurate(actual, cotangents, plain, inputs, plain_fp32=plain_fp32)
+
+
+def assert_results_as_accurate(
+    actual: dict[str, Tensor],
+    cotangents: Sequence[Tensor],
+    plain: Callable[..., object],
+    inputs: Inputs,
+    *,
+    plain_fp32: Callable[..., object] | None = None,
+) -> None:
+    """`assert_as_accurate` for results under the names of `evaluate`, computed elsewhere from `inputs`."""
     exact, _ = evaluate(plain, inputs.to(torch.float64), cotangents)
     references = [evaluate(plain, inputs, cotangents)[0]]
     dtype = inputs.tensors["Q"].dtype

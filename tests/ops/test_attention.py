@@ -18,19 +18,20 @@ def dense(
     cu_seqlens: Tensor | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """All scores at once, in the dtype of Q."""
-    B, T, Hq, dim = Q.shape
+    """All scores at once, in the dtype of Q, whose tokens are the last ones of K."""
+    B, queries, Hq, dim = Q.shape
+    T = K.shape[1]
     ratio = Hq // K.shape[2]
     scores = torch.einsum("bihd,bjhd->bhij", Q, K.repeat_interleave(ratio, dim=2)) / math.sqrt(dim)
     if log_G is not None:
         G = log_G.double().cumsum(1).transpose(1, 2).repeat_interleave(ratio, dim=1)
-        scores = scores + (G[..., :, None] - G[..., None, :]).to(scores.dtype)
-    row, column = torch.arange(T)[:, None], torch.arange(T)[None]
+        scores = scores + (G[..., -queries:, None] - G[..., None, :]).to(scores.dtype)
+    row, column = torch.arange(T)[-queries:, None], torch.arange(T)[None]
     seen = (column <= row) & (column > row - (window or T))
     if cu_seqlens is not None:
         ends = cu_seqlens.tolist()
         document = torch.tensor([sum(end <= t for end in ends) for t in range(B * T)]).view(B, T)
-        seen = seen & (document[:, None, :, None] == document[:, None, None, :])
+        seen = seen & (document[:, None, -queries:, None] == document[:, None, None, :])
     weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
     return torch.einsum("bhij,bjhv->bihv", weights, V.repeat_interleave(ratio, dim=2))
 
@@ -51,6 +52,26 @@ def test_matches_dense(window: int | None, gated: bool, documents: bool, dtype: 
     else:
         inputs.keywords["window"] = window
         assert_as_accurate(window_attention, dense, inputs)
+
+
+@pytest.mark.parametrize("queries", [1, 60, 169])
+@pytest.mark.parametrize("documents", [True, False], ids=["documents", "whole"])
+@pytest.mark.parametrize("window", [None, 37])
+def test_queries_of_the_last_tokens(window: int | None, documents: bool, queries: int) -> None:
+    inputs = make_inputs(2, 170, 4, 2, 6, 5, dtype=torch.float32)
+    inputs.tensors["Q"] = inputs.tensors["Q"][:, -queries:]
+    if documents:
+        inputs.keywords["cu_seqlens"] = CU_SEQLENS
+    if window is not None:
+        inputs.keywords["window"] = window
+    assert_as_accurate(softmax_attention if window is None else window_attention, dense, inputs)
+
+
+def test_more_queries_than_keys_are_refused() -> None:
+    tensors = make_inputs(1, 4, 1, 1, 4, 4, dtype=torch.float32).tensors
+    short = {name: x if name == "Q" else x[:, 1:] for name, x in tensors.items()}
+    with pytest.raises(ValueError, match="Q has 4 tokens and K 3"):
+        softmax_attention(**short)
 
 
 def test_window_of_one_returns_the_values() -> None:

@@ -104,11 +104,29 @@ def test_documents(shape: str, dtype: torch.dtype) -> None:
     assert_as_accurate(chunked, quadratic_out, inputs, plain_fp32=recurrent_out)
 
 
-@pytest.mark.parametrize("case", ["plain", "state", "documents"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", ["chunks", "ragged", "gqa", "blocks_in_chunk"])
+def test_a_state_enters_the_first_document_of_each_row_and_no_other(shape: str, dtype: torch.dtype) -> None:
+    *sizes, deg, chunk_size = SHAPES[shape]
+    inputs = with_documents(with_state(make_inputs(*sizes, dtype=dtype), deg))
+    inputs.keywords["deg"] = deg
+
+    def chunked(**kwargs: object) -> object:
+        return power_retention(**kwargs, chunk_size=chunk_size)  # type: ignore[arg-type]
+
+    def plain(**kwargs: Tensor) -> object:
+        states = {name: kwargs.pop(name).to(kwargs["Q"].dtype) for name in ("initial_state", "sum_of_keys")}
+        return power_retention_quadratic(**kwargs, **states)[0]
+
+    assert_as_accurate(chunked, plain, inputs, plain_fp32=recurrent_out)
+
+
+@pytest.mark.parametrize("case", ["plain", "state", "documents", "state and documents"])
 @pytest.mark.parametrize("deg", [1, 2, 4])
 def test_oracles_agree(deg: int, case: str) -> None:
     inputs = make_inputs(2, 26, 4, 2, 5, 3, dtype=torch.float64)
-    inputs = with_state(inputs, deg) if case == "state" else with_documents(inputs) if case == "documents" else inputs
+    inputs = with_state(inputs, deg) if "state" in case else inputs
+    inputs = with_documents(inputs) if "documents" in case else inputs
     inputs.keywords["deg"] = deg
     results = [evaluate(oracle, inputs)[0] for oracle in ORACLES.values()]
     results.append(

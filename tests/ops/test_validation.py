@@ -56,14 +56,6 @@ POWER_CASES = {
         {"initial_state": z(B, HK, 10, VALUE), "sum_of_keys": z(B, HK, 10, dtype=torch.float64)},
         "must share a dtype",
     ),
-    "state and documents": (
-        {
-            "initial_state": z(B, HK, 10, VALUE),
-            "sum_of_keys": z(B, HK, 10),
-            "cu_seqlens": torch.tensor([0, 6, 12]),
-        },
-        "exclude each other",
-    ),
 }
 
 

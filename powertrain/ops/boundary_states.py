@@ -1,0 +1,78 @@
+"""The states at the two ends of a stretch of tokens, without its outputs.
+
+Both are one sum over the tokens, phi(x)^T y, with the decays to that end: x = k and y = [v, 1] to the last token for
+the final state, x = q and y = grad_o to the first for the gradient of the initial state. So each costs 2 F (V + 1)
+FLOPs per token and head, the state update of the chunked form and nothing else of it. Context parallelism exchanges
+them between ranks before the outputs, which need them, can be computed (docs/context-parallel.md).
+"""
+
+import torch
+from torch import Tensor
+
+from powertrain.ops.chunked import chunk_state
+from powertrain.ops.decay import factor
+from powertrain.ops.layout import by_query_head, by_sequence, compute_dtype, without_autocast
+from powertrain.ops.normalized import decay_by_sequence, through_division
+from powertrain.ops.plan import make_plan
+from powertrain.ops.sympow import phi_weights
+
+
+@without_autocast
+def final_state(
+    k: Tensor, v: Tensor, log_g: Tensor | None, cu_seqlens: Tensor | None, deg: int
+) -> tuple[Tensor, Tensor]:
+    """Return the state `(B, Hk, F, V)` and sum_of_keys `(B, Hk, F)` after the last token, from an empty state.
+
+    They are those of `normalized.normalized_fwd`, fp32 (fp64 for fp64 inputs), for k `(B, T, Hk, K)`, v `(B, T, Hk,
+    V)`, log_g `(B, T, Hk)` and the offsets of documents.
+    """
+    B, T, Hk, _ = k.shape
+    dtype = compute_dtype(k.dtype)
+    values = by_sequence(v).to(dtype)
+    u = torch.cat([values, values.new_ones(*values.shape[:2], 1)], dim=-1)
+    decay = decay_by_sequence(log_g, cu_seqlens, rows=B, tokens=T, key_heads=Hk)
+    to_end = factor(decay[:, -1:], decay[:, 1:], dtype)
+    if to_end is not None:
+        u = u * to_end[..., None]
+    return _boundary_state(by_sequence(k).to(dtype), u, deg, B)
+
+
+@without_autocast
+def initial_state_grad(
+    grad_out: Tensor,
+    q: Tensor,
+    log_g: Tensor | None,
+    cu_seqlens: Tensor | None,
+    out: Tensor,
+    normalizer: Tensor,
+    key_heads: int,
+    scale: float,
+    deg: int,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of the initial state `(B, Hk, F, V)` and sum_of_keys `(B, Hk, F)` through the outputs.
+
+    They are those of `normalized.normalized_bwd` without a gradient of the final state: grad_out and out `(B, T, Hq,
+    V)`, normalizer `(B, T, Hq)`, q `(B, T, Hq, K)`.
+    """
+    B, T, _, _ = q.shape
+    dtype = compute_dtype(q.dtype)
+    grad_o, _ = through_division(
+        *(by_query_head(x, key_heads).to(dtype) for x in (grad_out, out, normalizer[..., None]))
+    )
+    decay = decay_by_sequence(log_g, cu_seqlens, rows=B, tokens=T, key_heads=key_heads)
+    from_start = factor(decay[:, 1:], decay[:, :1], dtype)
+    if from_start is not None:
+        grad_o = grad_o * from_start[:, None, :, None]
+    rows = by_query_head(q, key_heads).to(dtype) * scale
+    return _boundary_state(rows.flatten(1, 2), grad_o.flatten(1, 2), deg, B)
+
+
+def _boundary_state(x: Tensor, y: Tensor, deg: int, B: int) -> tuple[Tensor, Tensor]:
+    """Return the public state and sum of sum_t phi(x_t) y_t^T for x `(B * Hk, L, K)` and y `(B * Hk, L, V + 1)`."""
+    N, L, K = x.shape
+    plan = make_plan(
+        sequences=N, tokens=L, query_heads_per_key_head=1, key_dim=K, deg=deg, chunk_size=L, device_type=x.device.type
+    )
+    state = chunk_state(x, y, deg=deg, plan=plan) / phi_weights(K, deg, x)[:, None]
+    joined = state.unflatten(0, (B, -1))
+    return joined[..., :-1].contiguous(), joined[..., -1].contiguous()

@@ -1,0 +1,289 @@
+"""Power retention and attention over sequences that several ranks share; docs/context-parallel.md has the mathematics.
+
+Power retention exchanges states, whose size does not depend on T. With S_r the state that the tokens of slice r leave
+by themselves, D_r the decay over the whole slice (0 where a document begins inside it) and c_r whether the slice goes
+on with the document before it, the state that enters slice r is
+
+    I_r = sum_{s < r} c_r (prod_{s < j < r} D_j c_j) S_s
+
+Every rank gathers all S and D at once and adds up its own I_r: one collective, no chain. The backward pass is the same
+step the other way round: with A_r the gradient of I_r through the outputs of slice r,
+
+    gradient of the state that leaves slice s = sum_{r > s} c_r (prod_{s < j < r} D_j c_j) A_r
+
+Softmax and window attention gather the keys, values and gates that their queries see.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from powertrain.ops import cuda
+from powertrain.ops.api import PowerCall, resolve_call
+from powertrain.ops.attention import softmax_attention, window_attention
+from powertrain.ops.boundary_states import final_state, initial_state_grad
+from powertrain.ops.context_shard import ContextShard
+from powertrain.ops.cuda_plan import BLOCK, choose_chunk_size
+from powertrain.ops.library import power_retention_bwd_op, power_retention_op
+
+Saved = Sequence[Any]  # tensors and None
+State = tuple[Tensor, Tensor]  # (B, Hk, F, V) and the normaliser's part (B, Hk, F)
+
+
+@torch.compiler.disable
+def context_power_retention(
+    Q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    log_G: Tensor | None,
+    shard: ContextShard,
+    deg: int = 2,
+    scale: float | None = None,
+    chunk_size: int | None = None,
+    switch_over_seq_len: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute `power_retention_with_normalizer` of whole rows, each rank for its slice; a collective of the group.
+
+    Args:
+        Q, K, V, log_G: this rank's slice, `(B, L, ...)`; otherwise as in `power_retention`, with deg 1, 2 or 4.
+        shard: where the slice lies, and the documents.
+
+    Returns:
+        out `(B, L, Hq, V)` and the normalizer `(B, L, Hq)`, without gradient.
+
+    Raises:
+        ValueError: as `power_retention`.
+    """
+    call = resolve_call(
+        Q, K, V, log_G, deg=deg, scale=scale, chunk_size=chunk_size, switch_over_seq_len=switch_over_seq_len,
+        cu_seqlens=shard.cu_seqlens, has_state=True, impl=None,
+    )  # fmt: skip
+    stages: _Stages = _CudaStages(call, shard, log_G is not None) if call.on_cuda else _TorchStages(call, shard)
+    return _ContextPowerRetention.apply(call.Q, call.K, call.V, log_G, shard, stages)
+
+
+@torch.compiler.disable
+def context_attention(
+    Q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    log_G: Tensor | None,
+    shard: ContextShard,
+    window: int | None = None,
+) -> Tensor:
+    """Compute `softmax_attention` of whole rows, or with a window `window_attention`, each rank for its slice.
+
+    A collective of the group: the keys, values and gates of the slices before this one are gathered, with a window its
+    last window - 1 tokens only. Arguments are this rank's slice `(B, L, ...)`; returns out `(B, L, Hq, V)`.
+
+    Raises:
+        ValueError: as `softmax_attention`.
+    """
+    reach = shard.tokens if window is None else window - 1
+    key_dim = K.shape[3]
+    before = shard.preceding(torch.cat([K, V], dim=-1), reach)
+    K = torch.cat([before[..., :key_dim], K], dim=1)
+    V = torch.cat([before[..., key_dim:], V], dim=1)
+    if log_G is not None:
+        log_G = torch.cat([shard.preceding(log_G, reach), log_G], dim=1)
+    cu_seqlens = shard.offsets_from(shard.stop - K.shape[1])
+    if window is None:
+        return softmax_attention(Q, K, V, log_G, cu_seqlens)
+    return window_attention(Q, K, V, window, log_G, cu_seqlens)
+
+
+class _Stages(Protocol):
+    """The parts of power retention on one slice, between which the ranks exchange states."""
+
+    def final_state(self, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None) -> State:
+        """The state that the slice's tokens leave by themselves."""
+        ...
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, state: State
+    ) -> tuple[Tensor, Tensor, Saved]:
+        """out, normalizer, and what the backward pass needs."""
+        ...
+
+    def initial_state_grad(self, grad_out: Tensor, saved: Saved) -> State:
+        """The gradient of the entering state through the slice's outputs."""
+        ...
+
+    def backward(
+        self, grad_out: Tensor, grad_leaving: State, saved: Saved
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Gradients of q, k, v and log_g, for that of the leaving state."""
+        ...
+
+
+class _ContextPowerRetention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, shard: ContextShard, stages: _Stages
+    ) -> tuple[Tensor, Tensor]:
+        message = _joined(stages.final_state(q, k, v, log_g))
+        decay = message.new_zeros(message.shape[:2]) if log_g is None else log_g.sum(1, dtype=torch.float64)
+        # The total gates travel with the state: one more number for each row and head.
+        gathered = shard.all_gather(torch.cat([message, decay.to(message.dtype)[..., None]], dim=-1))
+        passes = _passes(gathered[..., -1], shard)
+        state = _split(_entering(gathered[..., :-1], passes, shard), v.shape[3])
+        out, normalizer, saved = stages.forward(q, k, v, log_g, state)
+        ctx.shard, ctx.stages, ctx.value_dim = shard, stages, v.shape[3]
+        ctx.save_for_backward(passes, *saved)
+        ctx.mark_non_differentiable(normalizer)
+        return out, normalizer
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        # Unpacked once: activation checkpointing allows no second time.
+        passes, *saved = ctx.saved_tensors
+        shard, stages = ctx.shard, ctx.stages
+        gathered = shard.all_gather(_joined(stages.initial_state_grad(grad_out, saved)))
+        leaving = _split(_leaving(gathered, passes, shard), ctx.value_dim)
+        grad_q, grad_k, grad_v, grad_log_g = stages.backward(grad_out, leaving, saved)
+        if grad_log_g is not None:
+            # Where nothing enters, the first gate discounts nothing: exactly zero rather than rounding.
+            rank = shard.ranks.rank
+            continues = None if rank == 0 else shard.continues(rank)
+            if rank == 0:
+                grad_log_g[:, 0] = 0.0
+            elif continues is not None:
+                grad_log_g[:, 0].masked_fill_(~continues[:, None], 0.0)
+        return grad_q, grad_k, grad_v, grad_log_g, None, None
+
+
+def _joined(state: State) -> Tensor:
+    """`(B, Hk, F, V)` and `(B, Hk, F)` to `(B, Hk, F * (V + 1))`."""
+    return torch.cat([state[0].flatten(2), state[1]], dim=-1)
+
+
+def _split(joined: Tensor, value_dim: int) -> State:
+    rows = joined.shape[-1] // (value_dim + 1)
+    state, sum_of_keys = joined.split([rows * value_dim, rows], dim=-1)
+    return state.unflatten(-1, (rows, value_dim)).contiguous(), sum_of_keys.contiguous()
+
+
+def _passes(total_log_gates: Tensor, shard: ContextShard) -> Tensor:
+    """Return `(N, B, Hk)`: what is left, at the end of slice j, of a state that comes from before it (D_j c_j)."""
+    passes = total_log_gates.exp()
+    passes[0] = 0.0
+    for rank in range(1, shard.ranks.size):
+        for holds in (shard.continues(rank), shard.unbroken(rank)):
+            if holds is not None:
+                passes[rank] *= holds[:, None]
+    return passes
+
+
+def _entering(states: Tensor, passes: Tensor, shard: ContextShard) -> Tensor:
+    """Return I_r of this rank `(B, Hk, X)` for the states `(N, B, Hk, X)` that the slices leave by themselves."""
+    rank = shard.ranks.rank
+    result = torch.zeros_like(states[0])
+    if rank == 0:
+        return result
+    weight = _continues(rank, passes, shard)
+    for other in reversed(range(rank)):
+        result.addcmul_(states[other], weight[..., None])
+        weight = weight * passes[other]
+    return result
+
+
+def _leaving(grads: Tensor, passes: Tensor, shard: ContextShard) -> Tensor:
+    """Return the gradient of the state that leaves this slice, for A `(N, B, Hk, X)`."""
+    result = torch.zeros_like(grads[0])
+    carried = torch.ones_like(passes[0])
+    for other in range(shard.ranks.rank + 1, shard.ranks.size):
+        result.addcmul_(grads[other], (carried * _continues(other, passes, shard))[..., None])
+        carried = carried * passes[other]
+    return result
+
+
+def _continues(rank: int, passes: Tensor, shard: ContextShard) -> Tensor:
+    """`shard.continues` as factors `(B, Hk)`."""
+    continues = shard.continues(rank)
+    return torch.ones_like(passes[0]) if continues is None else continues[:, None].to(passes.dtype).expand_as(passes[0])
+
+
+class _TorchStages:
+    """`_Stages` in PyTorch, on any device."""
+
+    def __init__(self, call: PowerCall, shard: ContextShard) -> None:
+        assert call.chunk_size is not None
+        self.deg, self.scale, self.chunk_size = call.deg, call.scale, call.chunk_size
+        self.cu_seqlens = shard.cu_seqlens
+
+    def final_state(self, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None) -> State:
+        return final_state(k, v, log_g, self.cu_seqlens, self.deg)
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, state: State
+    ) -> tuple[Tensor, Tensor, Saved]:
+        out, normalizer, _, _, saved_states = power_retention_op(
+            q, k, v, log_g, *state, self.cu_seqlens, self.scale, self.deg, self.chunk_size, False
+        )
+        return out, normalizer, (q, k, v, log_g, *state, out, normalizer, saved_states)
+
+    def initial_state_grad(self, grad_out: Tensor, saved: Saved) -> State:
+        q, k, _, log_g, _, _, out, normalizer, _ = saved
+        return initial_state_grad(
+            grad_out, q, log_g, self.cu_seqlens, out, normalizer, k.shape[2], self.scale, self.deg
+        )
+
+    def backward(
+        self, grad_out: Tensor, grad_leaving: State, saved: Saved
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        q, k, v, log_g, *state, out, normalizer, saved_states = saved
+        grad_q, grad_k, grad_v, grad_log_g, _, _ = power_retention_bwd_op(
+            grad_out, *grad_leaving, q, k, v, log_g, *state, self.cu_seqlens, out, normalizer, saved_states,
+            self.scale, self.deg, self.chunk_size,
+        )  # fmt: skip
+        return grad_q, grad_k, grad_v, None if log_g is None else grad_log_g
+
+
+class _CudaStages:
+    """`_Stages` by the CUDA kernels; states at the ends come from whole passes."""
+
+    def __init__(self, call: PowerCall, shard: ContextShard, has_gates: bool) -> None:
+        self.has_gates, self.scale, self.key_heads = has_gates, call.scale, call.K.shape[2]
+        tokens, query_heads, head_dim = call.Q.shape[1:]
+        chunk_size = call.chunk_size or choose_chunk_size(
+            tokens=tokens,
+            head_dim=head_dim,
+            query_heads_per_key_head=query_heads // self.key_heads,
+            has_state=True,
+        )
+        self.options = -(-min(chunk_size, tokens) // BLOCK) * BLOCK, cuda._arch
+        self.cu_seqlens = None if shard.cu_seqlens is None else shard.cu_seqlens.int()
+
+    def final_state(self, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None) -> State:
+        log_g = None if log_g is None else log_g.float()
+        chunk_size, arch = self.options
+        _, _, *state, _ = cuda.power_retention_cuda_op(
+            q, k, v, log_g, None, None, self.cu_seqlens, chunk_size, True, arch
+        )
+        return state[0], state[1]
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, state: State
+    ) -> tuple[Tensor, Tensor, Saved]:
+        log_g = None if log_g is None else log_g.float()
+        chunk_size, arch = self.options
+        out, raw, _, _, saved = cuda.power_retention_cuda_op(
+            q, k, v, log_g, *state, self.cu_seqlens, chunk_size, False, arch
+        )
+        return out, cuda.public_normalizer(raw, saved, self.scale, q, self.key_heads), (out, raw, saved)
+
+    def initial_state_grad(self, grad_out: Tensor, saved: Saved) -> State:
+        return self._backward(grad_out, (None, None), saved)[-2:]
+
+    def backward(
+        self, grad_out: Tensor, grad_leaving: State, saved: Saved
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        grad_q, grad_k, grad_v, grad_log_g, _, _ = self._backward(grad_out, grad_leaving, saved)
+        return grad_q, grad_k, grad_v, grad_log_g if self.has_gates else None
+
+    def _backward(self, grad_out: Tensor, grad_leaving: tuple[Tensor | None, Tensor | None], saved: Saved) -> Any:
+        return cuda.power_retention_cuda_bwd_op(
+            grad_out, *grad_leaving, *saved, self.cu_seqlens, self.key_heads, self.has_gates, True, *self.options
+        )

@@ -1,0 +1,157 @@
+"""What every rank of a context-parallel group computes for `test_context_parallel.py`, and its problems."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from powertrain.models.config import MixerConfig
+from powertrain.ops.context_parallel import context_attention, context_power_retention
+from powertrain.ops.context_shard import ContextGroup, ContextShard
+from tests.models.small import MIXERS, small_model, tokens
+from tests.ops.accuracy import Inputs, make_inputs
+
+# A document per kind of place: across several slices, inside one, of one token, none (a repeated offset), and, for
+# T = 61, from the first token of a slice of 2, 3 and 4 ranks on (30, 20 and 40, 15 and 45).
+BOUNDARIES = (0, 3, 4, 15, 20, 30, 30, 40, 45, 59)
+
+
+def offsets(B: int, T: int, boundaries: tuple[int, ...]) -> Tensor:
+    """Offsets of rows whose first has all `boundaries`, the second the first half of them, the third none."""
+    starts = [row * T + at for row in range(B) for at in boundaries[: max(1, len(boundaries) >> row) if row < 2 else 1]]
+    return torch.tensor([*starts, B * T, B * T], dtype=torch.int32)
+
+
+@dataclass(frozen=True)
+class OpCase:
+    """A problem of one op; sizes are B, T, Hq, Hk, K and V."""
+
+    sizes: tuple[int, int, int, int, int, int] = (3, 61, 4, 2, 5, 4)
+    kind: str = "power"  # power, softmax or window
+    dtype: torch.dtype = torch.float32
+    documents: bool = True
+    gated: bool = True
+    gate_shift: float = 3.0
+    keywords: tuple[tuple[str, Any], ...] = ()
+
+    def inputs(self) -> Inputs:
+        inputs = make_inputs(*self.sizes, dtype=self.dtype, gated=self.gated, gate_shift=self.gate_shift)
+        inputs.keywords |= dict(self.keywords)
+        if self.documents:
+            inputs.keywords["cu_seqlens"] = offsets(*self.sizes[:2], BOUNDARIES)
+        return inputs
+
+    def run(self, shard: ContextShard, slices: dict[str, Tensor], keywords: dict[str, Any]) -> Tensor:
+        log_G = slices.get("log_G")
+        if self.kind == "power":
+            return context_power_retention(slices["Q"], slices["K"], slices["V"], log_G, shard, **keywords)[0]
+        return context_attention(slices["Q"], slices["K"], slices["V"], log_G, shard, **keywords)
+
+
+def _power(**changes: Any) -> OpCase:
+    keywords = {"chunk_size": 8, **changes.pop("keywords", {})}
+    return OpCase(keywords=tuple(keywords.items()), **changes)
+
+
+OP_CASES = {
+    "power": _power(),
+    "power_fp64": _power(dtype=torch.float64),
+    "power_bf16": _power(dtype=torch.bfloat16),
+    "power_ungated": _power(gated=False),
+    "power_one_document": _power(documents=False),
+    "power_ungated_one_document": _power(documents=False, gated=False, dtype=torch.float64),
+    "power_strong_gates": _power(documents=False, gate_shift=-4.0),
+    "power_one_chunk": _power(keywords={"chunk_size": None}),
+    "power_deg4": _power(keywords={"deg": 4}),
+    "power_deg1": _power(keywords={"deg": 1}),
+    # Slices of one and two tokens.
+    "power_short": _power(sizes=(2, 5, 2, 1, 3, 3), documents=False),
+    "softmax": OpCase(kind="softmax"),
+    "softmax_fp64": OpCase(kind="softmax", dtype=torch.float64),
+    "softmax_bf16": OpCase(kind="softmax", dtype=torch.bfloat16, gated=False),
+    "softmax_plain": OpCase(kind="softmax", gated=False, documents=False),
+    # Windows of one token, of less than a slice, and of more than one slice.
+    "window_1": OpCase(kind="window", keywords=(("window", 1),), dtype=torch.float64),
+    "window_7": OpCase(kind="window", keywords=(("window", 7),)),
+    "window_37": OpCase(kind="window", keywords=(("window", 37),), documents=False),
+    "window_37_fp64": OpCase(kind="window", keywords=(("window", 37),), dtype=torch.float64),
+}
+
+MODEL_MIXERS = {**MIXERS, "hybrid_all": MixerConfig(kind="power,softmax,window,linear", window=7, chunk_size=16)}
+MODEL_ROWS, MODEL_TOKENS = 2, 61
+
+
+def model_of(mixer: str, **changes: Any) -> torch.nn.Module:
+    """A small model with grouped query heads, of as many layers as the pattern has kinds; `changes` of the mixer.
+
+    Chunks are as long as slices, because a chunk that begins soon after a document has a state of few keys, which is
+    ill-conditioned (docs/op.md), whereas the other cut of the whole would have none.
+    """
+    layers = {"n_layers": 4} if mixer == "hybrid_all" else {}
+    changes = {"chunk_size": None, **changes}
+    return small_model(replace(MODEL_MIXERS[mixer], **changes), activation_checkpointing=mixer == "hybrid", **layers)
+
+
+def model_batch() -> dict[str, Tensor]:
+    ids = tokens(MODEL_ROWS, MODEL_TOKENS + 1)
+    labels = ids[:, 1:].clone()
+    labels[0, 17:29] = -100
+    return {
+        "input_ids": ids[:, :-1],
+        "labels": labels,
+        "cu_seqlens": offsets(MODEL_ROWS, MODEL_TOKENS, BOUNDARIES),
+    }
+
+
+def _op_results(case: OpCase, ranks: ContextGroup) -> dict[str, Tensor]:
+    inputs = case.inputs()
+    B, T, *_ = case.sizes
+    keywords = dict(inputs.keywords)
+    shard = ranks.shard(B, T, keywords.pop("cu_seqlens", None))
+    slices = {name: shard.take(x).requires_grad_() for name, x in inputs.tensors.items()}
+    out = case.run(shard, slices, keywords)
+    grads = torch.autograd.grad(out, list(slices.values()), shard.take(cotangent(case)))
+    named = {f"grad_{name}": grad for name, grad in zip(slices, grads, strict=True)}
+    return {"out0": out.detach(), **named}
+
+
+def cotangent(case: OpCase) -> Tensor:
+    B, T, Hq, _, _, V = case.sizes
+    return torch.randn(B, T, Hq, V, generator=torch.Generator().manual_seed(1)).to(case.dtype)
+
+
+def _model_results(mixer: str, ranks: ContextGroup) -> dict[str, Any]:
+    batch = model_batch()
+    model = model_of(mixer)
+    shard = ranks.shard(MODEL_ROWS, MODEL_TOKENS, batch["cu_seqlens"])
+    ids, labels = shard.take(batch["input_ids"]), shard.take(batch["labels"])
+    with torch.no_grad():
+        each = model(ids, labels=labels, shard=shard, loss_reduction="none").loss
+        logits = model(ids, shard=shard).logits
+    output = model(ids, labels=labels, shard=shard, loss_reduction="sum", collect_stats=True)
+    output.loss.backward()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    return {"loss": output.loss.detach(), "each": each, "logits": logits, "grads": grads, "stats": output.stats}
+
+
+def _rank(rank: int, size: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
+    ranks = ContextGroup.of(dist.group.WORLD)
+    results: dict[str, Any] = {name: _op_results(case, ranks) for name, case in OP_CASES.items()}
+    results |= {f"model_{mixer}": _model_results(mixer, ranks) for mixer in MODEL_MIXERS}
+    torch.save(results, Path(folder) / f"rank-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def launch(size: int, folder: Path, function: Callable[..., None] = _rank) -> list[dict[str, Any]]:
+    """Run `size` processes and return the results of each."""
+    mp.start_processes(function, (size, str(folder)), nprocs=size, start_method="spawn")
+    return [torch.load(folder / f"rank-{rank}.pt") for rank in range(size)]

@@ -1,0 +1,89 @@
+"""Slices of sequences on 2, 3 and 4 processes give what one process gives for the whole: outputs, losses and all
+gradients, for every op and every mixer, with documents, gates, grouped heads and lengths that the ranks do not divide.
+"""
+
+import pytest
+import torch
+
+from powertrain.ops.reference import power_retention_quadratic, power_retention_recurrent
+from tests.context_ranks import MODEL_MIXERS, MODEL_TOKENS, OP_CASES, cotangent, launch, model_batch, model_of
+from tests.ops.accuracy import FACTOR, FLOOR_EPS, assert_results_as_accurate, relative_error
+from tests.ops.test_attention import dense
+
+EPS = torch.finfo(torch.float32).eps
+
+
+def check_op(case, parts):
+    actual = {name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]}
+    inputs = case.inputs()
+    if case.kind != "power":
+        return assert_results_as_accurate(actual, [cotangent(case)], dense, inputs)
+    inputs.keywords.pop("chunk_size")
+
+    def quadratic(**kwargs):
+        return power_retention_quadratic(**kwargs)[0]
+
+    def recurrent(**kwargs):
+        return power_retention_recurrent(**kwargs)[0]
+
+    return assert_results_as_accurate(actual, [cotangent(case)], quadratic, inputs, plain_fp32=recurrent)
+
+
+def whole_results(model):
+    """Losses, logits and gradients of one process, by name, and its stats."""
+    batch = model_batch()
+    output = model(**batch, loss_reduction="sum", collect_stats=True)
+    output.loss.backward()
+    with torch.no_grad():
+        each = model(**batch, loss_reduction="none").loss
+        logits = model(batch["input_ids"], cu_seqlens=batch["cu_seqlens"]).logits
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    return {"loss": output.loss.detach(), "each": each, "logits": logits, **grads}, output.stats
+
+
+def rounded_anew(mixer, size, seed):
+    """The model with a rounding error in every weight and with states where the slices of `size` ranks begin."""
+    model = model_of(mixer, chunk_size=MODEL_TOKENS // size, switch_over_seq_len=None)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 1 + EPS * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def check_model(mixer, parts):
+    """The whole may be missed by a few times what a rounding error in every weight changes on one process."""
+    whole, stats = whole_results(model_of(mixer))
+    others = [whole_results(rounded_anew(mixer, len(parts), seed))[0] for seed in range(2)]
+    actual = {name: sum(part["grads"][name] for part in parts) for name in parts[0]["grads"]}
+    actual["loss"] = sum(part["loss"] for part in parts)
+    actual |= {name: torch.cat([part[name] for part in parts], dim=1) for name in ("each", "logits")}
+    assert actual.keys() == whole.keys()
+    failures = []
+    for name, value in whole.items():
+        error = relative_error(actual[name], value)
+        allowed = FACTOR * max(relative_error(other[name], value) for other in others) + FLOOR_EPS * EPS
+        if not error <= allowed:
+            failures.append(f"{name}: error {error:.2e}, allowed {allowed:.2e}")
+    for part in parts:
+        assert part["stats"].keys() == stats.keys()
+        for name, value in stats.items():
+            torch.testing.assert_close(part["stats"][name], value, rtol=1e-4, atol=0)
+    assert not failures, "; ".join(failures)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_slices_give_what_the_whole_gives(size, tmp_path):
+    parts = launch(size, tmp_path)
+    failures = []
+    for name, case in OP_CASES.items():
+        try:
+            check_op(case, [part[name] for part in parts])
+        except AssertionError as error:
+            failures.append(f"{name}: {error}")
+    for mixer in MODEL_MIXERS:
+        try:
+            check_model(mixer, [part[f"model_{mixer}"] for part in parts])
+        except AssertionError as error:
+            failures.append(f"model of {mixer}: {error}")
+    assert not failures, "\n".join(failures)
