@@ -13,7 +13,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "generate": ("powertrain.inference.generate", "main", "continue a prompt with a trained run"),
     "runs": ("powertrain.runs", "main", "list the runs of this directory with state, progress and loss"),
     "sweep": ("powertrain.scaling.cli", "main", "plan, run and report a scaling sweep: powertrain sweep plan RECIPE"),
-    "bench": ("powertrain.bench.cli", "main", "side-by-side benchmarks: powertrain bench op | kernels"),
+    "bench": ("powertrain.bench.cli", "main", "side-by-side benchmarks: powertrain bench op | kernels | distributed"),
     "kernels": ("powertrain.native.cli", "main", "build the CUDA kernel library, or say what was built and chosen"),
 }
 

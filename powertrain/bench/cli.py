@@ -9,6 +9,10 @@ from powertrain.schema import nearest
 
 BENCHMARKS = {
     "op": ("powertrain.bench.op", "the PyTorch op against SDPA, time against context"),
+    "distributed": (
+        "powertrain.bench.distributed",
+        "training on several GPUs against one, and what a save costs",
+    ),
     "kernels": ("powertrain.bench.kernels", "the CUDA kernels against their peers, by stage and problem"),
 }
 
@@ -18,7 +22,7 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: powertrain bench <what> [arguments]\n")
         for name, (_, text) in BENCHMARKS.items():
-            print(f"  {name:<8} {text}")
+            print(f"  {name:<12} {text}")
         return 0
     if argv[0] not in BENCHMARKS:
         print(f"powertrain bench: unknown benchmark '{argv[0]}': {nearest(argv[0], BENCHMARKS)}", file=sys.stderr)

@@ -133,13 +133,11 @@ def materialize(model: nn.Module, device: torch.device) -> None:
 
 
 def compile_model(model: nn.Module) -> None:
-    """Compile `model` in place, so that the keys of its state stay the same.
+    """Compile the blocks of `model`, in place, so that the keys of its state stay the same.
 
-    A sharded model is compiled block by block: the hooks that gather a block's weights stay outside of its graph.
+    Block by block, because one graph then serves all blocks of a kind, gradients of the last blocks are reduced while
+    those before are computed, and the hooks that gather a block's weights stay outside of its graph.
     """
-    if not isinstance(model, FSDPModule):
-        model.compile()
-        return
     for block in model.blocks:  # type: ignore[union-attr]
         block.forward = torch.compile(block.forward)
 

@@ -1,0 +1,31 @@
+"""The benchmark of distribution runs on CPUs, and what it writes is enough to repeat it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from powertrain.bench.distributed import main
+
+
+def test_writes_rows_ratios_and_versions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "results" / "distributed.json"
+    assert main(["--cpu", "--output", str(output)]) == 0
+    record = json.loads(output.read_text())
+    rows = {row["name"]: row for row in record["rows"]}
+    assert [(row["name"], row["processes"]) for row in record["rows"]] == [("one", 1), ("ddp", 2), ("fsdp", 2)]
+    for row in rows.values():
+        assert row["tokens_per_second"] > 0
+        assert row["times_the_baseline"] == row["tokens_per_second"] / rows[row["baseline"]]["tokens_per_second"]
+    for name in ("ddp", "fsdp"):
+        assert 0 < rows[name]["save_pause_seconds"] < rows[name]["save_seconds"]
+    assert record["torch"] == torch.__version__
+    assert record["command"].startswith("powertrain bench distributed --cpu")
+    assert "tokens/s" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.device_count() >= 64, reason="needs a machine with fewer GPUs")
+def test_gpus_that_are_not_there_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"--processes=64 needs as many GPUs, and this machine has"):
+        main(["--processes", "64"])
