@@ -1,4 +1,4 @@
-"""`powertrain sweep plan | run | status | report RECIPE`."""
+"""`powertrain sweep plan | prepare | run | status | time | report RECIPE`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ examples:
   powertrain sweep plan smoke                    every cell with its steps, tokens, FLOPs and time; nothing runs
   powertrain sweep run smoke                     run what is missing, here; the same command again continues
   powertrain sweep run flops_65k --gpus 0,1,2,3  one runner per GPU
+  powertrain sweep run flops_65k --gpus 0 --per-gpu 6   small models fill a GPU only together
+  powertrain sweep time flops_65k                measure the winners' speed, each alone on the device
   powertrain sweep run flops_65k --slurm 16      an array of 16 runners, and a report when they are done
   powertrain sweep status flops_65k              what is finished, running, failed
   powertrain sweep report flops_65k              figures, page and table, from the records alone
@@ -39,12 +41,16 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = result.add_subparsers(dest="command", required=True, metavar="plan | run | status | report")
+    commands = result.add_subparsers(
+        dest="command", required=True, metavar="plan | prepare | run | status | time | report"
+    )
     plan = commands.add_parser("plan", help="print every cell and what it costs")
+    prepare = commands.add_parser("prepare", help="prepare the data, which the first runner would else do")
     run = commands.add_parser("run", help="train what is missing")
     status = commands.add_parser("status", help="say what is finished, running and failed")
+    timing = commands.add_parser("time", help="measure how fast the winners train, each alone on the device")
     report = commands.add_parser("report", help="fit and draw what the records hold")
-    for command in (plan, run, status, report):
+    for command in (plan, prepare, run, status, timing, report):
         command.add_argument("recipe", metavar="RECIPE", help="path or shipped name")
         command.add_argument(
             "--directory", type=Path, default=Path("sweeps"), help="holds one directory per sweep (default: sweeps)"
@@ -53,6 +59,13 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="one JSON object per cell instead of tables")
     where = run.add_mutually_exclusive_group()
     where.add_argument("--gpus", help="one runner per GPU of this list, such as 0,1,2,3, or `all`")
+    run.add_argument(
+        "--per-gpu",
+        type=int,
+        default=1,
+        metavar="N",
+        help="runners that share a GPU (default 1); with several, `time` measures speeds afterwards",
+    )
     where.add_argument("--slurm", type=int, metavar="N", help="submit an array of N runners, and a dependent report")
     run.add_argument(
         "--cluster",
@@ -80,7 +93,14 @@ def main(argv: list[str]) -> int:
 
     arguments = parser().parse_args(argv)
     recipe = load_recipe(arguments.recipe)
-    commands = {"plan": _plan, "run": _run, "status": _status, "report": _report}
+    commands = {
+        "plan": _plan,
+        "prepare": _prepare,
+        "run": _run,
+        "status": _status,
+        "time": _time,
+        "report": _report,
+    }
     return commands[arguments.command](recipe, arguments)
 
 
@@ -96,10 +116,12 @@ def _state(recipe: Recipe, directory: Path, device: str | None = None) -> SweepS
 
 
 def _plan(recipe: Recipe, arguments: argparse.Namespace) -> int:
+    from powertrain.scaling import timing
     from powertrain.scaling.plan import as_rows, find_device, make_plan, render
 
     state = _state(recipe, arguments.directory, arguments.device)
-    plan = make_plan(state.expand(), find_device(arguments.device), state.store.read(), state.store.finished())
+    records = timing.with_timings(state.store.read(), timing.read(state.paths.timings))
+    plan = make_plan(state.expand(), find_device(arguments.device), records, state.store.finished())
     if arguments.json:
         for row in as_rows(plan):
             print(json.dumps(row))
@@ -115,7 +137,21 @@ def _plan(recipe: Recipe, arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _prepare(recipe: Recipe, arguments: argparse.Namespace) -> int:
+    from powertrain.data.prepare import prepare
+
+    config = _state(recipe, arguments.directory).catalog.config(
+        next(iter(recipe.mixers)), next(iter(recipe.ladder)), recipe.contexts[0]
+    )
+    print(f"data: {prepare(config.data, config.paths.cache).directory}")
+    return 0
+
+
 def _run(recipe: Recipe, arguments: argparse.Namespace) -> int:
+    from powertrain.schema import ConfigError
+
+    if arguments.per_gpu < 1:
+        raise ConfigError(f"--per-gpu {arguments.per_gpu} is not allowed: it must be at least 1")
     if arguments.slurm is not None:
         return _submit(recipe, arguments)
     state = _state(recipe, arguments.directory)
@@ -139,7 +175,11 @@ def _run_here(state: SweepState, arguments: argparse.Namespace) -> int:
     from powertrain.scaling.run import run
 
     executor = TrainingExecutor(
-        state.recipe, state.paths, wandb=arguments.wandb, keep_checkpoints=arguments.keep_checkpoints
+        state.recipe,
+        state.paths,
+        wandb=arguments.wandb,
+        keep_checkpoints=arguments.keep_checkpoints,
+        runners=arguments.per_gpu,
     )
     # The terminal itself: what a training prints is sent to its log, and would take these lines with it.
     console = Console(file=sys.stdout)
@@ -171,13 +211,14 @@ def _run_on_gpus(state: SweepState, arguments: argparse.Namespace) -> int:
     from powertrain.scaling.launch import run_on_gpus, visible_gpus
 
     passed_on = ["sweep", "run", arguments.recipe, "--directory", str(arguments.directory), "--quiet"]
+    passed_on += ["--per-gpu", str(arguments.per_gpu)]
     for flag in ("no_wait", "keep_checkpoints", "wandb"):
         if getattr(arguments, flag):
             passed_on.append(f"--{flag.replace('_', '-')}")
     if arguments.max_hours is not None:
         passed_on += ["--max-hours", str(arguments.max_hours)]
     with LiveStatus(state, Console(file=sys.stdout), live=not arguments.quiet):
-        return run_on_gpus(passed_on, visible_gpus(arguments.gpus), state.paths.logs)
+        return run_on_gpus(passed_on, visible_gpus(arguments.gpus), state.paths.logs, arguments.per_gpu)
 
 
 def _submit(recipe: Recipe, arguments: argparse.Namespace) -> int:
@@ -219,13 +260,26 @@ def _status(recipe: Recipe, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _report(recipe: Recipe, arguments: argparse.Namespace) -> int:
-    from powertrain.scaling.records import RecordStore
-    from powertrain.scaling.report import build, write
-    from powertrain.scaling.run import SweepPaths
+def _time(recipe: Recipe, arguments: argparse.Namespace) -> int:
+    from powertrain.scaling.timing import run_timings
 
-    paths = SweepPaths(arguments.directory / recipe.name)
-    files = build(recipe, RecordStore(paths.records).read())
+    state = _state(recipe, arguments.directory)
+    if not state.store.finished():
+        raise ValueError(f"sweep {recipe.name!r} has no records yet: powertrain sweep run {arguments.recipe}")
+    made = run_timings(state, state.paths.timings, state.paths.logs / "timings.log", print)
+    print(f"{len(made)} timings in {state.paths.timings}" if made else "everything that won is timed on this device")
+    return 0
+
+
+def _report(recipe: Recipe, arguments: argparse.Namespace) -> int:
+    from powertrain.scaling import timing
+    from powertrain.scaling.plan import coverage
+    from powertrain.scaling.report import build, write
+
+    state = _state(recipe, arguments.directory)
+    paths = state.paths
+    parts = coverage(recipe, state.expand(), state.store.finished())
+    files = build(recipe, timing.with_timings(state.store.read(), timing.read(paths.timings)), parts)
     output = arguments.output or paths.report
     write(files, output)
     print(f"report: {output / 'README.md'}")

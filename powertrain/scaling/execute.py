@@ -63,7 +63,7 @@ def branch(trunk: Path, run_dir: Path, decay_start: int) -> int:
 
 
 @contextlib.contextmanager
-def _printing_to(path: Path) -> Iterator[None]:
+def printing_to(path: Path) -> Iterator[None]:
     """Send what a training prints to its log; the terminal shows the sweep."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
@@ -80,17 +80,25 @@ class TrainingExecutor:
     Args:
         wandb: log every trunk and cell to W&B too.
         keep_checkpoints: keep the last checkpoint of finished cells; without it only trunks keep theirs.
+        runners: that share the device, this one included.
     """
 
     def __init__(
-        self, recipe: Recipe, paths: SweepPaths, *, wandb: bool = False, keep_checkpoints: bool = False
+        self,
+        recipe: Recipe,
+        paths: SweepPaths,
+        *,
+        wandb: bool = False,
+        keep_checkpoints: bool = False,
+        runners: int = 1,
     ) -> None:
         self.recipe, self.paths, self.wandb, self.keep_checkpoints = recipe, paths, wandb, keep_checkpoints
+        self.runners = runners
 
     def run(self, cell: Cell) -> CellRecord:
         """Train and measure a cell; see `powertrain.scaling.run.Executor`."""
         config = self._local(cell.config)
-        with _printing_to(self.paths.logs / f"{cell.id}.log"):
+        with printing_to(self.paths.logs / f"{cell.id}.log"):
             # The largest budget has nothing after it that could branch off.
             if cell.budget < max(self.recipe.budgets):
                 self._train(self._local(trunk_config(cell)))
@@ -169,8 +177,9 @@ class TrainingExecutor:
             loss=measured.loss,
             bits_per_byte=measured.bits_per_byte,
             seconds=result.fit.counters.seconds * count,
-            device=_device_name(device),
+            device=device_name(device),
             devices=count,
+            runners=self.runners,
             document_loss=measured.document_loss,
             document_tokens=measured.document_tokens,
             position_bounds=measured.position_bounds,
@@ -182,14 +191,15 @@ class TrainingExecutor:
                 "order": order_fingerprint(data),
                 "evaluation": measured.fingerprint,
             },
-            environment=_environment(result.run_dir),
+            environment=environment_of(result.run_dir),
         )
         if not self.keep_checkpoints:
             shutil.rmtree(result.run_dir / "checkpoints", ignore_errors=True)
         return record
 
 
-def _device_name(device: Any) -> str:
+def device_name(device: Any) -> str:
+    """Return what a GPU's driver calls it, or `cpu`."""
     if device.type == "cuda":
         import torch
 
@@ -197,7 +207,7 @@ def _device_name(device: Any) -> str:
     return "cpu"
 
 
-def _environment(run_dir: Path) -> dict[str, str]:
+def environment_of(run_dir: Path) -> dict[str, str]:
     """Return the versions and the commit that a run's directory states."""
     values = json.loads((run_dir / "environment.json").read_text())
     found = {"python": values["python"], **values["versions"]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import signal
 import subprocess
@@ -38,8 +39,8 @@ def visible_gpus(wanted: str) -> list[str]:
     return gpus
 
 
-def run_on_gpus(arguments: Sequence[str], gpus: Sequence[str], logs: Path) -> int:
-    """Run one runner per GPU, each with `arguments`, and return the first exit code that is not 0.
+def run_on_gpus(arguments: Sequence[str], gpus: Sequence[str], logs: Path, per_gpu: int = 1) -> int:
+    """Run `per_gpu` runners on each GPU, each with `arguments`, and return the first exit code that is not 0.
 
     Interrupts reach the runners, which save and end; a runner that fails leaves the others at work.
     """
@@ -55,8 +56,9 @@ def run_on_gpus(arguments: Sequence[str], gpus: Sequence[str], logs: Path) -> in
 
     signal.signal(signal.SIGTERM, forward)
     try:
-        for gpu in gpus:
-            with (logs / f"runner-{gpu}.log").open("ab") as log:
+        for gpu, number in itertools.product(gpus, range(per_gpu)):
+            name = f"runner-{gpu}" + (f"-{number}" if per_gpu > 1 else "")
+            with (logs / f"{name}.log").open("ab") as log:
                 environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
                 processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
             time.sleep(STAGGER_SECONDS)

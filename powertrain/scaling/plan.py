@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 from powertrain.scaling.cells import Cell, Expansion
+from powertrain.scaling.recipe import Recipe
 from powertrain.scaling.records import CellRecord
 from powertrain.schema import ConfigError
 
@@ -30,6 +32,9 @@ MEMORY_GIB = (
 # Share of the peak that training reaches where nothing was measured yet: what 100m-sized models of this kind commonly
 # reach on one GPU; small models reach less. The plan says when it rests on this.
 ASSUMED_UTILISATION = 0.3
+# Seconds that the forward and backward pass of a layer take at the least, however small: its kernels are launched one
+# by one. An assumption as well, for models too small to fill a GPU.
+LAYER_SECONDS = 2e-3
 # Tokenisation apart, what a run spends before its first step and after its last: imports, compilation, evaluation.
 OVERHEAD_SECONDS = 20.0
 
@@ -103,7 +108,10 @@ class Pricer:
             reached[cell.trunk] = max(reached[cell.trunk], cell.decay_start)
             rate, measured = self.rate(cell)
             flops = new_steps * cell.batch_tokens * cell.cost.flops_per_token["executed"]
-            seconds = None if rate is None else flops / rate + OVERHEAD_SECONDS
+            seconds = None
+            if rate is not None:
+                launching = 0.0 if measured else new_steps * cell.config.model.n_layers * LAYER_SECONDS
+                seconds = max(flops / rate, launching) + OVERHEAD_SECONDS
             result[cell.id] = Estimate(seconds, new_steps, measured)
         return result
 
@@ -146,6 +154,49 @@ def make_plan(
     candidates = [c for p in expansion.pending for c in p.candidates]
     cells = {c.id: c for c in [*expansion.cells, *candidates]}
     return Plan(expansion, Pricer(device, records).estimate(list(cells.values())), frozenset(finished), device)
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of what a recipe asks for at one budget there is."""
+
+    context: int
+    budget: float
+    mixer: str
+    finished: int
+    failed: int
+    planned: int  # cells decided so far, finished and failed ones included
+    later: int  # further cells at most, which await results
+
+    @property
+    def complete(self) -> bool:
+        """Whether every cell is finished and none is to come."""
+        return self.finished == self.planned and not self.later
+
+    def __str__(self) -> str:
+        text = f"{self.finished} of {self.planned} cells" if self.planned else "nothing yet"
+        failed = f", {self.failed} failed" if self.failed else ""
+        return text + failed + (f", at most {self.later} more once these are known" if self.later else "")
+
+
+def coverage(
+    recipe: Recipe, expansion: Expansion, finished: Set[str], failed: Set[str] = frozenset()
+) -> list[Coverage]:
+    """Return one entry for each context, budget and mixer that has or will have cells, in the recipe's order."""
+    result = []
+    for context, budget, mixer in itertools.product(recipe.contexts, recipe.budgets, recipe.mixers):
+        place = context, budget, mixer
+        cells = {c.id for c in expansion.cells if (c.context, c.budget, c.mixer) == place}
+        later = {
+            c.id
+            for pending in expansion.pending
+            if (pending.context, pending.budget, pending.mixer) == place
+            for c in pending.candidates
+        } - cells
+        if cells or later:
+            counts = len(cells & finished), len(cells & failed), len(cells), len(later)
+            result.append(Coverage(*place, *counts))
+    return result
 
 
 def as_rows(plan: Plan) -> list[dict[str, Any]]:

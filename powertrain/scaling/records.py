@@ -59,6 +59,7 @@ class CellRecord:
     seconds: float | None = None  # device-seconds of training, over the trunk and this branch
     device: str = ""
     devices: int = 1
+    runners: int = 1  # that shared the device; with several, `seconds` is no measure of the mixer's speed
     document_loss: tuple[float, ...] = ()  # summed nats of each evaluation document, in their order
     document_tokens: tuple[int, ...] = ()  # evaluated tokens of each of these documents
     position_bounds: tuple[int, ...] = ()  # upper bounds of the position buckets, exclusive

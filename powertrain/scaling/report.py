@@ -14,6 +14,7 @@ from powertrain.scaling.analysis import Findings, analyse
 from powertrain.scaling.compare import Verdict
 from powertrain.scaling.drawing import render, style
 from powertrain.scaling.figures import DRAW
+from powertrain.scaling.plan import Coverage
 from powertrain.scaling.recipe import CONVENTIONS, Figure, Recipe
 from powertrain.scaling.records import CellRecord, table
 
@@ -36,7 +37,11 @@ CAPTIONS: dict[Figure, str] = {
         "Loss by position in the context at the largest budget shared, and its difference to the baseline, paired over "
         "evaluation sequences."
     ),
-    "seconds": "The same runs against FLOPs and against measured time.",
+    "seconds": (
+        "The same runs against FLOPs and against measured time: at the speed that each mixer and size reaches alone on "
+        "the device (`powertrain sweep time`) where that was measured, else the time of the run itself. Runs that "
+        "shared the device and were not timed are left out on the right."
+    ),
     "gain": (
         "Compute with which the baseline reaches the same loss, over the compute spent: above 1 is better than the "
         "baseline. Marks: annealed, with intervals; an arrow marks a bound, where the baseline was never measured "
@@ -83,14 +88,38 @@ def headline(recipe: Recipe, findings: Findings) -> str:
     return f"At context {findings.context}, {subject} against its best rival {'; '.join(parts)}."
 
 
-def _verdict_rows(recipe: Recipe, findings: Findings) -> list[list[str]]:
+def _incomplete(parts: Sequence[Coverage], context: int) -> list[Coverage]:
+    return [p for p in parts if p.context == context and not p.complete]
+
+
+def _missing_lines(recipe: Recipe, findings: Findings, parts: Sequence[Coverage]) -> list[str]:
+    incomplete = _incomplete(parts, findings.context)
+    if not incomplete:
+        return []
+    rows = [[f"{p.budget:.3g}", recipe.label(p.mixer), str(p)] for p in incomplete]
+    return [
+        "### What is missing",
+        "",
+        "The sweep is not finished; what follows rests on the cells that are. `powertrain sweep run` continues it.",
+        "",
+        *_table(["FLOPs", "mixer", "there is"], rows),
+    ]
+
+
+def _verdict_rows(recipe: Recipe, findings: Findings, parts: Sequence[Coverage]) -> list[list[str]]:
     rows = []
     for v in findings.verdicts[recipe.convention]:
         duel = v.duels[0]
         margin = f"{v.margin:.4f} ({_interval(*v.margin_interval)}) below {recipe.label(v.runner_up)}"
         flips = findings.flips(recipe, v.budget)
         used = {m: findings.selected[m, v.budget].size for m in (recipe.subject, duel.rival)}
-        doubts = [f for f in findings.flags if f.budget == v.budget and f.size == used.get(f.mixer)]
+        flags = [f for f in findings.flags if f.budget == v.budget and f.size == used.get(f.mixer)]
+        doubts = [f"{recipe.label(f.mixer)}, {f.kind}: {f.text}" for f in flags]
+        doubts += [
+            f"{recipe.label(p.mixer)}, incomplete: {p}"
+            for p in _incomplete(parts, findings.context)
+            if p.budget == v.budget
+        ]
         rows.append(
             [
                 f"{v.budget:.3g}",
@@ -99,7 +128,7 @@ def _verdict_rows(recipe: Recipe, findings: Findings) -> list[list[str]]:
                 f"{_signed(duel.difference)} ({_interval(duel.low, duel.high)}) to {recipe.label(duel.rival)}",
                 f"**{v.outcome}**",
                 "; ".join(f"{c}: {o}" for c, o in flips) or "none",
-                "; ".join(f"{recipe.label(f.mixer)}, {f.kind}: {f.text}" for f in doubts) or "none",
+                "; ".join(doubts) or "none",
             ]
         )
     return rows
@@ -219,26 +248,35 @@ def _method(recipe: Recipe) -> list[str]:
     ]
 
 
-def page(recipe: Recipe, results: Sequence[Findings], drawn: Sequence[tuple[int, Figure]]) -> str:
+def page(
+    recipe: Recipe,
+    results: Sequence[Findings],
+    drawn: Sequence[tuple[int, Figure]],
+    parts: Sequence[Coverage] = (),
+) -> str:
     """Return the Markdown page of a report.
 
     Args:
         results: findings per context.
         drawn: (context, figure) of every figure that has data.
+        parts: how much there is of what the recipe asks for; empty: not known, and not spoken of.
     """
     lines = [f"# Sweep `{recipe.name}`", "", recipe.question, "", f"    powertrain sweep run {recipe.name}", ""]
     lines[-2:] = [f"    powertrain sweep run {recipe.name}", f"    powertrain sweep report {recipe.name}", ""]
     lines += [*(f"**{headline(recipe, f)}**" for f in results), ""]
     lines += [*(f"- {note}" for note in recipe.notes), ""] if recipe.notes else []
     for findings in results:
-        lines += _context_section(recipe, findings, [kind for context, kind in drawn if context == findings.context])
+        kinds = [kind for context, kind in drawn if context == findings.context]
+        lines += _context_section(recipe, findings, kinds, parts)
     lines += ["## Method", "", *_method(recipe), ""]
     return "\n".join(lines)
 
 
-def _context_section(recipe: Recipe, findings: Findings, kinds: Sequence[Figure]) -> list[str]:
-    lines = [f"## Context {findings.context}", ""]
-    rows = _verdict_rows(recipe, findings)
+def _context_section(
+    recipe: Recipe, findings: Findings, kinds: Sequence[Figure], parts: Sequence[Coverage]
+) -> list[str]:
+    lines = [f"## Context {findings.context}", "", *_missing_lines(recipe, findings, parts)]
+    rows = _verdict_rows(recipe, findings, parts)
     if rows:
         subject = recipe.label(recipe.subject)
         header = [
@@ -312,8 +350,12 @@ def _rounded(value: object) -> object:
     return value
 
 
-def build(recipe: Recipe, records: Sequence[CellRecord]) -> dict[str, bytes]:
-    """Return every file of a report by its relative path; a pure function of recipe and records.
+def build(recipe: Recipe, records: Sequence[CellRecord], parts: Sequence[Coverage] = ()) -> dict[str, bytes]:
+    """Return every file of a report by its relative path; a pure function of its arguments.
+
+    Args:
+        records: finished cells, timed as they should be shown (`timing.with_timings`).
+        parts: see `page`.
 
     Errors:
         ValueError: there are no records.
@@ -334,7 +376,7 @@ def build(recipe: Recipe, records: Sequence[CellRecord]) -> dict[str, bytes]:
                 drawn.append((findings.context, kind))
                 for suffix, content in render(figure).items():
                     files[f"figures/{kind}-{findings.context}.{suffix}"] = content
-    files["README.md"] = page(recipe, results, drawn).encode()
+    files["README.md"] = page(recipe, results, drawn, parts).encode()
     files["summary.json"] = summary(recipe, results).encode()
     buffer = io.BytesIO()
     pyarrow.parquet.write_table(table(records), buffer, compression="zstd")

@@ -48,6 +48,11 @@ class SweepPaths:
         return self.root / "records"
 
     @property
+    def timings(self) -> Path:
+        """One file per mixer and size that was timed alone; committed as the records are."""
+        return self.root / "timings"
+
+    @property
     def claims(self) -> Path:
         """Who runs what."""
         return self.root / "claims"

@@ -1,13 +1,18 @@
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 
 import pytest
 
-from powertrain.scaling.recipe import Limits, Stage
+from powertrain import __version__
+from powertrain.scaling.launch import run_on_gpus
+from powertrain.scaling.plan import coverage
+from powertrain.scaling.recipe import Analysis, Limits, Stage
 from powertrain.scaling.records import table
+from powertrain.scaling.report import build
 from powertrain.scaling.run import Failures, Interrupted, SweepPaths, SweepState, run
 
 from . import synthetic
@@ -21,6 +26,8 @@ RECIPE = synthetic.recipe(
     ),
     limits=Limits(min_steps=20),
     warmup_steps=5,
+    analysis=Analysis(bootstrap=100, law_bootstrap=20),
+    figures=("perplexity",),
 )
 
 
@@ -138,3 +145,39 @@ def test_killed_at_random_and_resumed_the_table_is_identical(tmp_path, unbroken)
     run(state, FakeExecutor())
     assert not state.missing(state.expand())
     assert rows(state) == unbroken
+
+
+def test_a_sweep_cut_short_reports_what_there_is_and_what_is_missing(tmp_path):
+    """Records that came from a machine that is gone, its claims and runs with it, are enough to go on."""
+    state, executor = state_in(tmp_path / "first"), FakeExecutor()
+    run(state, executor, stop=lambda: len(executor.ran) >= 20)
+    first = coverage(RECIPE, state.expand(), state.store.finished())
+    assert next(c.finished for c in first if c.budget == 1e15) > 0
+    assert not all(c.complete for c in first)
+    assert any(c.later for c in first if c.budget == 3e15)
+    files = build(RECIPE, state.store.read(), first)
+    text = files["README.md"].decode()
+    missing = text.split("### What is missing")[1].split("###")[0]
+    for part in first:
+        row = f"| {part.budget:.3g} | {RECIPE.label(part.mixer)} | {part} |"
+        assert (row in missing) is not part.complete
+    verdicts = [line for line in text.splitlines() if line.startswith("| 1e+15") and "incomplete:" in line]
+    assert len(verdicts) == (1 if "### Verdict" in text else 0)
+
+    second = state_in(tmp_path / "second")
+    second.paths.root.mkdir()
+    shutil.copytree(state.paths.records, second.paths.records)
+    resumed = FakeExecutor()
+    run(second, resumed)
+    assert not set(resumed.ran) & set(executor.ran)
+    done = coverage(RECIPE, second.expand(), second.store.finished())
+    assert all(c.complete for c in done)
+    assert "What is missing" not in build(RECIPE, second.store.read(), done)["README.md"].decode()
+
+
+def test_runners_share_a_gpu(tmp_path):
+    """Each has a log of its own; what they do with one sweep is tested above."""
+    assert run_on_gpus(["--version"], ["0", "3"], tmp_path, per_gpu=2) == 0
+    logs = sorted(tmp_path.glob("*.log"))
+    assert [log.name for log in logs] == [f"runner-{gpu}-{n}.log" for gpu in (0, 3) for n in (0, 1)]
+    assert all(__version__ in log.read_text() for log in logs)
