@@ -8,7 +8,15 @@ import pytest
 from powertrain.scaling import cli
 from powertrain.scaling.catalog import ComposedCatalog, state_size
 from powertrain.scaling.cells import Expander
-from powertrain.scaling.plan import ASSUMED_UTILISATION, OVERHEAD_SECONDS, Pricer, find_device, make_plan, summary
+from powertrain.scaling.plan import (
+    ASSUMED_UTILISATION,
+    LAYER_SECONDS,
+    OVERHEAD_SECONDS,
+    Pricer,
+    find_device,
+    make_plan,
+    summary,
+)
 from powertrain.scaling.recipe import Limits, Recipe, Stage
 from powertrain.schema import ConfigError, build
 
@@ -120,12 +128,16 @@ def fake_plan(stages, records=(), device="H200", finished=()):
     return make_plan(Expander(recipe, FakeCatalog(), outcomes).expand(), find_device(device), records, finished)
 
 
-def test_time_is_executed_flops_over_the_assumed_rate():
+def test_time_is_executed_flops_over_the_assumed_rate_or_that_of_launching_kernels():
     plan = fake_plan((Stage((1e15,), "all", "grid"),))
-    cell = plan.expansion.cells[0]
-    flops = cell.tokens * cell.cost.flops_per_token["executed"]
-    expected = flops / (989.4e12 * ASSUMED_UTILISATION) + OVERHEAD_SECONDS
-    assert plan.estimates[cell.id].seconds == pytest.approx(expected)
+    bound = set()
+    for cell in plan.expansion.cells:
+        working = cell.tokens * cell.cost.flops_per_token["executed"] / (989.4e12 * ASSUMED_UTILISATION)
+        launching = cell.steps * cell.config.model.n_layers * LAYER_SECONDS
+        bound.add(working > launching)
+        expected = max(working, launching) + OVERHEAD_SECONDS
+        assert plan.estimates[cell.id].seconds == pytest.approx(expected)
+    assert bound == {True, False}
     assert plan.hours == pytest.approx(sum(e.seconds for e in plan.estimates.values()) / 3600)
     assert "assuming 30%" in summary(plan)
 
