@@ -58,6 +58,7 @@ NOT_IDENTITY = {
         "devices",
         "num_nodes",
         "strategy",
+        "context_parallel",
         "micro_batch_size",
         "log_every_steps",
         "checkpoint_every_steps",
@@ -165,7 +166,12 @@ class RunConfig:
                 f"give cluster.tasks_per_node instead"
             )
         sequences = trainer.global_batch_tokens // trainer.context_length
-        at_once = cluster.processes * (trainer.micro_batch_size or 1)
+        if cluster.processes % trainer.context_parallel:
+            raise ValueError(
+                f"trainer.context_parallel={trainer.context_parallel} does not divide the job's {cluster.processes} "
+                f"processes into equal groups: give a divisor of their number"
+            )
+        at_once = cluster.processes // trainer.context_parallel * (trainer.micro_batch_size or 1)
         if sequences % at_once:
             micro = f" of micro-batches of {trainer.micro_batch_size}" if trainer.micro_batch_size else ""
             raise ValueError(

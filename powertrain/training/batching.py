@@ -25,11 +25,17 @@ class Devices:
     accelerator: str  # cpu or gpu, as Lightning names them
     per_node: int  # processes on each node
     num_nodes: int
+    context_parallel: int = 1  # neighbouring processes that share each sequence
 
     @property
     def world_size(self) -> int:
         """Processes that train together."""
         return self.per_node * self.num_nodes
+
+    @property
+    def data_parallel(self) -> int:
+        """Processes, or groups of those that share sequences, that read different samples."""
+        return self.world_size // self.context_parallel
 
     @property
     def torch_device(self) -> torch.device:
@@ -43,7 +49,8 @@ def resolve_devices(config: TrainerConfig) -> Devices:
     """Decide accelerator and number of processes from the configuration and the machine.
 
     Errors:
-        ValueError: more GPUs are asked for than there are, or the global batch cannot be shared equally.
+        ValueError: more GPUs are asked for than there are, they do not divide into groups that share sequences, or the
+            global batch cannot be shared equally.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     accelerator = config.accelerator if config.accelerator != "auto" else ("gpu" if gpus else "cpu")
@@ -56,13 +63,20 @@ def resolve_devices(config: TrainerConfig) -> Devices:
             )
     else:
         per_node = 1 if config.devices == "auto" else int(config.devices)
-    devices = Devices(accelerator, per_node, config.num_nodes)
+    devices = Devices(accelerator, per_node, config.num_nodes, config.context_parallel)
+    if devices.world_size % config.context_parallel:
+        raise ValueError(
+            f"trainer.context_parallel={config.context_parallel} does not divide the {devices.world_size} processes of"
+            f" trainer.devices={config.devices} and trainer.num_nodes={config.num_nodes} into equal groups;"
+            f" allowed are {sorted(_divisors(devices.world_size))}."
+        )
     rows = config.global_batch_tokens // config.context_length
-    if rows % devices.world_size:
+    if rows % devices.data_parallel:
+        sharing = f"groups of {config.context_parallel} processes" if config.context_parallel > 1 else "processes"
         raise ValueError(
             f"trainer.global_batch_tokens={config.global_batch_tokens} is {rows} sequences of"
-            f" {config.context_length} tokens, which {devices.world_size} processes cannot share equally;"
-            f" give a multiple of {config.context_length * devices.world_size}."
+            f" {config.context_length} tokens, which {devices.data_parallel} {sharing} cannot share equally;"
+            f" give a multiple of {config.context_length * devices.data_parallel}."
         )
     return devices
 
@@ -97,22 +111,25 @@ def choose_micro_batch_size(model: nn.Module, config: TrainerConfig, devices: De
     """Return the sequences of one forward pass on one device.
 
     The configured number, else the largest divisor of a device's share of the global batch that fits: on a GPU the
-    largest whose forward and backward pass fit its memory, on a CPU the largest of at most 8192 tokens.
+    largest whose forward and backward pass fit its memory, on a CPU the largest of at most 8192 tokens. Where
+    processes share sequences, a device has its slice of each.
 
     Errors:
         ValueError: the configured number does not divide the share, or one sequence does not fit the GPU.
     """
-    share = config.global_batch_tokens // config.context_length // devices.world_size
+    share = config.global_batch_tokens // config.context_length // devices.data_parallel
+    tokens = -(-config.context_length // devices.context_parallel)  # of a sequence, on one device
     candidates = _divisors(share)
     if config.micro_batch_size is not None:
         if config.micro_batch_size not in candidates:
             raise ValueError(
                 f"trainer.micro_batch_size={config.micro_batch_size} does not divide the {share} sequences that each"
-                f" of {devices.world_size} processes has in a global batch; allowed are {sorted(candidates)}."
+                f" of {devices.data_parallel} {'groups of ' if devices.context_parallel > 1 else ''}processes has in a"
+                f" global batch; allowed are {sorted(candidates)}."
             )
         return config.micro_batch_size
     if devices.accelerator == "cpu":
-        limit = max(1, CPU_MICRO_BATCH_TOKENS // config.context_length)
+        limit = max(1, CPU_MICRO_BATCH_TOKENS // tokens)
         return next(n for n in candidates if n <= limit)
     if config.strategy == "fsdp":
         raise ValueError(
@@ -124,7 +141,7 @@ def choose_micro_batch_size(model: nn.Module, config: TrainerConfig, devices: De
     # From small to large: a pass that runs out of memory costs more than all that fit.
     best = None
     for rows in reversed(candidates):
-        if not _fits(model, rows, config.context_length, config.precision, device):
+        if not _fits(model, rows, tokens, config.precision, device):
             break
         best = rows
     gc.collect()

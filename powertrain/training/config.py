@@ -117,6 +117,7 @@ class TrainerConfig:
     # How processes share the model: ddp (each has all of it), fsdp (FSDP2: parameters, gradients and optimizer are
     # divided over them) or auto (ddp). One process alone needs none.
     strategy: str = "auto"
+    context_parallel: int = 1  # processes that share each sequence, which divides into as many slices; 1 shares none
     hang_timeout: float = 1800.0  # seconds without a finished batch after which all processes show their stacks and end
     compile: bool = False  # torch.compile of the model
     val_every_steps: int = 100  # steps between validations; the last step always validates
@@ -135,6 +136,7 @@ class TrainerConfig:
             "context_length",
             "global_batch_tokens",
             "num_nodes",
+            "context_parallel",
             "val_every_steps",
             "log_every_steps",
             "keep_checkpoints",
@@ -165,6 +167,11 @@ class TrainerConfig:
                 f"trainer.global_batch_tokens is {self.global_batch_tokens}, which is not a multiple of"
                 f" trainer.context_length {self.context_length}; the nearest are"
                 f" {' and '.join(str(n) for n in (below, below + self.context_length) if n)}."
+            )
+        if self.context_parallel > self.context_length:
+            raise ValueError(
+                f"trainer.context_parallel is {self.context_parallel}, more than the {self.context_length} tokens of"
+                " trainer.context_length; every process needs at least one token of a sequence."
             )
         rows = self.global_batch_tokens // self.context_length
         if self.micro_batch_size is not None and rows % self.micro_batch_size:

@@ -24,6 +24,7 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from powertrain.ops.context_shard import ContextGroup
 from powertrain.training.batching import Devices
 from powertrain.training.config import TrainerConfig
 from powertrain.training.launch import launcher
@@ -101,6 +102,14 @@ def process_group(config: TrainerConfig, devices: Devices) -> Iterator[Ranks]:
     # Rank 0 keeps the store: it leaves last. After an error there may be nobody left to wait for.
     ranks.max(0)
     torch.distributed.destroy_process_group()
+
+
+def context_group(ranks: Ranks, size: int) -> ContextGroup | None:
+    """Return the `size` neighbouring ranks that share sequences with this one, None for 1; a collective of all."""
+    if size == 1:
+        return None
+    group, _ = torch.distributed.new_subgroups(size)
+    return ContextGroup(group, ranks.rank % size, size)
 
 
 def shard_model(model: nn.Module, ranks: Ranks, precision: str) -> None:

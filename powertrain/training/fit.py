@@ -22,6 +22,7 @@ from powertrain.training.checkpointing import Checkpointing, StopSignals, Traini
 from powertrain.training.config import DebugConfig, LoggerConfig, OptimConfig, ScheduleConfig, TrainerConfig
 from powertrain.training.distribution import (
     compile_model,
+    context_group,
     launcher_environment,
     lightning_strategy,
     materialize,
@@ -215,9 +216,12 @@ def fit(
         checkpoint = store.latest()
         micro_batch_size = choose_micro_batch_size(model, trainer, devices)
         rows = trainer.global_batch_tokens // trainer.context_length
-        accumulation = rows // (micro_batch_size * devices.world_size)
+        accumulation = rows // (micro_batch_size * devices.data_parallel)
         datamodule.micro_batch_size = micro_batch_size  # type: ignore[attr-defined]
         datamodule.global_batch_size = rows  # type: ignore[attr-defined]
+        context = context_group(ranks, devices.context_parallel)
+        if context is not None:
+            datamodule.set_ranks(ranks.rank // context.size, devices.data_parallel)  # type: ignore[attr-defined]
         if trainer.strategy == "fsdp" and ranks.size > 1:
             shard_model(model, ranks, trainer.precision)
         materialize(model, ranks.device)
@@ -233,6 +237,7 @@ def fit(
             bytes_per_token=getattr(datamodule, "bytes_per_token", None),
             overfit=debug.overfit,
             ranks=ranks,
+            context=context,
         )
         start = 0
         if checkpoint is not None:

@@ -47,13 +47,14 @@ class ValidationMetrics:
         # Rows: sum of losses, number of labels, sum of bytes; one column per bucket.
         self.sums = torch.zeros(3, len(self.upper_bounds), dtype=torch.float64, device=device)
 
-    def update(self, losses: Tensor, labels: Tensor, cu_seqlens: Tensor, label_bytes: Tensor | None) -> None:
-        """Add one batch: losses (B, T) fp32 in nats, labels (B, T), cu_seqlens (M,), label_bytes (B, T) or None."""
+    def update(self, losses: Tensor, labels: Tensor, positions: Tensor, label_bytes: Tensor | None) -> None:
+        """Add one batch: losses (B, T) fp32 in nats, labels (B, T), label_bytes (B, T) or None, and positions (B, T),
+        how many earlier tokens each token sees (`positions_in_context`).
+        """
         counted = (labels != IGNORE_INDEX).flatten()
-        position = positions_in_context(cu_seqlens, labels.numel())
         bounds = torch.tensor(self.upper_bounds, device=losses.device)
         # Positions from bounds[i - 1] to bounds[i] - 1 belong to bucket i.
-        bucket = torch.searchsorted(bounds, position, right=True).clamp_(max=len(self.upper_bounds) - 1)
+        bucket = torch.searchsorted(bounds, positions.flatten(), right=True).clamp_(max=len(self.upper_bounds) - 1)
         one_hot = torch.nn.functional.one_hot(bucket, len(self.upper_bounds)).to(torch.float64)
         values = torch.where(counted, losses.flatten().double(), 0.0)
         rows = [values, counted.double()]

@@ -15,10 +15,18 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from powertrain.ops.context_shard import ContextGroup
 from powertrain.training.clock import Clock
 from powertrain.training.config import OptimConfig, TrainerConfig
 from powertrain.training.distribution import total_norm
-from powertrain.training.metrics import IGNORE_INDEX, ValidationMetrics, bits_per_byte, perplexity
+from powertrain.training.inputs import model_inputs, own_part
+from powertrain.training.metrics import (
+    IGNORE_INDEX,
+    ValidationMetrics,
+    bits_per_byte,
+    perplexity,
+    positions_in_context,
+)
 from powertrain.training.nonfinite import NonFiniteError, diagnose, first_fault, has_room, save_record
 from powertrain.training.optim import build_optimizer
 from powertrain.training.ranks import ALONE, Ranks
@@ -52,6 +60,7 @@ class PowertrainModule(pl.LightningModule):
         bytes_per_token: of the training text; None leaves out bits per byte where batches do not say it.
         overfit: train on the first global batch again and again.
         ranks: the processes that train together; alone unless given.
+        context: those among them that share each sequence with this one.
     """
 
     def __init__(
@@ -66,6 +75,7 @@ class PowertrainModule(pl.LightningModule):
         bytes_per_token: float | None = None,
         overfit: bool = False,
         ranks: Ranks = ALONE,
+        context: ContextGroup | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -77,6 +87,7 @@ class PowertrainModule(pl.LightningModule):
         self.bytes_per_token = bytes_per_token
         self.overfit = overfit
         self.ranks = ranks
+        self.context = context
         self.counters = Counters()
         self.clock = Clock()
         self.loss = float("nan")  # of the latest step, nats per token
@@ -131,23 +142,19 @@ class PowertrainModule(pl.LightningModule):
             self._rng = capture_rng()
         self._micro_batches.append(batch)
         last = micro == self.trainer.accumulate_grad_batches - 1
-        labels = batch["labels"]
-        output = self.model(
-            batch["input_ids"],
-            labels=labels,
-            cu_seqlens=batch.get("cu_seqlens"),
-            loss_reduction="sum",
-            collect_stats=last and self._records_after(self.step + 1),
-        )
+        inputs = model_inputs(batch, self.context)
+        collect_stats = last and self._records_after(self.step + 1)
+        output = self.model(**inputs, loss_reduction="sum", collect_stats=collect_stats)
         self._stats = output.stats
-        valid = (labels != IGNORE_INDEX).sum()
+        valid = (inputs["labels"] != IGNORE_INDEX).sum()
         parts = [output.loss.detach(), valid]
         if "label_bytes" in batch:
-            parts.append(batch["label_bytes"].sum())
+            parts.append(own_part(batch["label_bytes"], inputs).sum())
         self._sums[: len(parts)] += torch.stack([part.double() for part in parts])
         # Divided by the number of tokens that a full micro-batch has, so that micro-batches weigh by their labels;
-        # Lightning divides by the number of micro-batches, and DDP and FSDP by that of ranks.
-        return output.loss / labels.numel()
+        # Lightning divides by the number of micro-batches, and DDP and FSDP by that of ranks, of which those that share
+        # sequences add up to one.
+        return output.loss / (batch["labels"].numel() / (1 if self.context is None else self.context.size))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         lr = self.optim.lr * self.schedule.multiplier(self.step)
@@ -189,7 +196,7 @@ class PowertrainModule(pl.LightningModule):
         optimizer.zero_grad(set_to_none=True)
         # All ranks do the same and come to one answer, of whichever of them it began on.
         rank, diagnosis = first_fault(
-            self.ranks.gather(diagnose(self.model, self._micro_batches, self.config.precision))
+            self.ranks.gather(diagnose(self.model, self._micro_batches, self.config.precision, self.context))
         )
         config = getattr(self.model, "config", None)
         directory = self.run_dir / "nonfinite" / f"step-{number:08d}"
@@ -282,11 +289,14 @@ class PowertrainModule(pl.LightningModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         labels = batch["labels"]
+        inputs = model_inputs(batch, self.context)
+        output = self.model(**inputs, loss_reduction="none")
         cu_seqlens = batch.get("cu_seqlens")
-        output = self.model(batch["input_ids"], labels=labels, cu_seqlens=cu_seqlens, loss_reduction="none")
         if cu_seqlens is None:
             cu_seqlens = torch.arange(0, labels.numel() + 1, labels.shape[1], device=labels.device)
-        self._validation.update(output.loss, labels, cu_seqlens, batch.get("label_bytes"))
+        positions = own_part(positions_in_context(cu_seqlens, labels.numel()).view_as(labels), inputs)
+        label_bytes = own_part(batch["label_bytes"], inputs) if "label_bytes" in batch else None
+        self._validation.update(output.loss, inputs["labels"], positions, label_bytes)
 
     def on_validation_epoch_end(self) -> None:
         if self.trainer.world_size > 1:

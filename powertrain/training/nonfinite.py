@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from powertrain.ops.context_shard import ContextGroup
+from powertrain.training.inputs import model_inputs
 from powertrain.training.metrics import IGNORE_INDEX
 from powertrain.training.rng import capture_rng, restore_rng
 
@@ -63,14 +65,17 @@ def autocast(precision: str, device_type: str) -> contextlib.AbstractContextMana
     return contextlib.nullcontext()
 
 
-def diagnose(model: nn.Module, micro_batches: list[dict[str, Tensor]], precision: str) -> Diagnosis:
+def diagnose(
+    model: nn.Module, micro_batches: list[dict[str, Tensor]], precision: str, context: ContextGroup | None = None
+) -> Diagnosis:
     """Run the micro-batches forward and backward under observation; gradients are left empty.
 
-    Every process runs all of them whatever it finds, because those of a sharded model do it together.
+    Every process runs all of them whatever it finds, because those that share a model or sequences do it together.
 
     Args:
         model: takes `(input_ids, labels=, cu_seqlens=)` and returns an object with `loss`.
         micro_batches: batches on the model's device.
+        context: the processes that share the sequences with this one.
     """
     weights = next((name for name, parameter in model.named_parameters() if not _finite(parameter)), None)
     found: dict[str, str] = {}
@@ -104,14 +109,10 @@ def diagnose(model: nn.Module, micro_batches: list[dict[str, Tensor]], precision
             for batch in micro_batches:
                 device_type = batch["input_ids"].device.type
                 with autocast(precision, device_type):
-                    output = model(
-                        batch["input_ids"],
-                        labels=batch["labels"],
-                        cu_seqlens=batch.get("cu_seqlens"),
-                        loss_reduction="sum",
-                    )
+                    inputs = model_inputs(batch, context)
+                    output = model(**inputs, loss_reduction="sum")
                 total += float(output.loss.detach())
-                labels_seen += int((batch["labels"] != IGNORE_INDEX).sum())
+                labels_seen += int((inputs["labels"] != IGNORE_INDEX).sum())
                 output.loss.backward()
                 observing = observing and not found
     finally:

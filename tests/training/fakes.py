@@ -85,8 +85,7 @@ class Samples(IterableDataset):
 
     def __iter__(self) -> Any:
         data = self.data
-        trainer = data.trainer
-        rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        rank, world = data.ranks
         index = 0
         while True:
             yield make_batch(self.start + (index * world + rank) * data.micro_batch_size, data.micro_batch_size)
@@ -104,6 +103,16 @@ class FakeData(pl.LightningDataModule):
         self.global_batch_size = 4
         self.start = 0
         self.before = 0
+        self._ranks: tuple[int, int] | None = None
+
+    def set_ranks(self, rank: int, world_size: int) -> None:
+        self._ranks = (rank, world_size)
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        if self._ranks is not None:
+            return self._ranks
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(Samples(self, self.start), batch_size=None)
@@ -117,7 +126,7 @@ class FakeData(pl.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         assert self.trainer is not None
         micro = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
-        return {"consumed_samples": self.start + micro * self.micro_batch_size * self.trainer.world_size}
+        return {"consumed_samples": self.start + micro * self.micro_batch_size * self.ranks[1]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.start = state_dict["consumed_samples"]

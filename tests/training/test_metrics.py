@@ -33,7 +33,8 @@ def test_validation_metrics_equal_a_plain_loop(rows_per_batch):
     metrics = ValidationMetrics(300, torch.device("cpu"))
     for i in range(0, 6, rows_per_batch):
         part = slice(i, i + rows_per_batch)
-        metrics.update(losses[part], labels[part], offsets(cuts[part], 300), sizes[part])
+        positions = positions_in_context(offsets(cuts[part], 300), labels[part].numel())
+        metrics.update(losses[part], labels[part], positions, sizes[part])
     result = metrics.compute(bytes_per_token=None)
 
     sums, counts, total_bytes = {}, {}, 0
@@ -58,13 +59,13 @@ def test_losses_of_ignored_labels_do_not_count_even_if_not_finite():
     metrics = ValidationMetrics(4, torch.device("cpu"))
     losses = torch.tensor([[1.0, float("nan"), 3.0, float("inf")]])
     labels = torch.tensor([[1, -100, 2, -100]])
-    metrics.update(losses, labels, torch.tensor([0, 4]), None)
+    metrics.update(losses, labels, torch.arange(4)[None], None)
     assert metrics.compute(None)["val/loss"] == 2.0
 
 
 def test_bits_per_byte_falls_back_on_the_corpus_and_may_be_unknown():
     metrics = ValidationMetrics(4, torch.device("cpu"))
-    metrics.update(torch.full((1, 4), math.log(2)), torch.ones(1, 4, dtype=torch.int64), torch.tensor([0, 4]), None)
+    metrics.update(torch.full((1, 4), math.log(2)), torch.ones(1, 4, dtype=torch.int64), torch.arange(4)[None], None)
     assert metrics.compute(2.0)["val/bits_per_byte"] == pytest.approx(0.5)
     assert "val/bits_per_byte" not in metrics.compute(None)
 

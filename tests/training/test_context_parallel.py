@@ -1,0 +1,72 @@
+"""Processes that share sequences train as one process does: losses, validation, gradient norms, whatever the strategy."""
+
+import pytest
+
+from powertrain.training.batching import Devices, resolve_devices
+from powertrain.training.config import TrainerConfig
+from powertrain.training.records import read_metrics
+from tests.training.rank_script import train
+from tests.training.test_distribution import FP32, STEPS, assert_same_training, run_ranks, values
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """One process, two that share every sequence, and two pairs that do; a launch each."""
+    directory = tmp_path_factory.mktemp("runs")
+    train(directory, name="alone", model="gpt", **STEPS)
+    shared = {"model": "gpt", "context_parallel": 2}
+    run_ranks(
+        directory,
+        2,
+        {"name": "ddp", **shared},
+        {"name": "fsdp", "strategy": "fsdp", "options": {"activation_checkpointing": True}, **shared},
+        {"name": "compiled", "compile": True, **shared},
+        # Two steps by processes that share sequences, the rest by one that does not.
+        {"name": "moved", **shared, "steps": 2},
+    )
+    run_ranks(directory, 4, {"name": "pairs", "strategy": "fsdp", **shared, "micro_batch_size": 2})
+    return directory
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "compiled", "pairs"])
+def test_shared_sequences_train_as_whole_ones(runs, name):
+    assert_same_training(runs / name, runs / "alone", FP32)
+
+
+def test_everything_that_is_logged_is_of_whole_sequences(runs):
+    for key in ("val/loss_by_position/64", "val/bits_per_byte", "power/min_normalizer/0", "power/gate_half_life/1"):
+        expected = values(runs / "alone", key)
+        assert expected
+        # Normalisers are sums of squares that cancel; see docs/op.md.
+        assert values(runs / "ddp", key) == pytest.approx(expected, rel=1e-3 if "power" in key else FP32), key
+    keys = [{key for record in read_metrics(runs / name) for key in record} for name in ("alone", "ddp")]
+    assert keys[0] == keys[1]
+
+
+def test_a_run_goes_on_where_sequences_are_no_longer_shared(runs):
+    assert train(runs, name="moved", model="gpt", **STEPS).resumed_step == 2
+    assert_same_training(runs / "moved", runs / "alone", FP32)
+
+
+def test_groups_of_processes_share_the_global_batch():
+    config = TrainerConfig(
+        accelerator="cpu", devices=6, context_parallel=3, context_length=64, global_batch_tokens=64 * 4
+    )
+    assert resolve_devices(config) == Devices("cpu", 6, 1, 3)
+    assert resolve_devices(config).data_parallel == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"context_parallel": 4}, r"context_parallel=4 does not divide the 6 processes .* allowed are \[1, 2, 3, 6\]"),
+        ({"context_parallel": 2}, "is 4 sequences of 64 tokens, which 3 groups of 2 processes cannot share equally"),
+        ({"context_parallel": 65}, "context_parallel is 65, more than the 64 tokens"),
+        ({"context_parallel": 0}, "context_parallel is 0; it must be a whole number of at least 1"),
+    ],
+)
+def test_contradictions_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        resolve_devices(
+            TrainerConfig(accelerator="cpu", devices=6, context_length=64, global_batch_tokens=64 * 4, **changes)
+        )
