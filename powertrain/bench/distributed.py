@@ -304,8 +304,8 @@ def _environment(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
 def _table(rows: list[dict[str, Any]], record: dict[str, Any]) -> Table:
     where = " + ".join(record["gpus"]) or "CPU"
     table = Table(title=f"Training on random tokens, {where}, torch {record['torch']}")
-    for name in ("case", "processes", "context", "tokens/s", "times", "of", "save", "its pause", "memory"):
-        table.add_column(name, justify="left" if name in ("case", "of") else "right")
+    for name in ("case", "ranks", "context", "tokens/s", "scaling", "save", "pause", "memory"):
+        table.add_column(name, justify="left" if name == "case" else "right")
     for row in rows:
         pause, total, memory = row["save_pause_seconds"], row["save_seconds"], row["peak_memory_bytes"]
         table.add_row(
@@ -313,8 +313,7 @@ def _table(rows: list[dict[str, Any]], record: dict[str, Any]) -> Table:
             str(row["processes"]),
             f"{row['context_length']:,}",
             f"{row['tokens_per_second']:,.0f}",
-            f"{row['times_the_baseline']:.2f}",
-            row["baseline"],
+            f"{row['times_the_baseline']:.2f} x {row['baseline']}",
             f"{total:.2f} s" if total else "",
             f"{pause / total:.1%}" if total else "",
             f"{memory / 2**30:.1f} GiB" if memory else "",
