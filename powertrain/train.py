@@ -425,6 +425,7 @@ def _report(config: RunConfig, result: RunResult, overrides: list[str] | None) -
     if not _is_main_process():
         return
     from powertrain.inference.generate import generate_text, load_run
+    from powertrain.training.batching import resolve_devices
     from powertrain.training.plots import plot_curve
 
     m = result.metrics
@@ -436,7 +437,7 @@ def _report(config: RunConfig, result: RunResult, overrides: list[str] | None) -
         _say(f"validation loss {m['val/loss']:.4f} nats per token, perplexity {m['val/perplexity']:.2f}{per_byte}")
     _say(f"loss curve      {plot_curve(result.run_dir)}")
     if config.sample.max_new_tokens:
-        model, tokenizer = load_run(result.run_dir)
+        model, tokenizer = load_run(result.run_dir, resolve_devices(config.trainer).torch_device)
         pieces = generate_text(
             model,
             tokenizer,

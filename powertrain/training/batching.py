@@ -103,8 +103,10 @@ def _fits(model: nn.Module, rows: int, context: int, precision: str, device: tor
         loss = None
         model.zero_grad(set_to_none=True)
     moments = 2 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    total = torch.cuda.get_device_properties(device).total_memory
-    return torch.cuda.max_memory_allocated(device) + moments <= (1 - GPU_RESERVE) * total
+    # Of a GPU that other processes use as well, only the rest is ours.
+    free, _ = torch.cuda.mem_get_info(device)
+    ours = free + torch.cuda.memory_reserved(device)
+    return torch.cuda.max_memory_allocated(device) + moments <= (1 - GPU_RESERVE) * ours
 
 
 def choose_micro_batch_size(model: nn.Module, config: TrainerConfig, devices: Devices) -> int:
@@ -137,6 +139,10 @@ def choose_micro_batch_size(model: nn.Module, config: TrainerConfig, devices: De
             f" whole model on one of them; allowed are {sorted(candidates)}."
         )
     device = devices.torch_device
+    if config.deterministic:
+        # cuBLAS reads it with the first product of the process, which is one of the trials below; Lightning sets it
+        # only afterwards.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     model.to(device)
     # From small to large: a pass that runs out of memory costs more than all that fit.
     best = None

@@ -1,11 +1,13 @@
 import io
+import os
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 
-from powertrain.training.batching import Devices, choose_micro_batch_size, resolve_devices
+from powertrain.training.batching import Devices, _fits, choose_micro_batch_size, resolve_devices
 from powertrain.training.config import DebugConfig, TrainerConfig
 from powertrain.training.progress import ProgressReport, amount, duration
 from powertrain.training.records import read_metrics
@@ -49,6 +51,30 @@ def test_on_a_gpu_the_largest_that_fits_is_taken():
     model = TinyModel()
     config = TrainerConfig(context_length=64, global_batch_tokens=64 * 8)
     assert choose_micro_batch_size(model, config, Devices("gpu", 1, 1)) == 8
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+def _cuda_of_another_process(monkeypatch, free, reserved, peak):
+    """A GPU of 80 bytes as torch describes it, after a pass of this process."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak)
+    for name in ("empty_cache", "reset_peak_memory_stats", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, lambda *args: None)
+
+
+@pytest.mark.parametrize(
+    ("free", "reserved", "peak", "fits"),
+    [(60, 20, 70, True), (60, 20, 73, False), (20, 20, 36, True), (20, 20, 37, False)],
+)
+def test_what_other_processes_hold_is_not_there(monkeypatch, free, reserved, peak, fits):
+    _cuda_of_another_process(monkeypatch, free, reserved, peak)
+    model = TinyModel()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model.unused = torch.nn.Parameter(torch.zeros(0))
+    monkeypatch.setattr(TinyModel, "forward", lambda self, ids, **_: SimpleNamespace(loss=self.unused.sum()))
+    assert _fits(model, 1, 4, "32-true", torch.device("cpu")) is fits
 
 
 def test_records_have_every_promised_key(tmp_path):
