@@ -1,4 +1,9 @@
-"""Processes that share sequences train as one process does: losses, validation, gradient norms, whatever the strategy."""
+"""Processes that share sequences train as one does: losses, validation, gradient norms, whatever the strategy."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -7,6 +12,7 @@ from powertrain.training.config import TrainerConfig
 from powertrain.training.records import read_metrics
 from tests.training.rank_script import train
 from tests.training.test_distribution import FP32, STEPS, assert_same_training, run_ranks, values
+from tests.training.test_launch import OPTIONS
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +76,27 @@ def test_contradictions_are_refused(changes, message):
         resolve_devices(
             TrainerConfig(accelerator="cpu", devices=6, context_length=64, global_batch_tokens=64 * 4, **changes)
         )
+
+
+def test_one_command_shares_the_packed_documents_of_a_corpus(tmp_path):
+    """All kinds of mixers over short documents, with a context of which one process has a token more."""
+    for number in range(60):
+        text = "".join(f"x{i} = {number}\n" for i in range(1 + number % 7))
+        (tmp_path / f"{number}.txt").write_text(text)
+    arguments = [
+        *OPTIONS,
+        f"data.files={tmp_path}/*.txt",
+        f"paths.cache={tmp_path / 'cache'}",
+        f"paths.runs={tmp_path}",
+    ]
+    arguments += ["model.n_layers=4", 'mixer.kind="power,softmax,window,linear"', "mixer.gated=true", "mixer.window=9"]
+    arguments += ["trainer.context_length=63", "trainer.global_batch_tokens=252", "data.max_val_tokens=504"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    for name, changes in {
+        "one": ["trainer.devices=1"],
+        "two": ["trainer.devices=2", "trainer.context_parallel=2"],
+    }.items():
+        command = [sys.executable, "-m", "powertrain", "train", *arguments, f"run_id={name}", *changes]
+        subprocess.run(command, env=environment, check=True, timeout=240)
+    assert len(values(tmp_path / "one", "train/loss")) == 8
+    assert_same_training(tmp_path / "two", tmp_path / "one", FP32)
