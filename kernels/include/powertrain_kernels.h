@@ -261,7 +261,7 @@ typedef struct {
   int32_t num_cu_seqlens;
   const float* initial_state;       /* (B, Hk, F, V) contiguous, or null: empty */
   const float* initial_sum_of_keys; /* (B, Hk, F) contiguous, or null */
-  pt_tensor out;                    /* (B, T, Hq, V) */
+  pt_tensor out;                    /* (B, T, Hq, V); data null: only the final state is wanted, and its stages alone run */
   float* normalizer;                /* (B, Hq, T), in packed units */
   float* final_state;               /* (B, Hk, F, V) contiguous, or null */
   float* final_sum_of_keys;
@@ -279,7 +279,7 @@ typedef struct {
   int32_t has_initial_state; /* as in the forward pass */
   const float* dfinal_state; /* (B, Hk, F, V) contiguous, or null: zero */
   const float* dfinal_sum_of_keys;
-  pt_tensor dq, dk, dv;
+  pt_tensor dq, dk, dv;      /* dq.data null: only dinitial_state is wanted, and its stages alone run */
   float* dlog_G; /* (B, T, Hk), or null: not wanted */
   int64_t dlog_G_stride_b, dlog_G_stride_t, dlog_G_stride_h;
   float* dinitial_state; /* where has_initial_state, (B, Hk, F, V) contiguous */

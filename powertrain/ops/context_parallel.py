@@ -25,6 +25,7 @@ from powertrain.ops.api import PowerCall, resolve_call
 from powertrain.ops.attention import softmax_attention, window_attention
 from powertrain.ops.boundary_states import final_state, initial_state_grad
 from powertrain.ops.context_shard import ContextShard
+from powertrain.ops.cuda_boundary import final_state_cuda, initial_state_grad_cuda
 from powertrain.ops.cuda_plan import BLOCK, choose_chunk_size
 from powertrain.ops.library import power_retention_bwd_op, power_retention_op
 
@@ -242,7 +243,7 @@ class _TorchStages:
 
 
 class _CudaStages:
-    """`_Stages` by the CUDA kernels; states at the ends come from whole passes."""
+    """`_Stages` by the CUDA kernels."""
 
     def __init__(self, call: PowerCall, shard: ContextShard, has_gates: bool) -> None:
         self.has_gates, self.scale, self.key_heads = has_gates, call.scale, call.K.shape[2]
@@ -258,11 +259,7 @@ class _CudaStages:
 
     def final_state(self, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None) -> State:
         log_g = None if log_g is None else log_g.float()
-        chunk_size, arch = self.options
-        _, _, *state, _ = cuda.power_retention_cuda_op(
-            q, k, v, log_g, None, None, self.cu_seqlens, chunk_size, True, arch
-        )
-        return state[0], state[1]
+        return final_state_cuda(q, k, v, log_g, self.cu_seqlens, *self.options)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, state: State
@@ -275,15 +272,12 @@ class _CudaStages:
         return out, cuda.public_normalizer(raw, saved, self.scale, q, self.key_heads), (out, raw, saved)
 
     def initial_state_grad(self, grad_out: Tensor, saved: Saved) -> State:
-        return self._backward(grad_out, (None, None), saved)[-2:]
+        return initial_state_grad_cuda(grad_out, *saved, self.key_heads, *self.options)
 
     def backward(
         self, grad_out: Tensor, grad_leaving: State, saved: Saved
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        grad_q, grad_k, grad_v, grad_log_g, _, _ = self._backward(grad_out, grad_leaving, saved)
-        return grad_q, grad_k, grad_v, grad_log_g if self.has_gates else None
-
-    def _backward(self, grad_out: Tensor, grad_leaving: tuple[Tensor | None, Tensor | None], saved: Saved) -> Any:
-        return cuda.power_retention_cuda_bwd_op(
+        grad_q, grad_k, grad_v, grad_log_g, _, _ = cuda.power_retention_cuda_bwd_op(
             grad_out, *grad_leaving, *saved, self.cu_seqlens, self.key_heads, self.has_gates, True, *self.options
         )
+        return grad_q, grad_k, grad_v, grad_log_g if self.has_gates else None

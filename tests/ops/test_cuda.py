@@ -17,6 +17,7 @@ from torch import Tensor
 
 from powertrain.native import loader
 from powertrain.ops import cuda, cuda_plan, power_retention, power_retention_with_normalizer
+from powertrain.ops.cuda_boundary import final_state_cuda, initial_state_grad_cuda
 from powertrain.ops.cuda_plan import BLOCK, choose_chunk_size, saved_bytes
 from powertrain.ops.reference import power_retention_quadratic
 from powertrain.ops.sympow import phi_dimension
@@ -193,6 +194,7 @@ CASES = {
     "state_gqa": Case(T=200, state=True, Hq=4, B=2),
     "state_ungated": Case(T=257, state=True, gate=None),
     "state_one_chunk": Case(T=100, state=True),
+    "state_documents": Case(T=330, state=True, documents=True),
 }
 
 
@@ -288,6 +290,29 @@ def test_a_sequence_in_two_calls_is_the_sequence_in_one() -> None:
     assert relative_error(second[1], state) < 1e-2
     assert relative_error(second[2], total) < 1e-2
     assert state.shape == (1, 2, phi_dimension(SMALL, 2), SMALL)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("chunk_size", [64, 256])
+def test_states_at_the_ends_without_outputs(chunk_size: int, dtype: torch.dtype) -> None:
+    """They are those of the whole op: the final state from an empty one, and the gradient that the outputs give."""
+    case = Case(B=2, T=200, Hq=4, Hk=2, D=SMALL, dtype=dtype, documents=True, state=True)
+    tensors, cu_seqlens = case.tensors(), case.keywords()["cu_seqlens"]
+    leaves = [tensors.pop(name).requires_grad_() for name in ("initial_state", "sum_of_keys")]
+    q, k, v, log_g = (tensors[name] for name in ("Q", "K", "V", "log_G"))
+    expected = list(
+        power_retention(**tensors, cu_seqlens=cu_seqlens, chunk_size=chunk_size, return_final_state=True, impl="cuda")[
+            1:
+        ]
+    )
+    found = [*final_state_cuda(q, k, v, log_g, cu_seqlens, chunk_size, cuda._arch)]
+
+    out, _, _, normalizer, saved = cuda.power_retention_cuda(q, k, v, log_g, *leaves, cu_seqlens, chunk_size, False)
+    grad_out = torch.randn(out.shape, generator=torch.Generator(DEVICE).manual_seed(1), device=DEVICE).to(dtype)
+    expected += torch.autograd.grad(out, leaves, grad_out)
+    found += initial_state_grad_cuda(grad_out, out.detach(), normalizer, saved, 2, chunk_size, cuda._arch)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_nothing_leaks_across_documents() -> None:

@@ -100,7 +100,7 @@ int pt_pass_sizes_of(const pt_problem* problem, int32_t has_initial_state, int32
 }
 
 int pt_forward(const pt_problem* problem, const pt_forward_params* params, void* stream) {
-  PT_REQUIRE(params && params->saved);
+  PT_REQUIRE(params && params->saved && (params->out.data || params->final_state));
   pt_sizes sizes;
   PT_TRY(pt_sizes_of(problem, &sizes));
   const pt_problem& p = *problem;
@@ -128,13 +128,15 @@ int pt_forward(const pt_problem* problem, const pt_forward_params* params, void*
     PT_TRY(pt_boundary(problem, &boundary, stream));
   }
   if (buffers.decayed_v) {
-    const pt_chunk_state_params state = {0, saved.k, buffers.decayed_v, saved.gates, buffers.initial, saved.states, buffers.final_state, buffers.chunk_state};
+    void* const states = a.out.data ? saved.states : nullptr;
+    const pt_chunk_state_params state = {0, saved.k, buffers.decayed_v, saved.gates, buffers.initial, states, buffers.final_state, buffers.chunk_state};
     PT_TRY(pt_chunk_state(problem, &state, stream));
   }
   if (has_final) {
     const pt_boundary_params boundary = {a.final_state, a.final_sum_of_keys, buffers.final_state, 0, 0, saved.k_scale, saved.v_scale, nullptr};
     PT_TRY(pt_boundary(problem, &boundary, stream));
   }
+  if (!a.out.data) return PT_OK;
   const pt_chunk_scan_params scan = {0, has_initial, saved.q, saved.k, saved.v, saved.gates, saved.states, a.out, saved.v_scale, a.normalizer};
   return pt_chunk_scan(problem, &scan, stream);
 }
@@ -146,7 +148,8 @@ int pt_backward(const pt_problem* problem, const pt_backward_params* params, voi
   PT_TRY(pt_sizes_of(problem, &sizes));
   const pt_problem& p = *problem;
   const pt_backward_params& a = *params;
-  const bool has_initial = a.has_initial_state, has_final = a.dfinal_state;
+  const bool has_initial = a.has_initial_state, has_final = a.dfinal_state, initial_only = !a.dq.data;
+  PT_REQUIRE(!initial_only || has_initial);
   const Saved saved(p, sizes, has_initial, a.saved);
   const BackwardBuffers buffers(p, sizes, has_initial, has_final, a.workspace);
   const void* q = saved.q;
@@ -164,9 +167,12 @@ int pt_backward(const pt_problem* problem, const pt_backward_params* params, voi
     PT_TRY(pt_boundary(problem, &boundary, stream));
   }
   if (buffers.grad_states) {
-    const pt_chunk_state_params state = {1, q, buffers.decayed_dn, saved.gates, buffers.leaving, buffers.grad_states, buffers.entering, buffers.chunk_state};
+    void* const states = initial_only ? nullptr : buffers.grad_states;
+    const pt_chunk_state_params state = {1, q, buffers.decayed_dn, saved.gates, buffers.leaving, states, buffers.entering, buffers.chunk_state};
     PT_TRY(pt_chunk_state(problem, &state, stream));
   }
+  const pt_boundary_params boundary = {a.dinitial_state, a.dinitial_sum_of_keys, buffers.entering, 0, 1, saved.k_scale, saved.v_scale, buffers.dn_scale};
+  if (initial_only) return pt_boundary(problem, &boundary, stream);
   const pt_chunk_scan_params scan = {1, has_final, q, saved.k, buffers.dn, saved.gates, buffers.grad_states, a.dv, buffers.dn_scale, nullptr};
   PT_TRY(pt_chunk_scan(problem, &scan, stream));
   // q . dq of every query head, then k . dk of every key head and its part from later chunks.
@@ -188,9 +194,7 @@ int pt_backward(const pt_problem* problem, const pt_backward_params* params, voi
                                        buffers.dn_scale, saved.v_scale, a.dlog_G, a.dlog_G_stride_b, a.dlog_G_stride_t, a.dlog_G_stride_h};
     PT_TRY(pt_gate_grad(problem, &gates, stream));
   }
-  if (!has_initial) return PT_OK;
-  const pt_boundary_params boundary = {a.dinitial_state, a.dinitial_sum_of_keys, buffers.entering, 0, 1, saved.k_scale, saved.v_scale, buffers.dn_scale};
-  return pt_boundary(problem, &boundary, stream);
+  return has_initial ? pt_boundary(problem, &boundary, stream) : PT_OK;
 }
 
 }  // extern "C"
