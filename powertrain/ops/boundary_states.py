@@ -6,13 +6,12 @@ FLOPs per token and head, the state update of the chunked form and nothing else 
 them between ranks before the outputs, which need them, can be computed (docs/context-parallel.md).
 """
 
-import torch
 from torch import Tensor
 
 from powertrain.ops.chunked import chunk_state
 from powertrain.ops.decay import factor
-from powertrain.ops.layout import by_query_head, by_sequence, compute_dtype, without_autocast
-from powertrain.ops.normalized import decay_by_sequence, through_division
+from powertrain.ops.layout import compute_dtype, query_rows, tokens_last, without_autocast
+from powertrain.ops.normalized import decay_by_sequence, through_division, with_ones
 from powertrain.ops.plan import make_plan
 from powertrain.ops.sympow import phi_weights
 
@@ -28,13 +27,12 @@ def final_state(
     """
     B, T, Hk, _ = k.shape
     dtype = compute_dtype(k.dtype)
-    values = by_sequence(v).to(dtype)
-    u = torch.cat([values, values.new_ones(*values.shape[:2], 1)], dim=-1)
+    u = with_ones(tokens_last(v.to(dtype)))
     decay = decay_by_sequence(log_g, cu_seqlens, rows=B, tokens=T, key_heads=Hk)
     to_end = factor(decay[:, -1:], decay[:, 1:], dtype)
     if to_end is not None:
-        u = u * to_end[..., None]
-    return _boundary_state(by_sequence(k).to(dtype), u, deg, B)
+        u = u * to_end[:, None]
+    return _boundary_state(tokens_last(k.to(dtype)), u, deg, B)
 
 
 @without_autocast
@@ -56,23 +54,29 @@ def initial_state_grad(
     """
     B, T, _, _ = q.shape
     dtype = compute_dtype(q.dtype)
-    grad_o, _ = through_division(
-        *(by_query_head(x, key_heads).to(dtype) for x in (grad_out, out, normalizer[..., None]))
-    )
+    grad_y = grad_out.to(dtype)
+    rows = (grad_y, (grad_y * out.to(dtype)).sum(-1, keepdim=True), normalizer[..., None])
+    grad_o, _ = through_division(*(query_rows(x, key_heads) for x in rows))
     decay = decay_by_sequence(log_g, cu_seqlens, rows=B, tokens=T, key_heads=key_heads)
     from_start = factor(decay[:, 1:], decay[:, :1], dtype)
     if from_start is not None:
-        grad_o = grad_o * from_start[:, None, :, None]
-    rows = by_query_head(q, key_heads).to(dtype) * scale
-    return _boundary_state(rows.flatten(1, 2), grad_o.flatten(1, 2), deg, B)
+        grad_o = grad_o * from_start[:, None, None]
+    return _boundary_state(query_rows(q.to(dtype), key_heads).mul_(scale).flatten(2), grad_o.flatten(2), deg, B)
 
 
 def _boundary_state(x: Tensor, y: Tensor, deg: int, B: int) -> tuple[Tensor, Tensor]:
-    """Return the public state and sum of sum_t phi(x_t) y_t^T for x `(B * Hk, L, K)` and y `(B * Hk, L, V + 1)`."""
-    N, L, K = x.shape
+    """Return the public state and sum of sum_t phi(x_t) y_t^T for x `(B * Hk, K, L)` and y `(B * Hk, V + 1, L)`."""
+    N, K, L = x.shape
     plan = make_plan(
-        sequences=N, tokens=L, query_heads_per_key_head=1, key_dim=K, deg=deg, chunk_size=L, device_type=x.device.type
+        batch=B,
+        key_heads=N // B,
+        tokens=L,
+        query_heads_per_key_head=1,
+        key_dim=K,
+        value_dim=y.shape[1] - 1,
+        deg=deg,
+        chunk_size=L,
+        device_type=x.device.type,
     )
-    state = chunk_state(x, y, deg=deg, plan=plan) / phi_weights(K, deg, x)[:, None]
-    joined = state.unflatten(0, (B, -1))
-    return joined[..., :-1].contiguous(), joined[..., -1].contiguous()
+    joined = (chunk_state(x, y, deg=deg, plan=plan) / phi_weights(K, deg, x)).unflatten(0, (B, -1))
+    return joined[:, :, :-1].mT.contiguous(), joined[:, :, -1].contiguous()

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from powertrain.ops.layout import cut
+from powertrain.ops.plan import Segment
+
 # exp(-1000) is 0 in every dtype; the bound keeps log_G = -inf (a closed gate) from turning differences into NaN.
 _MIN_LOG_GATE = -1000.0
 
@@ -56,23 +59,20 @@ class Decay:
             result |= self.document[:, 1:] != self.document[:, :-1]
         return result
 
+    def cut(self, segment: Segment) -> "Decay":
+        """`(N, T)` to the segment's chunks `(N, chunks, chunk_size)`."""
+        return Decay(*(None if x is None else cut(x, segment) for x in (self.G, self.document)))
+
     def flatten_chunks(self) -> "Decay":
         """`(N, chunks, chunk_size)` to `(N * chunks, chunk_size)`."""
         return Decay(*(None if x is None else x.flatten(0, 1) for x in (self.G, self.document)))
 
-    def chunks(self, start: int, chunks: int, chunk_size: int) -> "ChunkDecay":
-        """Return the positions of `chunks` chunks from token `start` on: tokens `(N, chunks, chunk_size)` and the
-        places before them `(N, chunks, 1)`.
+    def chunks(self, segment: Segment) -> "ChunkDecay":
+        """Return the positions of the segment's chunks, for the positions of `make`: tokens `(N, chunks, chunk_size)`
+        and the places before them `(N, chunks, 1)`.
         """
-        stop = start + chunks * chunk_size
-
-        def tokens(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x[:, start + 1 : stop + 1].reshape(-1, chunks, chunk_size)
-
-        return ChunkDecay(
-            tokens=Decay(tokens(self.G), tokens(self.document)),
-            before=self[:, start:stop:chunk_size][..., None],
-        )
+        before = Segment(segment.start, segment.chunks, 1, segment.stride)
+        return ChunkDecay(tokens=self[:, 1:].cut(segment), before=self.cut(before))
 
 
 @dataclass(frozen=True)
@@ -109,22 +109,20 @@ def factor(later: Decay, earlier: Decay, dtype: torch.dtype) -> Tensor | None:
     return result
 
 
-def causal_factors(tokens: Decay, like: Tensor) -> Tensor:
-    """Return the factors between all tokens of each row of `tokens (M, L)`, `(M, L, L)`, 0 above the diagonal; `(1, L,
-    L)` without decay.
+def causal_factors(tokens: Decay, length: int, like: Tensor) -> Tensor:
+    """Return the factors from each token (second axis) to each later one (last axis) of every row of `tokens (M,
+    length)`, `(M, length, length)`, 0 below the diagonal; `(1, length, length)` without decay.
     """
-    later, earlier = tokens[..., :, None], tokens[..., None, :]
-    if later.G is None or earlier.G is None:
-        same = factor(later, earlier, like.dtype)
-        return like.new_ones(1, *like.shape[-1:] * 2).tril_() if same is None else same.tril_()
-    # Above the diagonal differences are positive and may overflow, and 0 times infinity is not 0: mask before the
-    # exponential.
-    difference = (later.G - earlier.G).to(like.dtype)
-    acausal = torch.ones(difference.shape[-2:], dtype=torch.bool, device=like.device).triu_(1)
-    factors = difference.masked_fill_(acausal, -torch.inf).exp_()
-    if later.document is not None and earlier.document is not None:
-        factors.mul_(later.document == earlier.document)
-    return factors
+    document = tokens.document
+    same = None if document is None else (document[:, None] == document[..., None]).to(like.dtype)
+    if tokens.G is None:
+        return like.new_ones(1, length, length).triu_() if same is None else same.triu_()
+    difference = (tokens.G[:, None] - tokens.G[..., None]).to(like.dtype)
+    # Below the diagonal differences are positive and may overflow, and 0 times infinity is not 0: mask before the
+    # exponential, by a sum, which is the fastest way.
+    acausal = like.new_full((length, length), -torch.inf).tril_(-1)
+    factors = difference.add_(acausal).exp_()
+    return factors if same is None else factors.mul_(same)
 
 
 def scan_documents_from_end(x: Tensor, document: Tensor | None) -> Tensor:

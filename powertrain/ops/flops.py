@@ -61,10 +61,12 @@ def power_retention_flops(
     """
     W, F = value_dim + 1, phi_dimension(key_dim, deg)
     plan = make_plan(
-        sequences=batch * key_heads,
+        batch=batch,
+        key_heads=key_heads,
         tokens=tokens,
         query_heads_per_key_head=query_heads // key_heads,
         key_dim=key_dim,
+        value_dim=value_dim,
         deg=deg,
         chunk_size=chunk_size,
         device_type=device_type,
@@ -77,9 +79,9 @@ def power_retention_flops(
     update, query = 2 * F * W * writing * key_rows, 2 * F * W * reading * query_rows
     recomputed = 0
     if executed:
-        # States inside a segment are formed again; the last segment's final chunk only if the gradient of a final state
-        # asks for it.
-        recomputed = update
+        # States inside a segment are formed again from the one saved at its start.
+        again = sum((segment.chunks - 1) * segment.chunk_size for segment in plan.segments())
+        recomputed = 2 * F * W * again * key_rows
     return OpPassFlops(
         forward=OpFlops(intra_chunk=2 * (key_dim + W) * pairs * query_rows, state_update=update, state_query=query),
         backward=OpFlops(
@@ -128,7 +130,10 @@ def softmax_attention_flops(
 
 
 def _executed_pairs(chunk_size: int, plan: Plan) -> int:
-    return sum((rows.stop - rows.start) * rows.stop for rows in plan.blocks(chunk_size))
+    whole, rest = divmod(chunk_size, plan.block_size)
+    diagonal = whole * plan.block_size**2 + rest**2
+    before = plan.block_size**2 * whole * (whole - 1) // 2 + rest * whole * plan.block_size
+    return diagonal + before
 
 
 def _causal_pairs(tokens: int, window: int) -> int:

@@ -1,84 +1,93 @@
-"""The quadratic part: causal power attention inside each chunk, in blocks of rows, without normalisation.
+"""The quadratic part: causal power attention inside each chunk, without normalisation.
 
-o[t] = sum_{s <= t} (q[t] . k[s])^deg * decay(s -> t) * v[s]. Columns before the diagonal block take their decay as a
-factor of the row times a factor of the column, so that gates cost no exponential per pair; both factors refer to the
-start of the row block, which keeps them at most 1.
+o[t] = sum_{s <= t} (q[t] . k[s])^deg * decay(s -> t) * u[s]. Off the diagonal blocks, decay is a factor of the row
+times a factor of the column, so that gates cost no exponential per pair; both factors refer to one place between them,
+which keeps them at most 1.
 
-Shape legend: M chunks in a batch, R query heads per key head, C chunk, K key dim, W columns of v.
+Tokens lie along the last axis of every tensor, and weights are kept transposed, (columns s, rows t): then each matrix
+product has its many tokens where a BLAS is fast, and the awkward W = V + 1 where it costs nothing.
+
+Shape legend: M chunks in a batch, R query heads per key head, C chunk, K key dim, W rows of u.
 """
-
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from powertrain.ops.decay import Decay, causal_factors, factor
-from powertrain.ops.plan import Plan
+from powertrain.ops.layout import cut
+from powertrain.ops.plan import Plan, Rectangles, Segment
 
 
-def intra_chunk_fwd(q: Tensor, k: Tensor, v: Tensor, decay: Decay, *, deg: int, plan: Plan) -> Tensor:
-    """Return o `(M, R, C, W)` for q `(M, R, C, K)`, k `(M, C, K)`, v `(M, C, W)` and the decay's token positions `(M,
+def intra_chunk_fwd(q: Tensor, k: Tensor, u: Tensor, decay: Decay, *, deg: int, plan: Plan) -> Tensor:
+    """Return o `(M, W, R, C)` for q `(M, K, R, C)`, k `(M, K, C)`, u `(M, W, C)` and the decay's token positions `(M,
     C)`.
     """
-    out = v.new_empty(*q.shape[:3], v.shape[-1])
-    for rows in plan.blocks(q.shape[2]):
-        q_rows = _flatten_rows(q, rows)
-        weights = _power_(torch.bmm(q_rows, k[:, rows].mT), deg)
-        total = torch.bmm(_masked_(weights, _diagonal_mask(weights, decay, rows)), v[:, rows])
-        row_factor = _row_factor(q, decay, rows)
-        before = None
-        for columns in _columns_before(q, rows, plan):
-            weights = _power_(torch.bmm(q_rows, k[:, columns].mT), deg)
-            before = _accumulate(before, weights, _scaled(v, decay, rows, columns))
-        if before is not None:
-            total += before if row_factor is None else before.mul_(row_factor)
-        out[:, :, rows] = total.view(q.shape[0], q.shape[1], -1, v.shape[-1])
+    M, _, R, C = q.shape
+    out = u.new_empty(M, u.shape[1], R, C)
+    for blocks in plan.diagonal_blocks(C, M * R):
+        mask = _diagonal_mask(decay, blocks, q)
+        q_rows, k_columns, u_columns = _batch(q, blocks), _batch(k, blocks), _batch(u, blocks)
+        weights = _mask_(_power_(torch.bmm(k_columns.mT, q_rows), deg), mask)
+        cut(out, blocks).copy_(_unbatch(torch.bmm(u_columns, weights), out, blocks))
+    for pairs in plan.rectangles(C, M * R):
+        row_factor, column_factor = _factors(decay, pairs, q.dtype)
+        q_rows, k_columns, u_columns = _batch(q, pairs.rows), _batch(k, pairs.columns), _batch(u, pairs.columns)
+        weights = _power_(torch.bmm(k_columns.mT, q_rows), deg)
+        _add(torch.bmm(_scaled(u_columns, column_factor), weights), out, pairs.rows, row_factor)
     return out
 
 
 def intra_chunk_bwd(
-    q: Tensor, k: Tensor, v: Tensor, decay: Decay, grad_out: Tensor, *, deg: int, plan: Plan
+    q: Tensor, k: Tensor, u: Tensor, decay: Decay, grad_out: Tensor, *, deg: int, plan: Plan
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k and v for `grad_out (M, R, C, W)`."""
-    grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    for rows in plan.blocks(q.shape[2]):
-        q_rows, grad_rows = _flatten_rows(q, rows), _flatten_rows(grad_out, rows)
-        scores = torch.bmm(q_rows, k[:, rows].mT)
-        slope, power = _slope_and_power(scores, deg)
-        mask = _diagonal_mask(scores, decay, rows)
-        grad_v[:, rows].baddbmm_(_masked_(power, mask).mT, grad_rows)
-        slope = _masked_(slope, mask).mul_(torch.bmm(grad_rows, v[:, rows].mT))
-        grad_k[:, rows].baddbmm_(slope.mT, q_rows)
-        grad_q_rows = torch.bmm(slope, k[:, rows])
-
-        row_factor = _row_factor(q, decay, rows)
-        if row_factor is not None:
-            grad_rows = grad_rows * row_factor
-        for columns in _columns_before(q, rows, plan):
-            slope, power = _slope_and_power(torch.bmm(q_rows, k[:, columns].mT), deg)
-            column_factor = _column_factor(decay, rows, columns, v.dtype)
-            grad_columns = torch.bmm(power.mT, grad_rows)
-            grad_v[:, columns] += grad_columns if column_factor is None else grad_columns.mul_(column_factor)
-            slope.mul_(torch.bmm(grad_rows, _scaled(v, decay, rows, columns).mT))
-            grad_k[:, columns].baddbmm_(slope.mT, q_rows)
-            grad_q_rows.baddbmm_(slope, k[:, columns])
-        grad_q[:, :, rows] = grad_q_rows.view(q.shape[0], q.shape[1], -1, q.shape[-1])
-    return grad_q, grad_k, grad_v
-
-
-def _columns_before(q: Tensor, rows: slice, plan: Plan) -> Iterator[slice]:
-    M, R = q.shape[:2]
-    width = max(plan.block_size, plan.tile_elements // (M * R * (rows.stop - rows.start)))
-    for start in range(0, rows.start, width):
-        yield slice(start, min(start + width, rows.start))
+    """Return the gradients of q, k and u for `grad_out (M, W, R, C)`."""
+    M, _, R, C = q.shape
+    grad_q, grad_k, grad_u = q.new_empty(q.shape), k.new_empty(k.shape), u.new_empty(u.shape)
+    for blocks in plan.diagonal_blocks(C, M * R):
+        mask = _diagonal_mask(decay, blocks, q)
+        q_rows, grad_rows = _batch(q, blocks), _batch(grad_out, blocks)
+        k_columns, u_columns = _batch(k, blocks), _batch(u, blocks)
+        power, slope = _power_and_slope_(torch.bmm(k_columns.mT, q_rows), deg)
+        cut(grad_u, blocks).copy_(_unbatch(torch.bmm(grad_rows, _mask_(power, mask).mT), grad_u, blocks))
+        grad_weights = torch.bmm(u_columns.mT, grad_rows, out=power)
+        grad_scores = _mask_(grad_weights if slope is None else slope.mul_(grad_weights), mask)
+        cut(grad_k, blocks).copy_(_unbatch(torch.bmm(q_rows, grad_scores.mT), grad_k, blocks))
+        cut(grad_q, blocks).copy_(_unbatch(torch.bmm(k_columns, grad_scores), grad_q, blocks))
+    for pairs in plan.rectangles(C, M * R):
+        row_factor, column_factor = _factors(decay, pairs, q.dtype)
+        q_rows, k_columns, u_columns = _batch(q, pairs.rows), _batch(k, pairs.columns), _batch(u, pairs.columns)
+        grad_rows = _batch(grad_out, pairs.rows, row_factor)
+        power, slope = _power_and_slope_(torch.bmm(k_columns.mT, q_rows), deg)
+        _add(torch.bmm(grad_rows, power.mT), grad_u, pairs.columns, column_factor)
+        grad_weights = torch.bmm(_scaled(u_columns, column_factor).mT, grad_rows, out=power)
+        grad_scores = grad_weights if slope is None else slope.mul_(grad_weights)
+        _add(torch.bmm(q_rows, grad_scores.mT), grad_k, pairs.columns)
+        _add(torch.bmm(k_columns, grad_scores), grad_q, pairs.rows)
+    return (grad_q, grad_k, grad_u) if deg == 1 else (grad_q.mul_(deg), grad_k.mul_(deg), grad_u)
 
 
-def _flatten_rows(x: Tensor, rows: slice) -> Tensor:
-    return x[:, :, rows].reshape(x.shape[0], -1, x.shape[-1])
+def _batch(x: Tensor, segment: Segment, factor: Tensor | None = None) -> Tensor:
+    """Return the segment's chunks of `x (M, D, [R,] C)`, times `factor (M, chunks, size)`, as a batch `(M * chunks, D,
+    R * size)`.
+    """
+    chunks = cut(x, segment)
+    if factor is not None:
+        chunks = chunks * factor.view(*factor.shape[:2], *[1] * (chunks.ndim - 3), -1)
+    return chunks.flatten(3).flatten(0, 1) if chunks.ndim > 4 else chunks.flatten(0, 1)
 
 
-def _accumulate(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    return torch.bmm(a, b) if total is None else total.baddbmm_(a, b)
+def _unbatch(x: Tensor, like: Tensor, segment: Segment) -> Tensor:
+    """`(M * chunks, D, R * size)` to `(M, chunks, D, [R,] size)` for a result in `like (M, D, [R,] C)`."""
+    return x.view(like.shape[0], segment.chunks, *like.shape[1:-1], segment.chunk_size)
+
+
+def _add(x: Tensor, total: Tensor, segment: Segment, factor: Tensor | None = None) -> None:
+    """Add the batch x, times `factor (M, chunks, size)`, to the segment's chunks of `total`."""
+    chunks, x = cut(total, segment), _unbatch(x, total, segment)
+    if factor is None:
+        chunks.add_(x)
+    else:
+        chunks.addcmul_(x, factor.view(*factor.shape[:2], *[1] * (x.ndim - 3), -1))
 
 
 def _power_(x: Tensor, deg: int) -> Tensor:
@@ -89,42 +98,33 @@ def _power_(x: Tensor, deg: int) -> Tensor:
     return x if deg == 2 else x.pow_(deg // 2)
 
 
-def _slope_and_power(x: Tensor, deg: int) -> tuple[Tensor, Tensor]:
-    """Return (deg * x^(deg-1), x^deg); may overwrite x."""
+def _power_and_slope_(x: Tensor, deg: int) -> tuple[Tensor, Tensor | None]:
+    """Return (x^deg, x^(deg-1)), None for a slope of ones; may overwrite x. The factor deg of the slope comes last, on
+    gradients that are smaller than tiles.
+    """
     if deg == 1:
-        return torch.ones_like(x), x
-    if deg == 2:
-        power = x * x
-        return x.mul_(2), power
-    lower = x.pow(deg - 1)
-    return lower * deg, x.mul_(lower)
+        return x, None
+    slope = x if deg == 2 else x.pow(deg - 1)
+    return slope * x, slope
 
 
-def _diagonal_mask(scores: Tensor, decay: Decay, rows: slice) -> Tensor:
-    """`(1 or M, 1, rows, rows)`: decay inside a diagonal block, 0 above the diagonal."""
-    return causal_factors(decay[:, rows], scores)[:, None]
+def _diagonal_mask(decay: Decay, blocks: Segment, like: Tensor) -> Tensor:
+    """`(M * blocks or 1, columns, 1, rows)`: decay inside a diagonal block, 0 for columns after their row."""
+    return causal_factors(decay.cut(blocks).flatten_chunks(), blocks.chunk_size, like)[:, :, None]
 
 
-def _masked_(weights: Tensor, mask: Tensor) -> Tensor:
-    """Multiply `weights (M, R*rows, rows)` by the mask in place."""
-    weights.view(weights.shape[0], -1, *mask.shape[-2:]).mul_(mask)
+def _mask_(weights: Tensor, mask: Tensor) -> Tensor:
+    """Multiply `weights (P, columns, R * rows)` by the mask in place."""
+    weights.unflatten(-1, (-1, mask.shape[-1])).mul_(mask)
     return weights
 
 
-def _row_factor(q: Tensor, decay: Decay, rows: slice) -> Tensor | None:
-    """`(M, R*rows, 1)`: decay from before the row block to each of its rows."""
-    if rows.start == 0:
-        return None
-    by_row = factor(decay[:, rows], decay[:, rows.start - 1 : rows.start], q.dtype)
-    return None if by_row is None else by_row.repeat(1, q.shape[1])[..., None]
+def _factors(decay: Decay, pairs: Rectangles, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """Return the decays from `pairs.before` to each row, and from each column to there: `(M, chunks, size)`."""
+    before = decay.cut(pairs.before)
+    return factor(decay.cut(pairs.rows), before, dtype), factor(before, decay.cut(pairs.columns), dtype)
 
 
-def _column_factor(decay: Decay, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor | None:
-    """`(M, columns, 1)`: decay from each column to the place before the row block."""
-    by_column = factor(decay[:, rows.start - 1 : rows.start], decay[:, columns], dtype)
-    return None if by_column is None else by_column[..., None]
-
-
-def _scaled(v: Tensor, decay: Decay, rows: slice, columns: slice) -> Tensor:
-    column_factor = _column_factor(decay, rows, columns, v.dtype)
-    return v[:, columns] if column_factor is None else v[:, columns] * column_factor
+def _scaled(x: Tensor, by: Tensor | None) -> Tensor:
+    """Multiply `x (P, D, size)` by factors `(M, chunks, size)`."""
+    return x if by is None else x * by.flatten(0, 1)[:, None]

@@ -53,10 +53,12 @@ def _(
     F = phi_dimension(K, deg)
     dtype = compute_dtype(q.dtype)
     plan = make_plan(
-        sequences=B * Hk,
+        batch=B,
+        key_heads=Hk,
         tokens=T,
         query_heads_per_key_head=Hq // Hk,
         key_dim=K,
+        value_dim=V,
         deg=deg,
         chunk_size=chunk_size,
         device_type=q.device.type,
@@ -67,7 +69,7 @@ def _(
         q.new_empty(B, T, Hq, dtype=dtype),
         q.new_empty((B, Hk, F, V) if final_state else (0,), dtype=state_dtype),
         q.new_empty((B, Hk, F) if final_state else (0,), dtype=state_dtype),
-        q.new_empty(B * Hk, len(plan.segments()) - 1, F, V + 1, dtype=dtype),
+        q.new_empty(B * Hk, len(plan.segments()) - 1, V + 1, F, dtype=dtype),
     )
 
 

@@ -2,6 +2,7 @@
 its FLOP count.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,10 +11,15 @@ from powertrain.ops.sympow import phi_dimension
 # Tokens of the diagonal blocks inside a chunk, of whose work half is masked out. On CPU 128 is the smallest at which
 # the matrix products run at full speed; on a GPU fewer, larger launches win.
 _BLOCK_SIZE = {"cpu": 128, "cuda": 256}
-# Elements of one working buffer: a tile of attention weights, or the monomials of a segment. CPU: the last-level cache;
-# GPU: enough to fill the chip.
-_TILE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
-_PHI_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 27}
+# Elements of one working buffer: a tile of attention weights, or of monomials. CPU: what a core's own cache holds, so
+# that a tile is multiplied where it was written; GPU: enough to fill the chip.
+_TILE_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 26}
+_PHI_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 27}
+# Rows of monomials in a tile, if tokens may be traded for them: as many as make a matrix product efficient. GPU: all.
+_PHI_ROWS = {"cpu": 512, "cuda": 1 << 30}
+# Floats of a state saved for the backward pass, per float of a chunk's keys and values. A state at every chunk saves
+# forming it again, which costs an eighth of the time; this bounds what it takes in memory.
+_SAVED_STATE_RATIO = 4
 _CHUNK_SIZES = (64, 128, 256, 512, 1024)
 # Passes over a chunk's state (weighting, decay, scan, boundary terms; forward and backward) are bound by memory: their
 # cost per state element, in FLOPs of a matrix product. An estimate; `powertrain bench op --chunk-size` measures it.
@@ -24,86 +30,162 @@ _STATE_PATH_COST = 1.5
 
 @dataclass(frozen=True)
 class Segment:
-    """`chunks` consecutive chunks of `chunk_size` tokens that start at token `start`, processed as one batch."""
+    """`chunks` chunks of `chunk_size` tokens, one every `stride` tokens from `start` on, processed as one batch."""
 
     start: int
     chunks: int
     chunk_size: int
+    stride: int
 
     @property
     def stop(self) -> int:
-        return self.start + self.chunks * self.chunk_size
+        return self.start + (self.chunks - 1) * self.stride + self.chunk_size
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sequences processed at once: some key heads of one batch row, or all key heads of some rows."""
+
+    rows: slice
+    heads: slice
+    sequences: slice  # the same, counted over rows and heads
+
+
+@dataclass(frozen=True)
+class Rectangles:
+    """Pairs of tokens inside chunks: of `rows` with all `columns` of the same number; `before` is the place from which
+    on the rows come, with all columns up to it.
+    """
+
+    rows: Segment
+    columns: Segment
+    before: Segment
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The cut of `sequences` x `tokens` into groups of sequences, segments of chunks, and blocks inside a chunk.
+    """The cut of `batch` x `key_heads` sequences of `tokens` into groups of sequences, segments of chunks, and tiles
+    inside a chunk.
 
     One sequence is one key head of one batch row. A state is saved for the backward pass at each segment start, so
     memory falls with `chunks_per_segment`.
     """
 
-    sequences: int
+    batch: int
+    key_heads: int
     tokens: int
     chunk_size: int
     block_size: int
     sequences_per_group: int
     chunks_per_segment: int
-    phi_columns: int  # tokens (of all sequences, chunks and query heads in a batch) whose monomials exist at once
-    tile_elements: int
+    phi_columns: int  # tokens (of all sequences, chunks and query heads in a batch) of a tile of monomials
+    phi_elements: int  # of a tile of monomials
+    tile_elements: int  # of a tile of attention weights
 
-    def groups(self) -> Iterator[slice]:
-        for start in range(0, self.sequences, self.sequences_per_group):
-            yield slice(start, min(start + self.sequences_per_group, self.sequences))
+    def groups(self) -> Iterator[Group]:
+        if self.sequences_per_group < self.key_heads:
+            for row in range(self.batch):
+                for start in range(0, self.key_heads, self.sequences_per_group):
+                    stop = min(start + self.sequences_per_group, self.key_heads)
+                    first = row * self.key_heads
+                    yield Group(slice(row, row + 1), slice(start, stop), slice(first + start, first + stop))
+            return
+        rows = self.sequences_per_group // self.key_heads
+        for start in range(0, self.batch, rows):
+            stop = min(start + rows, self.batch)
+            sequences = slice(start * self.key_heads, stop * self.key_heads)
+            yield Group(slice(start, stop), slice(0, self.key_heads), sequences)
 
     def segments(self) -> list[Segment]:
-        whole, rest = self.tokens // self.chunk_size, self.tokens % self.chunk_size
+        size = self.chunk_size
+        whole, rest = self.tokens // size, self.tokens % size
         segments = [
-            Segment(first * self.chunk_size, min(self.chunks_per_segment, whole - first), self.chunk_size)
+            Segment(first * size, min(self.chunks_per_segment, whole - first), size, size)
             for first in range(0, whole, self.chunks_per_segment)
         ]
         if rest:
-            segments.append(Segment(whole * self.chunk_size, 1, rest))
+            segments.append(Segment(whole * size, 1, rest, rest))
         return segments
 
-    def blocks(self, chunk_size: int) -> Iterator[slice]:
-        for start in range(0, chunk_size, self.block_size):
-            yield slice(start, min(start + self.block_size, chunk_size))
+    def diagonal_blocks(self, chunk_size: int, batch: int) -> Iterator[Segment]:
+        """Yield the diagonal blocks of each of `batch` chunks (times query heads), as many at once as fit a tile."""
+        size = self.block_size
+        whole, rest = chunk_size // size, chunk_size % size
+        at_once = max(1, self.tile_elements // (batch * size * size))
+        for first in range(0, whole, at_once):
+            yield Segment(first * size, min(at_once, whole - first), size, size)
+        if rest:
+            yield Segment(whole * size, 1, rest, rest)
+
+    def rectangles(self, chunk_size: int, batch: int) -> Iterator[Rectangles]:
+        """Yield the rest of the pairs of each of `batch` chunks (times query heads), in pieces that fit a tile.
+
+        The causal triangle less its diagonal blocks is a square, rows of its second half with columns of its first,
+        and two triangles of half the size: squares of one size are one batch, and gates need one factor for each row
+        and column of them.
+        """
+        tile_elements = max(1, self.tile_elements // batch)
+        half = self.block_size
+        while half < chunk_size:
+            whole, rest = chunk_size // (2 * half), max(0, chunk_size % (2 * half) - half)
+            at_once = max(1, tile_elements // half**2)
+            for first in range(0, whole, at_once):
+                yield from self._pieces(2 * half * first, min(at_once, whole - first), half, half, tile_elements)
+            if rest:
+                yield from self._pieces(2 * half * whole, 1, half, rest, tile_elements)
+            half *= 2
+
+    def _pieces(self, start: int, count: int, columns: int, rows: int, elements: int) -> Iterator[Rectangles]:
+        height = max(1, math.isqrt(elements // count) // self.block_size) * self.block_size
+        width = max(1, elements // (count * height) // self.block_size) * self.block_size
+        stride, middle = columns + rows, start + columns
+        for row in range(0, rows, height):
+            for column in range(0, columns, width):
+                yield Rectangles(
+                    rows=Segment(middle + row, count, min(height, rows - row), stride),
+                    columns=Segment(start + column, count, min(width, columns - column), stride),
+                    before=Segment(middle - 1, count, 1, stride),
+                )
 
 
 def make_plan(
     *,
-    sequences: int,
+    batch: int,
+    key_heads: int,
     tokens: int,
     query_heads_per_key_head: int,
     key_dim: int,
+    value_dim: int,
     deg: int,
     chunk_size: int,
     device_type: str,
 ) -> Plan:
-    """Return the plan for `sequences` key heads over all rows, cut at `chunk_size`; buffers are bounded whatever the
-    shapes.
-    """
+    """Return the plan for these shapes, cut at `chunk_size`; buffers are bounded whatever they are."""
     device_type = device_type if device_type in _BLOCK_SIZE else "cuda"
     chunk_size = min(chunk_size, max(tokens, 1))
-    phi_columns = max(1, _PHI_ELEMENTS[device_type] // phi_dimension(key_dim, deg))
+    state_rows = phi_dimension(key_dim, deg)
+    phi_columns = max(1, _PHI_ELEMENTS[device_type] // min(state_rows, _PHI_ROWS[device_type]))
     chunks = -(-tokens // chunk_size)
     # Long sequences are batched over chunks first, because that also spaces out the saved states.
     chunks_at_once = max(1, phi_columns // (query_heads_per_key_head * chunk_size))
-    chunks_per_segment = max(1, min(chunks_at_once, chunks))
+    saved_floats = state_rows * (value_dim + 1)
+    chunks_per_save = -(-saved_floats // (_SAVED_STATE_RATIO * chunk_size * (key_dim + value_dim)))
+    chunks_per_segment = max(1, min(max(chunks_at_once, chunks_per_save), chunks))
     if chunks == 1:
         row_elements = query_heads_per_key_head * min(_BLOCK_SIZE[device_type], chunk_size) * chunk_size
         sequences_per_group = max(1, _TILE_ELEMENTS[device_type] // row_elements)
     else:
         sequences_per_group = max(1, chunks_at_once // chunks_per_segment)
     return Plan(
-        sequences=sequences,
+        batch=batch,
+        key_heads=key_heads,
         tokens=tokens,
         chunk_size=chunk_size,
         block_size=_BLOCK_SIZE[device_type],
-        sequences_per_group=min(sequences_per_group, max(sequences, 1)),
+        sequences_per_group=sequences_per_group,
         chunks_per_segment=chunks_per_segment,
         phi_columns=phi_columns,
+        phi_elements=_PHI_ELEMENTS[device_type],
         tile_elements=_TILE_ELEMENTS[device_type],
     )
 

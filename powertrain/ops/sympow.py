@@ -14,7 +14,7 @@ gradient is the same walk backwards. Tokens lie along the last axis, so that eve
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -30,15 +30,30 @@ def phi_dimension(dim: int, deg: int) -> int:
     return product
 
 
+# (i, rows of degree `deg` that start with i, rows of degree `deg - 1` that start with i or more)
+_Block = tuple[int, slice, slice]
+
+
 @functools.cache
-def _blocks(dim: int, deg: int) -> list[tuple[int, slice, slice]]:
-    """List (i, rows of degree `deg` that start with i, rows of degree `deg - 1` that start with i or more)."""
+def _blocks(dim: int, deg: int) -> list[_Block]:
     total, lower_total = phi_dimension(dim, deg), phi_dimension(dim, deg - 1)
     blocks = []
     for i in range(dim):
         rows = slice(total - phi_dimension(dim - i, deg), total - phi_dimension(dim - i - 1, deg))
         blocks.append((i, rows, slice(lower_total - phi_dimension(dim - i, deg - 1), lower_total)))
     return blocks
+
+
+@functools.cache
+def _tiles(dim: int, deg: int, rows: int) -> list[tuple[slice, list[_Block]]]:
+    """Group consecutive blocks into tiles of at most `rows` rows, but of at least one block."""
+    tiles: list[tuple[slice, list[_Block]]] = []
+    for block in _blocks(dim, deg):
+        if tiles and block[1].stop - tiles[-1][0].start <= rows:
+            tiles[-1] = (slice(tiles[-1][0].start, block[1].stop), [*tiles[-1][1], block])
+        else:
+            tiles.append((block[1], [block]))
+    return tiles
 
 
 # The caches hold NumPy arrays: a tensor would remember the mode (inference, fake, device) under which it happened to be
@@ -81,41 +96,68 @@ def phi(x: Tensor, deg: int) -> Tensor:
     return functools.reduce(torch.mul, [x[..., row] for row in indices]) * phi_weights(x.shape[-1], deg, x)
 
 
-def monomials(x: Tensor, deg: int) -> Tensor:
-    """Return the degree-`deg` monomials `(M, F, C)` of `x (M, K, C)` in phi's order, without multinomial weights."""
-    return _monomials_by_degree(x, deg)[-1]
+class Monomials:
+    """The degree-`deg` monomials `(M, F, C)` of `x (M, K, C)` in phi's order, without multinomial weights, formed a
+    tile of rows at a time in one buffer of about `tile_elements`: written and multiplied while it is in the cache.
+    """
+
+    def __init__(self, x: Tensor, deg: int, tile_elements: int) -> None:
+        M, K, C = x.shape
+        self._by_degree = [x]
+        for degree in range(2, deg):
+            monomials = x.new_empty(M, phi_dimension(K, degree), C)
+            _multiply(x, self._by_degree[-1], monomials, _blocks(K, degree))
+            self._by_degree.append(monomials)
+        self._deg, self._tiles = deg, _tiles(K, deg, max(1, tile_elements // (M * C)))
+        rows = K if deg == 1 else max(tile.stop - tile.start for tile, _ in self._tiles)
+        self._buffer = x.new_empty(M, rows, C)
+
+    def tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield (rows, the monomials `(M, rows, C)`); the next tile overwrites them."""
+        x, lower = self._by_degree[0], self._by_degree[-1]
+        if self._deg == 1:
+            yield slice(0, x.shape[1]), x
+            return
+        for rows, blocks in self._tiles:
+            tile = self._buffer[:, : rows.stop - rows.start]
+            _multiply(x, lower, tile, blocks)
+            yield rows, tile
+
+    def backward(self, write_grad: Callable[[slice, Tensor], object]) -> Tensor:
+        """Return the gradient `(M, K, C)` of x, where `write_grad(rows, out)` writes the gradient of the monomials
+        `rows` to `out (M, rows, C)`.
+        """
+        x, lower = self._by_degree[0], self._by_degree[-1]
+        if self._deg == 1:
+            write_grad(slice(0, x.shape[1]), self._buffer)
+            return self._buffer
+        grad_x, grad_lower = torch.zeros_like(x), torch.zeros_like(lower)
+        for rows, blocks in self._tiles:
+            tile = self._buffer[:, : rows.stop - rows.start]
+            write_grad(rows, tile)
+            _multiply_backward(x, lower, tile, blocks, grad_x, grad_lower)
+        for degree in range(self._deg - 1, 1, -1):
+            grad, lower = grad_lower, self._by_degree[degree - 2]
+            grad_lower = torch.zeros_like(lower)
+            _multiply_backward(x, lower, grad, _blocks(x.shape[1], degree), grad_x, grad_lower)
+        return grad_x.add_(grad_lower)
 
 
-def _monomials_by_degree(x: Tensor, deg: int) -> list[Tensor]:
-    M, K, C = x.shape
-    by_degree = [x]
-    for degree in range(2, deg + 1):
-        out = x.new_empty(M, phi_dimension(K, degree), C)
-        for rows, x_i, lower in _row_views(x, out, by_degree[-1], degree):
-            torch.mul(lower, x_i, out=rows)
-        by_degree.append(out)
-    return by_degree
+def _multiply(x: Tensor, lower: Tensor, out: Tensor, blocks: list[_Block]) -> None:
+    """Write x[i] times its suffix of `lower` to the rows of each block, which `out` holds one after another."""
+    for (i, _, suffix), out_rows in zip(blocks, _split(out, blocks), strict=True):
+        torch.mul(lower[:, suffix], x[:, i : i + 1], out=out_rows)
 
 
-def _row_views(x: Tensor, monomials: Tensor, lower: Tensor, deg: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield, for each first index i, the rows of `monomials`, x[i] and the suffix of `lower`: `(M, rows or 1, C)`."""
-    blocks = _blocks(x.shape[1], deg)
-    # `split` makes all views in one call: with short chunks, slicing would cost as much as the products.
-    all_rows = monomials.split([rows.stop - rows.start for _, rows, _ in blocks], dim=1)
-    for (_, _, suffix), rows, x_i in zip(blocks, all_rows, x.split(1, dim=1), strict=True):
-        yield rows, x_i, lower.narrow(1, suffix.start, suffix.stop - suffix.start)
+def _multiply_backward(
+    x: Tensor, lower: Tensor, grad: Tensor, blocks: list[_Block], grad_x: Tensor, grad_lower: Tensor
+) -> None:
+    """Add to `grad_x` and `grad_lower` the gradients through `_multiply` for `grad`, which is overwritten."""
+    for (i, _, suffix), grad_rows in zip(blocks, _split(grad, blocks), strict=True):
+        grad_lower[:, suffix].addcmul_(grad_rows, x[:, i : i + 1])
+        grad_x[:, i] += grad_rows.mul_(lower[:, suffix]).sum(1)
 
 
-def monomials_backward(x: Tensor, grad: Tensor, deg: int) -> Tensor:
-    """Return the gradient `(M, K, C)` of `monomials(x, deg)` for `grad (M, F, C)`, which it overwrites."""
-    by_degree = _monomials_by_degree(x, deg - 1)
-    grad_x = torch.zeros_like(x)
-    for degree in range(deg, 1, -1):
-        lower = by_degree[degree - 2]
-        grad_lower = torch.zeros_like(lower)
-        views = zip(_row_views(x, grad, lower, degree), _row_views(grad_x, grad, grad_lower, degree), strict=True)
-        for (grad_rows, x_i, lower_rows), (_, grad_x_i, grad_lower_rows) in views:
-            grad_lower_rows.addcmul_(grad_rows, x_i)
-            grad_x_i += grad_rows.mul_(lower_rows).sum(1, keepdim=True)
-        grad = grad_lower
-    return grad_x.add_(grad)
+def _split(x: Tensor, blocks: list[_Block]) -> tuple[Tensor, ...]:
+    # One call makes all views: with short chunks, slicing would cost as much as the products.
+    return x.split([rows.stop - rows.start for _, rows, _ in blocks], dim=1)

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from powertrain.ops.sympow import monomials, monomials_backward, phi, phi_dimension, phi_weights
+from powertrain.ops.sympow import Monomials, phi, phi_dimension, phi_weights
 
 SIZES = [(1, 1), (1, 4), (5, 1), (5, 2), (8, 2), (4, 4), (3, 3)]
 
@@ -28,15 +28,19 @@ def test_order_and_weights(dim: int, deg: int) -> None:
     torch.testing.assert_close(phi(x, deg), torch.tensor(expected, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("tile_rows", [1, 7, 1000])
 @pytest.mark.parametrize(("dim", "deg"), SIZES)
-def test_monomials_and_their_gradient(dim: int, deg: int) -> None:
+def test_monomials_and_their_gradient(dim: int, deg: int, tile_rows: int) -> None:
     x = torch.randn(2, dim, 3, dtype=torch.float64, requires_grad=True)
-    values = monomials(x.detach(), deg)
     embedded = phi(x.mT, deg).mT / phi_weights(dim, deg, x)[:, None]
+    monomials = Monomials(x.detach(), deg, tile_elements=tile_rows * 2 * 3)
+    values = torch.full_like(embedded.detach(), torch.nan)
+    for rows, tile in monomials.tiles():
+        values[:, rows] = tile
     torch.testing.assert_close(values, embedded.detach(), rtol=1e-12, atol=1e-12)
     cotangent = torch.randn_like(values)
     (expected,) = torch.autograd.grad(embedded, x, cotangent)
-    actual = monomials_backward(x.detach(), cotangent.clone(), deg)
+    actual = monomials.backward(lambda rows, out: out.copy_(cotangent[:, rows]))
     torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
 
 
