@@ -278,7 +278,7 @@ def stages_of(kernels: list[str]) -> list[str | None]:
     """Return the stage of each kernel of one forward and backward pass, by name and order; None for others' kernels."""
     stages: list[str | None] = []
     for kernel in kernels:
-        name = re.search(r"(\w+)(?:<|\()", kernel.split("::")[-1] + "(")
+        name = re.search(r"(\w+)[<(]", kernel)  # after return type and namespaces
         stage = _STAGES.get(name[1]) if name else None
         comes_after = {"chunk_state": "pack_grad", "chunk_scan": "pack_grad", "chunk_scan_grad": "chunk_scan_grad"}
         if stage in comes_after and comes_after[stage] in stages:

@@ -123,7 +123,16 @@ def power_retention_cuda(
         state, sum_of_keys = state.float(), sum_of_keys.float()
     if cu_seqlens is not None and cu_seqlens.dtype != torch.int32:
         cu_seqlens = cu_seqlens.int()
-    out, normalizer, new_state, new_sum, saved = power_retention_cuda_op(
+    # The dispatcher in Python costs more than the launches: eager calls that nobody watches go around it.
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or type(q) is not Tensor:
+        call: Any = power_retention_cuda_op
+    elif torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (q, k, v, log_g, state, sum_of_keys)
+    ):
+        call = _Eager.apply
+    else:
+        call = _forward
+    out, normalizer, new_state, new_sum, saved = call(
         q, k, v, log_g, state, sum_of_keys, cu_seqlens, chunk_size, final_state, _arch
     )
     return out, new_state, new_sum, normalizer, saved
@@ -467,6 +476,14 @@ def _autograd_backward(
     )  # fmt: skip
     state_grads = (dstate, dsum) if ctx.has_state else (None, None)
     return dq, dk, dv, dlog_g if ctx.has_gates else None, *state_grads, None, None, None, None
+
+
+class _Eager(torch.autograd.Function):
+    """The op without the dispatcher: the same functions, forward and backward."""
+
+    forward = staticmethod(_forward)
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(torch.autograd.function.once_differentiable(_autograd_backward))  # type: ignore[assignment]
 
 
 torch.library.register_autograd(

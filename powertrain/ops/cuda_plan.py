@@ -18,6 +18,9 @@ _CHUNK_SIZES = (128, 256, 512, 1024, 2048)
 # Reading or writing one byte of a state costs as much time as this many FLOPs of a matrix product (400 TFLOP/s over 4.2
 # TB/s).
 _FLOPS_PER_BYTE = 95.0
+# In each direction a state is written, read and written by the join of time segments, and read by chunk_scan,
+# chunk_scan_grad and state_flow.
+_STATE_PASSES = 12
 
 
 def unsupported(query: torch.Tensor, value: torch.Tensor, deg: int) -> str | None:
@@ -58,8 +61,8 @@ def choose_chunk_size(*, tokens: int, head_dim: int, query_heads_per_key_head: i
     """Return the chunk size of least cost for these shapes, forward and backward together; one chunk where no state
     pays.
 
-    The cost counts FLOPs per token and key head (docs/kernels.md, section 3) and the traffic of the states, which each
-    direction writes once and reads once, as the FLOPs of the same time.
+    The cost counts FLOPs per token and key head (docs/kernels.md, section 3) and the passes over the states, as the
+    FLOPs of the same time.
     """
     group = query_heads_per_key_head
     state_flops = 2 * phi_dimension(head_dim, 2) * (head_dim + 1)
@@ -71,7 +74,7 @@ def choose_chunk_size(*, tokens: int, head_dim: int, query_heads_per_key_head: i
         intra_chunk = 3.5 * group * (min(chunk_size, tokens) + 1) * 2 * head_dim
         queries = 3 * group * state_flops * reading
         updates = 3 * state_flops * (chunks - 1) / chunks
-        return intra_chunk + queries + updates + 4 * state_bytes * _FLOPS_PER_BYTE / chunk_size * reading
+        return intra_chunk + queries + updates + _STATE_PASSES * state_bytes * _FLOPS_PER_BYTE / chunk_size * reading
 
     whole = -(-tokens // BLOCK) * BLOCK
     return min([size for size in _CHUNK_SIZES if size < whole] + [whole], key=cost)

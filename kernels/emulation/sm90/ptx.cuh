@@ -28,6 +28,7 @@ inline void load_matrices(uint32_t (&first)[2], uint32_t (&second)[2], uint32_t 
   first[0] = r[0], first[1] = r[1], second[0] = r[2], second[1] = r[3];
 }
 inline void load_matrices_transposed(uint32_t (&r)[4], uint32_t address) { emulate::load_matrices(r, 4, address, true); }
+inline void load_matrices_transposed(uint32_t (&r)[2], uint32_t address) { emulate::load_matrices(r, 2, address, true); }
 inline float load_shared_float(uint32_t address) { return *(float*)emulate::shared_at(address, 4); }
 inline float2 load_shared_float2(uint32_t address) { return *(float2*)emulate::shared_at(address, 8); }
 inline void store_shared_float2(uint32_t address, float2 value) { *(float2*)emulate::shared_at(address, 8) = value; }

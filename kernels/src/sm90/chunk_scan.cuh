@@ -111,36 +111,40 @@ struct ChunkScan {
       if (lane == 0) ring.release(stage);
     }
 
-    // The eight x_i of block I at this thread's rows: each in both halves of a register, or (not kExpanded) two to a register. Matrix s of the
-    // ldmatrix repeats the rows of features 2 s and 2 s + 1 four times, so that every thread of a row gets that pair.
+    // x_i of block I at this thread's rows, pairs (2 s, 2 s + 1) of a row block's upper and lower half. Matrix s of the ldmatrix repeats the rows of
+    // features 2 s and 2 s + 1 four times, so that every thread of a row gets that pair.
+    using Pairs = uint32_t[kM][2][4];
+    __device__ __forceinline__ void load_pairs(Pairs& pairs, uint32_t rows, int i_block) const {
+      const uint32_t at = rows + (2 * warp * 64 + (2 * (lane >> 3) + (lane & 1)) * 8) * 2 + i_block * 1024;
+#pragma unroll
+      for (int m = 0; m < kM; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) load_matrices_transposed(pairs[m][half], at + m * row_stride + half * 128);
+    }
+    // The same, each x_i in both halves of a register, where registers allow it; there the next block's pairs are loaded ahead, too.
     using Scalars = uint32_t[kM][2][kExpanded ? 8 : 4];
+    __device__ static __forceinline__ void expand(Scalars& xi, const Pairs& pairs) {
+#pragma unroll
+      for (int m = 0; m < kM; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+#pragma unroll
+          for (int s = 0; s < 4; s++) {
+            if constexpr (kExpanded)
+              xi[m][half][2 * s] = both_low(pairs[m][half][s]), xi[m][half][2 * s + 1] = both_high(pairs[m][half][s]);
+            else
+              xi[m][half][s] = pairs[m][half][s];
+          }
+    }
     __device__ static __forceinline__ uint32_t scalar(const uint32_t (&xi)[kExpanded ? 8 : 4], int i) {
       if constexpr (kExpanded) return xi[i];
       return i % 2 ? both_high(xi[i / 2]) : both_low(xi[i / 2]);
     }
-    __device__ __forceinline__ void load_scalars(Scalars& xi, uint32_t rows, int i_block) const {
-#pragma unroll
-      for (int m = 0; m < kM; m++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-          uint32_t pairs[4];
-          load_matrices_transposed(pairs, rows + m * row_stride + ((i_block * 8 + 2 * warp + half) * 64 + (2 * (lane >> 3) + (lane & 1)) * 8) * 2);
-#pragma unroll
-          for (int s = 0; s < 4; s++) {
-            if constexpr (kExpanded)
-              xi[m][half][2 * s] = both_low(pairs[s]), xi[m][half][2 * s + 1] = both_high(pairs[s]);
-            else
-              xi[m][half][s] = pairs[s];
-          }
-        }
-    }
 
-    // acc += phi tile (I, J) of the rows times the tile of the state at `tile`.
-    __device__ __forceinline__ void multiply_tile(const Scalars& xi, uint32_t (&a)[2][kM][kSlices][4], uint32_t rows, int j_block, uint32_t tile,
-                                  bool release_previous) {
+    // acc += phi tile (I, J) of the rows times the tile of the state at `tile`; then xj becomes that of the block at `next_xj`.
+    __device__ __forceinline__ void multiply_tile(const Scalars& xi, uint32_t (&xj)[4], uint32_t (&a)[2][kM][kSlices][4], uint32_t tile, uint32_t next_xj,
+                                                  bool release_previous) {
       const CoreMatrices state(tile, 128, 1024);
-      uint32_t xj[4];  // (block m, rows + 0 or 8) = matrices 2 m + half
-      load_matrices_transposed(xj, rows + (lane >> 4) * row_stride + ((j_block * 8 + 2 * warp + (lane >> 3 & 1)) * 64 + (lane & 7) * 8) * 2);
 #pragma unroll
       for (int group = 0; group < 4 / kSlices; group++) {
         wgmma_wait<1>();  // the products that read a[group % 2] are done
@@ -155,6 +159,7 @@ struct ChunkScan {
               a[group % 2][m][s][half] = Pair<T>::multiply(xj[2 * m + half], scalar(xi[m][half], i));
               a[group % 2][m][s][half + 2] = Pair<T>::multiply(xj[2 * m + half], scalar(xi[m][half], i + 1));
             }
+        if (group == 4 / kSlices - 1) load_matrices_transposed(xj, next_xj);
         wgmma_fence();
 #pragma unroll
         for (int s = 0; s < kSlices; s++)
@@ -164,18 +169,41 @@ struct ChunkScan {
       }
     }
 
+    // Tiles of distance < NB/2 first, I by I; then those of distance NB/2. Two tiles a stage. What the next tile needs of the rows is loaded
+    // before this one's products, and addresses are sums of few terms: between two tiles the tensor cores wait for nothing else.
     __device__ __forceinline__ void scan_state(uint32_t rows) {
+      // ldmatrix of x_J: (block m, rows + 0 or 8) = matrices 2 m + half.
+      const uint32_t xj_at = rows + (lane >> 4) * row_stride + ((2 * warp + (lane >> 3 & 1)) * 64 + (lane & 7) * 8) * 2;
+      const auto j_address = [&](int block) { return xj_at + block % kFeatureBlocks * 1024; };
       Scalars xi;
-      uint32_t a[2][kM][kSlices][4];
-      // Tiles of distance < NB/2 first, I by I; then those of distance NB/2. Two tiles a stage.
+      Pairs pairs;
+      uint32_t a[2][kM][kSlices][4], xj[4];
+      if constexpr (kExpanded) load_pairs(pairs, rows, 0);
+      load_matrices_transposed(xj, j_address(0));
+      bool started = false;
 #pragma unroll 1
-      for (int t = 0; t < kPhiTiles; t++) {
-        const bool near = t < kFeatureBlocks * kHalf;
-        const int i = near ? t / kHalf : t - kFeatureBlocks * kHalf, distance = near ? t % kHalf : kHalf;
-        if (t % 2 == 0) ring.wait_full();
-        if (!near || distance == 0) load_scalars(xi, rows, i);
-        multiply_tile(xi, a, rows, (i + distance) % kFeatureBlocks, stages + ring.stage() * kStageBytes + t % 2 * kTileBytes, t > 0 && t % 2 == 0);
-        if (t % 2 == 1) ring.advance();
+      for (int i = 0; i < kFeatureBlocks; i++) {
+        if constexpr (!kExpanded) load_pairs(pairs, rows, i);
+        expand(xi, pairs);
+#pragma unroll
+        for (int distance = 0; distance < kHalf; distance++) {
+          if (distance % 2 == 0) ring.wait_full();
+          if (kExpanded && distance == kHalf - 1) load_pairs(pairs, rows, (i + 1) % kFeatureBlocks);
+          // After the last of an I comes (I + 1, I + 1), and after the last of all (0, NB/2).
+          const int next = distance + 1 < kHalf ? i + distance + 1 : i + 1 < kFeatureBlocks ? i + 1 : kHalf;
+          multiply_tile(xi, xj, a, stages + ring.stage() * kStageBytes + distance % 2 * kTileBytes, j_address(next), started && distance % 2 == 0);
+          if (distance % 2 == 1) ring.advance();
+          started = true;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kHalf; i++) {
+        if (i % 2 == 0) ring.wait_full();
+        if constexpr (!kExpanded) load_pairs(pairs, rows, i);
+        expand(xi, pairs);
+        if (kExpanded && i + 1 < kHalf) load_pairs(pairs, rows, i + 1);
+        multiply_tile(xi, xj, a, stages + ring.stage() * kStageBytes + i % 2 * kTileBytes, j_address(i + 1 + kHalf), i % 2 == 0);
+        if (i % 2 == 1) ring.advance();
       }
       wgmma_wait<0>();
       release(ring.previous());

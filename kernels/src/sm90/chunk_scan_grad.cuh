@@ -96,6 +96,7 @@ struct ChunkScanGrad {
     Ring<kStages> ring;
     const uint32_t stages, rows_x, rows_u;      // rows of this warpgroup's first block
     const int block_stride;                     // packed blocks from its first block to its second
+    const uint32_t xj_at;                       // this lane's ldmatrix row of x_J, J = 0
     const uint32_t dx;                          // of this thread
     float d[2][kBlock / 2];                     // dphi of two tiles in turn; the scores and their gradient within the chunk
     float acc[kM][kHeadDim / 2];                // dx once the state is done
@@ -110,6 +111,7 @@ struct ChunkScanGrad {
           rows_x(rows + block(0) * kXBytes),
           rows_u(rows + kRowBlocks * kXBytes + block(0) * kUBytes),
           block_stride(block(kM - 1) - block(0)),
+          xj_at(rows_x + ((2 * warp + (lane >> 3 & 1)) * 64 + (lane & 7) * 8) * 2),
           dx(dx + warpgroup * (kDxBytes / kWarpgroups) + threadIdx.x % 128 * 8) {}
 
     __device__ __forceinline__ int block(int m) const { return row_block_of<kM>(warpgroup, m); }
@@ -187,9 +189,12 @@ struct ChunkScanGrad {
       return pair;
     }
 
-    __device__ __forceinline__ void contract(const float (&dphi)[kBlock / 2], const uint32_t (&xi)[2][4], float (&partial)[2][8], int m, int j_block) {
-      uint32_t xj[4];
-      load_matrices_transposed(xj, rows_x + m * block_stride * kXBytes + ((j_block * 8 + 2 * warp + (lane >> 3 & 1)) * 64 + (lane & 7) * 8) * 2);
+    __device__ __forceinline__ void load_xj(uint32_t (&xj)[2], int m, int j_block) const {
+      load_matrices_transposed(xj, xj_at + m * block_stride * kXBytes + j_block * 1024);
+    }
+
+    __device__ __forceinline__ void contract(const float (&dphi)[kBlock / 2], const uint32_t (&xi)[2][4], const uint32_t (&xj)[2],
+                                             float (&partial)[2][8], int m, int j_block) {
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         const float2 j = Pair<T>::unpack(xj[half]);
@@ -226,6 +231,7 @@ struct ChunkScanGrad {
       // stage's end: ptxas serialises products whose accumulators are read on the other side of a loop's back edge.
 #pragma unroll 1
       for (int t = 0; t < kPhiTiles; t += 2) {
+        const TilePair pairs[2] = {pair_of(t), pair_of(t + 1)};
         ring.wait_full();
         const uint32_t tiles = stages + ring.stage() * kStageBytes;
         wgmma_fence();
@@ -233,6 +239,9 @@ struct ChunkScanGrad {
         wgmma_commit();
 #pragma unroll
         for (int slot = 0; slot < 2 * kM; slot++) {
+          const TilePair& pair = pairs[slot / kM];
+          uint32_t xj[2];
+          load_xj(xj, slot % kM, pair.j_block);
           if (slot + 1 < 2 * kM) {
             wgmma_fence();
             multiply_values(d[(slot + 1) % 2], u[(slot + 1) % kM], tiles + (slot + 1) / kM * kTileBytes);
@@ -242,17 +251,16 @@ struct ChunkScanGrad {
             wgmma_wait<0>();
             release(ring.stage());
           }
-          if (slot % kM == 0) start_tile(t + slot / kM, i_block, xi, partial);
-          contract(d[slot % 2], xi[slot % kM], partial[slot % kM], slot % kM, pair_of(t + slot / kM).j_block);
+          if (slot % kM == 0) start_tile(pair.i_block, i_block, xi, partial);
+          contract(d[slot % 2], xi[slot % kM], xj, partial[slot % kM], slot % kM, pair.j_block);
         }
         ring.advance();
       }
       flush(partial, i_block);
     }
 
-    // Before the contraction of tile t: if its I is new, the old one's sums are done.
-    __device__ __forceinline__ void start_tile(int t, int& i_block, uint32_t (&xi)[kM][2][4], float (&partial)[kM][2][8]) {
-      const int next = pair_of(t).i_block;
+    // Before the contraction of a tile: if its I is new, the old one's sums are done.
+    __device__ __forceinline__ void start_tile(int next, int& i_block, uint32_t (&xi)[kM][2][4], float (&partial)[kM][2][8]) {
       if (next == i_block) return;
       flush(partial, i_block);
       load_scalars(xi, next);

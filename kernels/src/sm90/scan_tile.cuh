@@ -26,8 +26,9 @@ inline ScanShape scan_shape(const pt_problem& problem, bool reverse, int row_blo
   return s;
 }
 
-// One row tile, decoded from its index: row tiles of a chunk are neighbours, then chunks, then heads. A later place in the chunk is more work
-// (reverse: less), and thread blocks take every gridDim-th index: without the rotation one that gets the last place once would get it always.
+// One row tile, decoded from its index: row tiles of a chunk are neighbours, then the heads that read the same state, then chunks, then heads.
+// A later place in the chunk is more work (reverse: less), and thread blocks take every gridDim-th index: without the rotation one that gets the
+// last place once would get it always.
 template <bool kReverse, int kRowBlocks>
 struct ScanTile {
   int row_head, key_head, chunk;   // flat (b, h) of rows and of the state
@@ -37,9 +38,10 @@ struct ScanTile {
   __device__ ScanTile(const ScanShape& p, int index) {
     const int chunk_of_all = index / p.tiles_per_chunk, turn = chunk_of_all * p.tiles_per_chunk / (int)gridDim.x;
     const int within = (index + turn) % p.tiles_per_chunk;
-    chunk = chunk_of_all % p.chunks;
-    row_head = chunk_of_all / p.chunks;
-    key_head = kReverse ? row_head : row_head / p.group;  // (b Hq + h) / group = b Hk + h / group
+    const int members = kReverse ? 1 : p.group, member = chunk_of_all % members;
+    chunk = chunk_of_all / members % p.chunks;
+    key_head = chunk_of_all / members / p.chunks;
+    row_head = key_head * members + member;  // b Hq + h = (b Hk + h / group) group + h % group
     const int first_block = chunk * p.blocks_per_chunk, chunk_blocks = min(p.blocks_per_chunk, p.blocks - first_block);
     row_block = first_block + within * kRowBlocks;
     row_blocks = min(kRowBlocks, chunk_blocks - within * kRowBlocks);
