@@ -1,8 +1,8 @@
 """`powertrain bench distributed`: how training scales from one GPU to several, by strategy, and what a save costs.
 
-Every case is a run through `powertrain.training.fit` on random tokens. A process has the same number of tokens of each
-step whatever the number of processes, so that equal rates per process are perfect scaling. Cases with equal processes
-share one launch. Rates are medians over the records of a run, its first ones left out.
+Every case is a run through `powertrain.training.fit` on random tokens. With ddp and fsdp a process has the same number
+of tokens of each step whatever the number of processes; with context parallelism all share one long sequence. Cases
+with equal processes share one launch. Rates are medians over the records of a run, its first ones left out.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ class Case:
     log_every_steps: int
     accelerator: str
     strategy: str = "auto"
+    context_parallel: int = 1
     compile: bool = False
     activation_checkpointing: bool = False
     time_save: bool = False
@@ -99,6 +100,9 @@ class RandomTokens(pl.LightningDataModule):
         return DataLoader(_Repeat(batch), batch_size=None)
 
     train_dataloader = val_dataloader = _loader
+
+    def set_ranks(self, rank: int, world_size: int) -> None:
+        """Every rank reads the same, also those that share sequences."""
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -169,6 +173,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--micro-batch-size", type=int, default=4, help="sequences of a pass (default: 4)")
     parser.add_argument("--accumulation", type=int, default=4, help="passes of a step (default: 4)")
     parser.add_argument("--steps", type=int, default=24, help="steps of a run (default: 24)")
+    parser.add_argument(
+        "--long-context-length", type=int, default=131072, help="of the cases for context parallelism (default: 131072)"
+    )
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
     parser.add_argument("--cpu", action="store_true", help="a tiny model on CPUs, to see that it works")
     parser.add_argument("--output", default="bench/distributed.json", help="JSON file to write")
@@ -176,7 +183,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.cpu:
         args.model, args.context_length, args.micro_batch_size, args.accumulation, args.steps = "1m", 64, 2, 2, 6
-        args.no_compile = True
+        args.long_context_length, args.no_compile = 256, True
     available = torch.cuda.device_count()
     if args.worker is None and not args.cpu and args.processes > available:
         raise ValueError(
@@ -203,10 +210,24 @@ def _cases(args: argparse.Namespace) -> list[Case]:
     several = dataclasses.replace(
         one, processes=args.processes, sequences=one.sequences * args.processes, time_save=True
     )
+    # One sequence whatever the processes.
+    long = dataclasses.replace(
+        one,
+        name="long",
+        baseline="long",
+        context_length=args.long_context_length,
+        micro_batch_size=1,
+        sequences=1,
+        activation_checkpointing=True,
+    )
     return [
         one,
         dataclasses.replace(several, name="ddp", strategy="ddp"),
         dataclasses.replace(several, name="fsdp", strategy="fsdp"),
+        long,
+        dataclasses.replace(
+            long, name="context", processes=args.processes, strategy="ddp", context_parallel=args.processes
+        ),
     ]
 
 
@@ -227,6 +248,7 @@ def _run(case: Case, output: Path) -> None:
         accelerator=case.accelerator,
         devices=case.processes,
         strategy=case.strategy,
+        context_parallel=case.context_parallel,
         compile=case.compile,
         val_every_steps=case.steps,
         log_every_steps=case.log_every_steps,

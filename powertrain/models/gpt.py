@@ -12,7 +12,7 @@ Init (`GPT.init_weights`), with s = config.init_std and L = config.n_layers:
     embedding, head              N(0, s)                     GPT-2
     mixer.qkv, mlp.up            N(0, s)                     GPT-2
     mixer.out, mlp.down          N(0, s / sqrt(2 L))         GPT-2: 2 L branches add to the residual stream
-    mixer.gate weight, bias      0, logit(gate_init)         every gate starts at gate_init, whatever the token
+    mixer.gate weight, bias      0                           every gate starts at gate_init, whatever the token
     every norm                   1                           Zhang & Sennrich 2019 (arXiv:1910.07467)
 
 No linear map has a bias but the gate. Each parameter is drawn from a generator of its own, seeded by the seed and the
@@ -125,15 +125,12 @@ class GPT(nn.Module):
         if seed is None:
             seed = torch.initial_seed()
         residual_std = self.config.init_std / math.sqrt(2 * self.config.n_layers)
-        gate_init = self.config.mixer.gate_init
         for name, parameter in self.named_parameters():
             match name.split(".")[-2:]:
                 case ["mixer_norm" | "mlp_norm" | "norm" | "q_norm" | "k_norm", "weight"]:
                     parameter.fill_(1.0)
-                case ["gate", "weight"]:
+                case ["gate", "weight" | "bias"]:
                     parameter.zero_()
-                case ["gate", "bias"]:
-                    parameter.fill_(math.log(gate_init / (1.0 - gate_init)))
                 case ["out" | "down", "weight"]:
                     _draw_normal(parameter, residual_std, seed, name)
                 case ["embedding" | "head" | "qkv" | "up", "weight"]:

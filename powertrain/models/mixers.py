@@ -81,9 +81,9 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Mixer(nn.Module):
     """Multi-head mixer of one layer: x (B, T, d_model) -> (B, T, d_model).
 
-    With `gated`, each key head has a scalar gate per token, sigmoid(w.x + b): the weight of key j for query i is
-    multiplied by the product of the gates j+1 ... i. This is the gate of power retention, and for softmax that of
-    the Forgetting Transformer (Lin et al. 2025, arXiv:2503.02130).
+    With `gated`, each key head has a scalar gate per token, sigmoid(w.x + b + c) with c the logit of `gate_init`: the
+    weight of key j for query i is multiplied by the product of the gates j+1 ... i. This is the gate of power
+    retention, and for softmax that of the Forgetting Transformer (Lin et al. 2025, arXiv:2503.02130).
     """
 
     def __init__(self, config: ModelConfig, mixer: MixerConfig) -> None:
@@ -94,6 +94,7 @@ class Mixer(nn.Module):
         self.qkv = Linear(config.d_model, (config.n_heads + 2 * config.n_kv_heads) * config.head_dim, bias=False)
         self.out = Linear(config.n_heads * config.head_dim, config.d_model, bias=False)
         self.gate = Linear(config.d_model, config.n_kv_heads) if mixer.gated else None
+        self.gate_start = math.log(mixer.gate_init / (1.0 - mixer.gate_init))
         self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
 
@@ -138,8 +139,9 @@ class Mixer(nn.Module):
         """Logarithms of the gates (B, T, Hk), fp32 and <= 0."""
         if self.gate is None:
             return None
-        # The bias (6.9 at init) joins in fp32: in bf16, steps of the sum would change the half-life by 3 %.
-        return F.logsigmoid(F.linear(x, self.gate.weight).float() + self.gate.bias.float())
+        # c (6.9) joins in fp32: in bf16, steps of the sum would change the half-life by 3 %, as would those of a bias
+        # that begins at c and that FSDP gathers in bf16.
+        return F.logsigmoid(F.linear(x, self.gate.weight).float() + (self.gate.bias.float() + self.gate_start))
 
     def _mix(
         self, q: Tensor, k: Tensor, v: Tensor, log_G: Tensor | None, cu_seqlens: Tensor | None

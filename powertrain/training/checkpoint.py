@@ -39,7 +39,7 @@ from powertrain.training.checkpoint_files import (
 )
 from powertrain.training.ranks import ALONE, Ranks
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 WEIGHTS = "model."  # the model's tensors are saved under this and their own names
 _NAME = re.compile(r"step-(\d{8,})")
@@ -432,8 +432,8 @@ class CheckpointStore:
             )
         if any(self.directory.glob("step-*.ckpt")):
             raise CheckpointError(
-                f"{self.directory} holds checkpoints of format 1, and this version reads {FORMAT}: finish the run with"
-                " the version that began it, or remove the directory"
+                f"{self.directory} holds checkpoints of an earlier format, and this version reads {FORMAT}: finish the"
+                " run with the version that began it, or remove the directory"
             )
         return None
 

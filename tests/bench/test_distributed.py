@@ -14,7 +14,9 @@ def test_writes_rows_ratios_and_versions(tmp_path: Path, capsys: pytest.CaptureF
     assert main(["--cpu", "--output", str(output)]) == 0
     record = json.loads(output.read_text())
     rows = {row["name"]: row for row in record["rows"]}
-    assert [(row["name"], row["processes"]) for row in record["rows"]] == [("one", 1), ("ddp", 2), ("fsdp", 2)]
+    processes = {"one": 1, "ddp": 2, "fsdp": 2, "long": 1, "context": 2}
+    assert {name: row["processes"] for name, row in rows.items()} == processes
+    assert [rows[name]["baseline"] for name in processes] == ["one", "one", "one", "long", "long"]
     for row in rows.values():
         assert row["tokens_per_second"] > 0
         assert row["times_the_baseline"] == row["tokens_per_second"] / rows[row["baseline"]]["tokens_per_second"]

@@ -128,7 +128,7 @@ def test_without_any_whole_checkpoint_it_says_so_rather_than_beginning_anew(stor
 def test_checkpoints_of_an_earlier_format_are_not_taken_for_a_new_run(store):
     store.directory.mkdir()
     (store.directory / "step-00000100.ckpt").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="holds checkpoints of format 1, and this version reads 2"):
+    with pytest.raises(CheckpointError, match="holds checkpoints of an earlier format, and this version reads 3"):
         store.latest()
 
 
