@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from powertrain.ops.carry import carried_sums
 from powertrain.ops.decay import Decay, scan_documents_from_end
 from powertrain.ops.intra_chunk import intra_chunk_bwd, intra_chunk_fwd
 from powertrain.ops.layout import cut, join
@@ -117,19 +118,13 @@ class _SegmentInputs:
             if self.to_end is not None:
                 u = u * self.to_end[:, :chunks]
             updates = chunk_state(self.k[:, :chunks].flatten(0, 1), u.flatten(0, 1), deg=deg, plan=plan)
-            for chunk, update in enumerate(updates.unflatten(0, (-1, chunks)).unbind(1)):
-                states.append(_decayed_sum(update, states[-1] if states else None, self.across, chunk))
+            across = None if self.across is None else self.across[:, :chunks]
+            states += carried_sums(updates.unflatten(0, (-1, chunks)), state, across)
         return states
 
     def read_rows(self, x: Tensor) -> Tensor:
         """Return `x (N, G, D, R, C)` of the chunks that read a state as one batch `(N * chunks, D, R * C)`."""
         return x[:, self.first_read :].flatten(3).flatten(0, 1)
-
-
-def _decayed_sum(update: Tensor, carried: Tensor | None, across: Tensor | None, chunk: int) -> Tensor:
-    if carried is None:
-        return update
-    return update + carried if across is None else torch.addcmul(update, carried, across[:, chunk])
 
 
 @dataclass(frozen=True)
@@ -266,8 +261,9 @@ def chunked_bwd(
             before = torch.stack(states, dim=1).flatten(0, 1)
             dq[:, first:] += chunk_scan_grad(x_rows, before, y_rows, deg=deg, plan=plan).view_as(dq[:, first:])
             updates = chunk_state(x_rows, y_rows, deg=deg, plan=plan).unflatten(0, (-1, G - first))
-            for c in reversed(range(first, G)):
-                state_grads[c - 1] = _decayed_sum(updates[:, c - first], state_grads.get(c), inputs.across, c)
+            across = None if inputs.across is None else inputs.across[:, first:]
+            sums = carried_sums(updates, carried_grad, across, from_end=True)
+            state_grads |= {c - 1: grad for c, grad in zip(range(first, G), sums, strict=True)}
         boundary = None
         if end > 0:
             after = torch.stack([state_grads[c] for c in range(end)], dim=1)
