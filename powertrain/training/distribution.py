@@ -172,14 +172,45 @@ class ShardedStrategy(DDPStrategy):
             model.set_requires_gradient_sync(True)
 
 
+def _mean_in_order_of_ranks(state, bucket):  # DDP refuses annotations that are texts, as all are in this module
+    """Average a bucket of gradients, each element added in the order of ranks; a communication hook of DDP.
+
+    An all-reduce adds an element in an order that depends on its place in the bucket. DDP lays its buckets out anew
+    after its first step, so with more than two ranks the first step after a resume would round differently.
+    """
+    values = bucket.buffer()
+    size = torch.distributed.get_world_size()
+    part = -(-values.numel() // size)
+    sent = nn.functional.pad(values / size, (0, part * size - values.numel()))
+    received = torch.empty_like(sent)
+    torch.distributed.all_to_all_single(received, sent)
+    mine, *others = received.view(size, part)
+    for other in others:
+        mine += other
+    torch.distributed.all_gather(list(sent.view(size, part)), mine)
+    done: torch.futures.Future[Tensor] = torch.futures.Future()
+    done.set_result(values.copy_(sent[: values.numel()]))
+    return done
+
+
+class ReproducibleStrategy(DDPStrategy):
+    """DDP on CPUs, whose runs give the same bits however often they are interrupted."""
+
+    def configure_ddp(self) -> None:
+        super().configure_ddp()
+        assert isinstance(self.model, nn.parallel.DistributedDataParallel)
+        self.model.register_comm_hook(None, _mean_in_order_of_ranks)
+
+
 def lightning_strategy(model: nn.Module, ranks: Ranks) -> Strategy | str:
     """Return Lightning's strategy for `model` on these processes."""
     if ranks.size == 1:
         return "auto"
     if isinstance(model, FSDPModule):
         return ShardedStrategy()
+    strategy = ReproducibleStrategy if ranks.device.type == "cpu" else DDPStrategy
     # Gradients alias the communication buckets: one copy less of all gradients.
-    return DDPStrategy(gradient_as_bucket_view=True)
+    return strategy(gradient_as_bucket_view=True)
 
 
 def total_norm(gradients: list[Tensor]) -> Tensor:
