@@ -1,6 +1,6 @@
 # make train   set up, then train a small GPT with power retention on real text
 # make test    the test suite, in the same environment
-# make check   what CI runs: lint, types, kernels, tests
+# make check   lint, types, kernels and tests; .ci/run does the same on a clean machine, with a real Slurm as well
 # The first that runs and is new enough: a name on the PATH may be a version manager's stub.
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13; do \
     $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)

@@ -218,7 +218,11 @@ class SlurmCluster:
 
 def main(argv: list[str]) -> int:
     if argv == ["install"]:
-        install()
+        try:
+            install()
+        except (OSError, subprocess.CalledProcessError) as error:
+            print(f"Slurm was not installed: {error}", file=sys.stderr)
+            return 1
         return 0
     if argv[:2] == ["run", "--"] and argv[2:]:
         reason = why_not()

@@ -1,9 +1,10 @@
 """A run without a model: steps of a tenth of a second, checkpoints, and the signals as training takes them.
 
-    worker.py RUN_DIR --steps N [--fail-rank R] [--deaf] [--mark FILE]
+    worker.py RUN_DIR [--steps N | --until FILE] [--fail-rank R] [--deaf]
 
-Appends its number, attempt and step to RUN_DIR/trace. `--deaf` takes no notice of signals in its first attempt, as a
-validation longer than the time that is left.
+Appends attempt and step to RUN_DIR/trace, and ends after N steps, or with the first one that finds FILE: a test that
+waits for something in the middle of a run says itself when the middle is over. `--deaf` takes no notice of signals in
+its first attempt, as a validation longer than the time that is left.
 """
 
 import argparse
@@ -21,7 +22,9 @@ from powertrain.run_status import StatusReport
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--steps", type=int, required=True)
+    length = parser.add_mutually_exclusive_group(required=True)
+    length.add_argument("--steps", type=int)
+    length.add_argument("--until", type=Path)
     parser.add_argument("--fail-rank", type=int)
     parser.add_argument("--deaf", action="store_true")
     arguments = parser.parse_args()
@@ -34,9 +37,13 @@ def main() -> int:
     run_dir.mkdir(parents=True, exist_ok=True)
     checkpoint, trace = run_dir / "checkpoint", run_dir / "trace"
     step = int(checkpoint.read_text()) if checkpoint.exists() else 0
+
+    def finished() -> bool:
+        return arguments.until.exists() if arguments.until else step >= arguments.steps
+
     with StatusReport(run_dir, job_id=current_job_id(), enabled=rank == 0) as report:
         print(f"attempt {attempt} from step {step}", flush=True)
-        while step < arguments.steps:
+        while not finished():
             step += 1
             time.sleep(0.1)
             if rank == arguments.fail_rank and step == 5:
@@ -44,13 +51,13 @@ def main() -> int:
             if rank == 0:
                 with trace.open("a") as file:
                     file.write(f"{attempt} {step}\n")
-                report.update(step=step, total_steps=arguments.steps, loss=1.0 / step)
+                report.update(step=step, total_steps=arguments.steps or step, loss=1.0 / step)
             if received and not (arguments.deaf and attempt == 0):
                 if rank == 0:
                     checkpoint.write_text(str(step))
                 report.interrupted(signal.Signals(received[0]).name)
                 break
-    if received and step < arguments.steps and rank == 0:
+    if received and not finished() and rank == 0:
         print(requeue(run_dir, received[0]).sentence, flush=True)
     return 0
 
