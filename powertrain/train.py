@@ -176,11 +176,12 @@ def _train_here(config: RunConfig, arguments: argparse.Namespace, argv: list[str
 
 def _expected_errors() -> tuple[type[Exception], ...]:
     """Errors whose message is one sentence for the user, all that there is to say."""
+    from powertrain.data.shards import ShardError
     from powertrain.training.checkpoint import CheckpointError
     from powertrain.training.fit import RunLockedError
     from powertrain.training.nonfinite import NonFiniteError
 
-    return (CheckpointError, NonFiniteError, RunLockedError, RunBusyError)
+    return (CheckpointError, NonFiniteError, RunLockedError, RunBusyError, ShardError)
 
 
 def _end_rank(error: Exception) -> NoReturn:
