@@ -1,5 +1,6 @@
 # make train   set up, then train a small GPT with power retention on real text
 # make test    the test suite, in the same environment
+# make faults  break a hundred runs and count which survive (docs/faults.md); about ten minutes
 # make check   lint, types, kernels and tests; .ci/run does the same on a clean machine, with a real Slurm as well
 # The first that runs and is new enough: a name on the PATH may be a version manager's stub.
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13; do \
@@ -13,7 +14,7 @@ ARGS ?=
 # What to test: make test TESTS=tests/ops
 TESTS ?= tests
 
-.PHONY: train test test-slurm lint types kernels check setup clean
+.PHONY: train test test-slurm faults lint types kernels check setup clean
 
 train: setup
 	$(BIN)/powertrain train experiment=quickstart $(ARGS)
@@ -25,6 +26,9 @@ test: setup
 # A real Slurm on this machine (root; slurmctld, slurmd and munge installed). Alone: its tests wait for real jobs.
 test-slurm: setup
 	POWERTRAIN_REQUIRE_SLURM=1 OMP_NUM_THREADS=1 $(BIN)/pytest -m slurm tests/cluster
+
+faults: setup
+	$(BIN)/python -m tests.faults --output docs/benchmarks/faults.json $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -54,7 +54,8 @@ SelectTypeParameters=CR_Core
 # Nodes are what this file says, whatever the machine.
 SlurmdParameters=config_overrides
 SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,sched_interval=1,bf_interval=1,bf_resolution=1
-ReturnToService=2
+# A node that was set down stays down, until somebody resumes it.
+ReturnToService=1
 JobRequeue=1
 MinJobAge=3600
 KillWait=10

@@ -182,11 +182,11 @@ def test_training_on_two_machines_survives_a_signal_in_mid_step_and_a_lost_machi
     _, second_node = slurm.command("scontrol", "show", "hostnames", show(slurm, job_id)["NodeList"]).split()
     slurm.command("scontrol", "update", f"nodename={second_node}", "state=down", "reason=test")
     try:
-        wait_until(lambda: int(show(slurm, job_id)["Restarts"]) == 2, lambda: f"Slurm restarts the job: {said()}")
+        # On other machines: Slurm lets the processes on the one that it takes for lost run on, and ends them when it is
+        # back, together with whatever has the number of their job.
+        assert wait_for_state(slurm, job_id, "COMPLETED")["Restarts"] == "2"
     finally:
-        # Refused where the machine has come back by itself, which it does when it next reports to the controller.
-        subprocess.run(["scontrol", "update", f"nodename={second_node}", "state=resume"], check=False)
-    wait_for_state(slurm, job_id, "COMPLETED")
+        slurm.command("scontrol", "update", f"nodename={second_node}", "state=resume")
 
     # One record for each step, whatever the attempts, and the very losses of four processes that nothing interrupted.
     made, values = losses(run_dir)
