@@ -171,9 +171,10 @@ def _run_here(state: SweepState, arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from powertrain.scaling.display import LiveStatus, deadline
-    from powertrain.scaling.execute import TrainingExecutor
+    from powertrain.scaling.execute import TrainingExecutor, check_data
     from powertrain.scaling.run import run
 
+    check_data(state)
     executor = TrainingExecutor(
         state.recipe,
         state.paths,

@@ -15,7 +15,7 @@ from powertrain.scaling.catalog import DeviceType, model_cost
 from powertrain.scaling.cells import Cell
 from powertrain.scaling.recipe import Recipe
 from powertrain.scaling.records import CellRecord
-from powertrain.scaling.run import Interrupted, SweepPaths
+from powertrain.scaling.run import Interrupted, SweepPaths, SweepState
 from powertrain.schema import ConfigError
 from powertrain.training.config import BudgetConfig
 
@@ -72,6 +72,28 @@ def printing_to(path: Path) -> Iterator[None]:
         contextlib.redirect_stderr(log),
     ):
         yield
+
+
+def check_data(state: SweepState) -> None:
+    """Prepare the sweep's data and compare them with those of its records, before anything is trained in vain.
+
+    Errors:
+        ConfigError: this machine has other documents, as `python_packages` has wherever other packages are installed.
+    """
+    from powertrain.data.prepare import prepare
+
+    known = {r.data["tokens"] for r in state.store.read() if r.data.get("tokens")}
+    if not known:
+        return
+    recipe = state.recipe
+    config = state.catalog.config(next(iter(recipe.mixers)), next(iter(recipe.ladder)), recipe.contexts[0])
+    here = prepare(config.data, config.paths.cache).fingerprint
+    if here not in known:
+        raise ConfigError(
+            f"the records in {state.paths.records} are of the tokens {', '.join(sorted(known))}, and this machine's "
+            f"data.source={config.data.source} yields {here}: cells of both do not compare; continue where the same "
+            f"documents are, or give --directory for a sweep of its own"
+        )
 
 
 class TrainingExecutor:

@@ -1,7 +1,12 @@
+from pathlib import Path
+
 import pytest
 
 from powertrain.config import share_dir
+from powertrain.scaling.catalog import ComposedCatalog
+from powertrain.scaling.cells import make_cell
 from powertrain.scaling.recipe import Recipe, Rule, load_recipe
+from powertrain.scaling.records import RecordStore
 from powertrain.schema import ConfigError, build
 
 from . import synthetic
@@ -86,3 +91,19 @@ def test_a_rule_is_a_power_law_of_the_parameters():
 def test_the_fingerprint_follows_the_content():
     assert synthetic.recipe().fingerprint() == synthetic.recipe().fingerprint()
     assert synthetic.recipe().fingerprint() != synthetic.recipe(warmup_steps=51).fingerprint()
+
+
+def committed():
+    return sorted(path.parent for path in (Path(__file__).parents[2] / "sweeps").glob("*/records"))
+
+
+@pytest.mark.parametrize("directory", committed(), ids=lambda path: path.name)
+def test_committed_records_are_of_cells_that_their_recipe_still_makes(directory):
+    """A formula of FLOPs, a rule or a default that moves would make every finished cell start again, unseen."""
+    recipe = load_recipe(directory.name)
+    catalog = ComposedCatalog(recipe)
+    for r in RecordStore(directory / "records").read():
+        cell = make_cell(
+            recipe, catalog, r.mixer, r.size, r.context, r.budget, r.seed, r.learning_rate_factor, r.batch_factor
+        )
+        assert (cell.id, cell.steps, cell.tokens) == (r.cell, r.steps, r.tokens)

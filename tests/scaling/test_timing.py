@@ -85,3 +85,10 @@ def test_a_sweep_is_prepared_run_timed_and_reported(tmp_path, capsys):
     page = (root / "report" / "README.md").read_text()
     assert "### What is missing" in page
     assert "| 0 of 1 cells |" in page
+    # What is left continues only on the same documents.
+    missing = next(iter(sorted((root / "records").glob("*.json"))))
+    text = missing.read_text()
+    (tmp_path / "texts" / "40.txt").write_text("one more document than the records know")
+    assert main(["sweep", "run", recipe, *here, "--quiet"]) == 2
+    assert "cells of both do not compare" in capsys.readouterr().err
+    assert missing.read_text() == text
