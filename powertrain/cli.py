@@ -11,6 +11,7 @@ from importlib import import_module
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "train": ("powertrain.train", "main", "train a model from config: powertrain train [group=option] [key=value] ..."),
     "generate": ("powertrain.inference.generate", "main", "continue a prompt with a trained run"),
+    "export": ("powertrain.inference.export", "main", "write the weights of a run as one safetensors file"),
     "runs": ("powertrain.runs", "main", "list the runs of this directory with state, progress and loss"),
     "sweep": ("powertrain.scaling.cli", "main", "plan, run and report a scaling sweep: powertrain sweep plan RECIPE"),
     "bench": ("powertrain.bench.cli", "main", "side-by-side benchmarks: powertrain bench op | kernels | distributed"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import gc
 import json
 import os
 import platform
@@ -258,6 +259,9 @@ def _run(case: Case, output: Path) -> None:
     run_dir, save = output / "runs" / case.name, TimeSave()
     torch.manual_seed(0)
     if case.accelerator == "gpu":
+        # What the case before held.
+        gc.collect()
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with torch.device("meta"):
         model = GPT(model_config)

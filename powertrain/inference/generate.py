@@ -7,13 +7,15 @@ from pathlib import Path
 
 import torch
 import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from powertrain.config import from_values
 from powertrain.data.tokenizers import Tokenizer, load_tokenizer
 from powertrain.inference.cache import DecodeCache
 from powertrain.models.gpt import GPT
-from powertrain.training.checkpoint import Checkpoint, CheckpointError, read_weights
+from powertrain.training.checkpoint import Checkpoint, read_weights
 
 
 def generate_tokens(
@@ -99,28 +101,40 @@ def generate_text(
             yield piece
 
 
+def run_directory(path: str | Path) -> Path:
+    """The run directory that `path` is, or that the checkpoint or the exported file `path` lies in."""
+    path = Path(path)
+    if path.parent.name == "checkpoints":
+        return path.parent.parent
+    return path.parent if path.is_file() else path
+
+
 def load_run(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer]:
     """The model, in evaluation mode on `device`, and the tokenizer of a run.
 
-    path: a run directory, whose best checkpoint is taken (the last where none was validated), or a checkpoint in one.
+    path: a run directory, whose best checkpoint is taken (the last where none was validated), or a checkpoint or a file
+    of `powertrain export` in one.
     Errors: ValueError where there is no run, no checkpoint, or a checkpoint of another model.
     """
     path = Path(path)
-    run = path.parent.parent if path.parent.name == "checkpoints" else path
+    run = run_directory(path)
     config_file = run / "config.yaml"
     if not path.exists() or not config_file.is_file():
         raise ValueError(f"{path} is neither a run directory nor a checkpoint in one: there is no {config_file}")
     tokenizer = load_tokenizer(run / "tokenizer")
     config = from_values(yaml.safe_load(config_file.read_text())).model
     config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
-    checkpoint = _best_checkpoint(run) if path == run else path
+    source = _best_checkpoint(run) if path == run else path
     with torch.device("meta"):
         model = GPT(config)
     model.to_empty(device="cpu")
     try:
-        read_weights(Checkpoint(checkpoint), model)
-    except CheckpointError as error:
-        raise ValueError(f"{checkpoint} does not hold the weights of the model in {config_file}: {error}") from error
+        if source.is_file():
+            model.load_state_dict(load_file(source))
+        else:
+            read_weights(Checkpoint(source), model)
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{source} does not hold the weights of the model in {config_file}: {error}") from error
     return model.to(device).eval(), tokenizer
 
 
@@ -148,7 +162,9 @@ def _check(prompt: Tensor, max_new_tokens: int, temperature: float, top_k: int |
 def main(argv: list[str]) -> int:
     """`powertrain generate RUN`: print the prompt and its continuation as it is generated; returns 0."""
     parser = argparse.ArgumentParser(prog="powertrain generate", description="Continue a prompt with a trained run.")
-    parser.add_argument("run", help="a run directory (its best checkpoint is taken), or a checkpoint in one")
+    parser.add_argument(
+        "run", help="a run directory (its best checkpoint is taken), or a checkpoint or exported file in one"
+    )
     parser.add_argument("--prompt", default="", help="the text to continue; none starts a new document")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="at most this many tokens (default: 256)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")

@@ -157,8 +157,18 @@ class ShardedStrategy(DDPStrategy):
     def setup(self, trainer: Any) -> None:
         assert self.accelerator is not None
         self.accelerator.setup(trainer)
+        # The parameters are there already; Lightning's module learns its device.
+        self.model_to_device()
         self.setup_optimizers(trainer)
         self.setup_precision_plugin()
+
+    def teardown(self) -> None:
+        """End without moving the model to the CPU, where its shards do not belong."""
+        assert self.cluster_environment is not None
+        assert self.accelerator is not None
+        self.cluster_environment.teardown()
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
 
     @contextlib.contextmanager
     def block_backward_sync(self) -> Iterator[None]:

@@ -203,6 +203,22 @@ def test_command_explains_what_is_missing(run: Path, tmp_path: Path, capsys: pyt
     assert "neither checkpoints/best nor checkpoints/last" in error(run)
 
 
+def test_an_exported_file_is_the_checkpoint(run: Path, capsys: pytest.CaptureFixture):
+    last = run / "checkpoints" / "last"
+    assert powertrain(["export", str(last)]) == 0
+    exported = run / "model.safetensors"
+    assert f"parameters in {exported}" in capsys.readouterr().out
+    expected, got = load_run(last)[0].state_dict(), load_run(exported)[0].state_dict()
+    assert expected.keys() == load_file(exported).keys()
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+    assert powertrain(["export", str(run), "--output", str(run / "best" / "weights.safetensors")]) == 0
+    best = load_file(run / "best" / "weights.safetensors")
+    assert not torch.equal(best["embedding.weight"], expected["embedding.weight"])
+    exported.write_bytes(exported.read_bytes()[:1000])
+    assert powertrain(["generate", str(exported)]) == 2
+    assert "does not hold the weights" in capsys.readouterr().err
+
+
 def test_a_pickle_is_not_executed(run: Path, tmp_path: Path):
     class Bomb:
         def __reduce__(self):
