@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from powertrain.models.config import MixerConfig
+from powertrain.ops import cuda_plan
 from powertrain.ops.context_parallel import context_attention, context_power_retention
 from powertrain.ops.context_shard import ContextGroup, ContextShard
 from tests.models.small import MIXERS, small_model, tokens
@@ -84,6 +84,14 @@ OP_CASES = {
     "window_37_fp64": OpCase(kind="window", keywords=(("window", 37),), dtype=torch.float64),
 }
 
+# What the CUDA kernels take, emulated on a CPU.
+KERNEL_CASES = {
+    "kernels": _power(sizes=(2, 150, 4, 2, 32, 32), dtype=torch.bfloat16, keywords={"chunk_size": 64}),
+    "kernels_one_document": _power(
+        sizes=(1, 150, 2, 1, 32, 32), dtype=torch.bfloat16, documents=False, gated=False, keywords={"chunk_size": 128}
+    ),
+}
+
 MODEL_MIXERS = {**MIXERS, "hybrid_all": MixerConfig(kind="power,softmax,window,linear", window=7, chunk_size=16)}
 MODEL_ROWS, MODEL_TOKENS = 2, 61
 
@@ -141,17 +149,21 @@ def _model_results(mixer: str, ranks: ContextGroup) -> dict[str, Any]:
     return {"loss": output.loss.detach(), "each": each, "logits": logits, "grads": grads, "stats": output.stats}
 
 
-def _rank(rank: int, size: int, folder: str) -> None:
+def _rank(rank: int, size: int, folder: str, on_kernels: bool) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
     ranks = ContextGroup.of(dist.group.WORLD)
-    results: dict[str, Any] = {name: _op_results(case, ranks) for name, case in OP_CASES.items()}
-    results |= {f"model_{mixer}": _model_results(mixer, ranks) for mixer in MODEL_MIXERS}
+    if on_kernels:
+        cuda_plan.DEVICE_TYPES.append("cpu")
+    cases = KERNEL_CASES if on_kernels else OP_CASES
+    results: dict[str, Any] = {name: _op_results(case, ranks) for name, case in cases.items()}
+    if not on_kernels:
+        results |= {f"model_{mixer}": _model_results(mixer, ranks) for mixer in MODEL_MIXERS}
     torch.save(results, Path(folder) / f"rank-{rank}.pt")
     dist.destroy_process_group()
 
 
-def launch(size: int, folder: Path, function: Callable[..., None] = _rank) -> list[dict[str, Any]]:
-    """Run `size` processes and return the results of each."""
-    mp.start_processes(function, (size, str(folder)), nprocs=size, start_method="spawn")
+def launch(size: int, folder: Path, *, on_kernels: bool = False) -> list[dict[str, Any]]:
+    """Run `size` processes and return the results of each, by case; with `on_kernels` those of `KERNEL_CASES`."""
+    mp.start_processes(_rank, (size, str(folder), on_kernels), nprocs=size, start_method="spawn")
     return [torch.load(folder / f"rank-{rank}.pt") for rank in range(size)]

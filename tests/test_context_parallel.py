@@ -6,8 +6,18 @@ import pytest
 import torch
 
 from powertrain.ops.reference import power_retention_quadratic, power_retention_recurrent
-from tests.context_ranks import MODEL_MIXERS, MODEL_TOKENS, OP_CASES, cotangent, launch, model_batch, model_of
+from tests.context_ranks import (
+    KERNEL_CASES,
+    MODEL_MIXERS,
+    MODEL_TOKENS,
+    OP_CASES,
+    cotangent,
+    launch,
+    model_batch,
+    model_of,
+)
 from tests.ops.accuracy import FACTOR, FLOOR_EPS, assert_results_as_accurate, relative_error
+from tests.ops.emulation import emulated_library
 from tests.ops.test_attention import dense
 
 EPS = torch.finfo(torch.float32).eps
@@ -70,6 +80,15 @@ def check_model(mixer, parts):
         for name, value in stats.items():
             torch.testing.assert_close(part["stats"][name], value, rtol=1e-4, atol=0)
     assert not failures, "; ".join(failures)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU, not emulated")
+def test_slices_on_the_kernels(tmp_path, monkeypatch):
+    monkeypatch.setenv("POWERTRAIN_KERNELS_LIBRARY", str(emulated_library(without=("sm90",))))
+    monkeypatch.setenv("POWERTRAIN_KERNELS_ARCH", "80")
+    parts = launch(2, tmp_path, on_kernels=True)
+    for name, case in KERNEL_CASES.items():
+        check_op(case, [part[name] for part in parts])
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
