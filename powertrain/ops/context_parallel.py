@@ -26,7 +26,6 @@ from powertrain.ops.attention import softmax_attention, window_attention
 from powertrain.ops.boundary_states import final_state, initial_state_grad
 from powertrain.ops.context_shard import ContextShard
 from powertrain.ops.cuda_boundary import final_state_cuda, initial_state_grad_cuda
-from powertrain.ops.cuda_plan import BLOCK, choose_chunk_size
 from powertrain.ops.library import power_retention_bwd_op, power_retention_op
 
 Saved = Sequence[Any]  # tensors and None
@@ -247,14 +246,7 @@ class _CudaStages:
 
     def __init__(self, call: PowerCall, shard: ContextShard, has_gates: bool) -> None:
         self.has_gates, self.scale, self.key_heads = has_gates, call.scale, call.K.shape[2]
-        tokens, query_heads, head_dim = call.Q.shape[1:]
-        chunk_size = call.chunk_size or choose_chunk_size(
-            tokens=tokens,
-            head_dim=head_dim,
-            query_heads_per_key_head=query_heads // self.key_heads,
-            has_state=True,
-        )
-        self.options = -(-min(chunk_size, tokens) // BLOCK) * BLOCK, cuda._arch
+        self.options = cuda.resolve_chunk_size(call.Q, call.K, call.chunk_size, has_state=True), cuda._arch
         self.cu_seqlens = None if shard.cu_seqlens is None else shard.cu_seqlens.int()
 
     def final_state(self, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None) -> State:

@@ -109,14 +109,7 @@ def power_retention_cuda(
 
     Inputs are validated and supported. `chunk_size` is rounded up to a multiple of 64; None picks one.
     """
-    if chunk_size is None:
-        chunk_size = choose_chunk_size(
-            tokens=q.shape[1],
-            head_dim=q.shape[3],
-            query_heads_per_key_head=q.shape[2] // k.shape[2],
-            has_state=state is not None,
-        )
-    chunk_size = (min(chunk_size, q.shape[1]) + BLOCK - 1) // BLOCK * BLOCK
+    chunk_size = resolve_chunk_size(q, k, chunk_size, has_state=state is not None)
     if log_g is not None and log_g.dtype != torch.float32:
         log_g = log_g.float()
     if state is not None and sum_of_keys is not None:
@@ -136,6 +129,18 @@ def power_retention_cuda(
         q, k, v, log_g, state, sum_of_keys, cu_seqlens, chunk_size, final_state, _arch
     )
     return out, new_state, new_sum, normalizer, saved
+
+
+def resolve_chunk_size(q: Tensor, k: Tensor, chunk_size: int | None, *, has_state: bool) -> int:
+    """Return the chunk that the kernels run with: a multiple of 64, the cheapest where None is given."""
+    if chunk_size is None:
+        chunk_size = choose_chunk_size(
+            tokens=q.shape[1],
+            head_dim=q.shape[3],
+            query_heads_per_key_head=q.shape[2] // k.shape[2],
+            has_state=has_state,
+        )
+    return (min(chunk_size, q.shape[1]) + BLOCK - 1) // BLOCK * BLOCK
 
 
 def public_normalizer(normalizer: Tensor, saved: Tensor, scale: float, like: Tensor, key_heads: int) -> Tensor:
