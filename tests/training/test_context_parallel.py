@@ -27,6 +27,7 @@ def runs(tmp_path_factory):
         {"name": "ddp", **shared},
         {"name": "fsdp", "strategy": "fsdp", "options": {"activation_checkpointing": True}, **shared},
         {"name": "compiled", "compile": True, **shared},
+        {"name": "compiled again", "compile": True, "options": {"activation_checkpointing": True}, **shared},
         # Two steps by processes that share sequences, the rest by one that does not.
         {"name": "moved", **shared, "steps": 2},
     )
@@ -34,7 +35,7 @@ def runs(tmp_path_factory):
     return directory
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "compiled", "pairs"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "compiled", "compiled again", "pairs"])
 def test_shared_sequences_train_as_whole_ones(runs, name):
     assert_same_training(runs / name, runs / "alone", FP32)
 
