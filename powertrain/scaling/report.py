@@ -92,6 +92,14 @@ def _incomplete(parts: Sequence[Coverage], context: int) -> list[Coverage]:
     return [p for p in parts if p.context == context and not p.complete]
 
 
+def _so_far(parts: Sequence[Coverage], context: int) -> str:
+    own = [p for p in parts if p.context == context]
+    if all(p.complete for p in own):
+        return ""
+    later = " and further ones to come" if any(p.later for p in own) else ""
+    return f" So far: {sum(p.finished for p in own)} of {sum(p.planned for p in own)} cells{later}."
+
+
 def _missing_lines(recipe: Recipe, findings: Findings, parts: Sequence[Coverage]) -> list[str]:
     incomplete = _incomplete(parts, findings.context)
     if not incomplete:
@@ -263,7 +271,7 @@ def page(
     """
     lines = [f"# Sweep `{recipe.name}`", "", recipe.question, "", f"    powertrain sweep run {recipe.name}", ""]
     lines[-2:] = [f"    powertrain sweep run {recipe.name}", f"    powertrain sweep report {recipe.name}", ""]
-    lines += [*(f"**{headline(recipe, f)}**" for f in results), ""]
+    lines += [*(f"**{headline(recipe, f)}**{_so_far(parts, f.context)}" for f in results), ""]
     lines += [*(f"- {note}" for note in recipe.notes), ""] if recipe.notes else []
     for findings in results:
         kinds = [kind for context, kind in drawn if context == findings.context]

@@ -157,6 +157,7 @@ def test_a_sweep_cut_short_reports_what_there_is_and_what_is_missing(tmp_path):
     assert any(c.later for c in first if c.budget == 3e15)
     files = build(RECIPE, state.store.read(), first)
     text = files["README.md"].decode()
+    assert f"So far: 20 of {sum(c.planned for c in first)} cells and further ones to come." in text
     missing = text.split("### What is missing")[1].split("###")[0]
     for part in first:
         row = f"| {part.budget:.3g} | {RECIPE.label(part.mixer)} | {part} |"
@@ -172,7 +173,9 @@ def test_a_sweep_cut_short_reports_what_there_is_and_what_is_missing(tmp_path):
     assert not set(resumed.ran) & set(executor.ran)
     done = coverage(RECIPE, second.expand(), second.store.finished())
     assert all(c.complete for c in done)
-    assert "What is missing" not in build(RECIPE, second.store.read(), done)["README.md"].decode()
+    whole = build(RECIPE, second.store.read(), done)["README.md"].decode()
+    assert "What is missing" not in whole
+    assert "So far" not in whole
 
 
 def test_runners_share_a_gpu(tmp_path):
