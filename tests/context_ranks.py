@@ -118,16 +118,17 @@ def model_batch() -> dict[str, Tensor]:
     }
 
 
-def _op_results(case: OpCase, ranks: ContextGroup) -> dict[str, Tensor]:
+def _op_results(case: OpCase, ranks: ContextGroup, device: str) -> dict[str, Tensor]:
     inputs = case.inputs()
     B, T, *_ = case.sizes
     keywords = dict(inputs.keywords)
-    shard = ranks.shard(B, T, keywords.pop("cu_seqlens", None))
-    slices = {name: shard.take(x).requires_grad_() for name, x in inputs.tensors.items()}
+    cu_seqlens = keywords.pop("cu_seqlens", None)
+    shard = ranks.shard(B, T, cu_seqlens if cu_seqlens is None else cu_seqlens.to(device))
+    slices = {name: shard.take(x).to(device).requires_grad_() for name, x in inputs.tensors.items()}
     out = case.run(shard, slices, keywords)
-    grads = torch.autograd.grad(out, list(slices.values()), shard.take(cotangent(case)))
-    named = {f"grad_{name}": grad for name, grad in zip(slices, grads, strict=True)}
-    return {"out0": out.detach(), **named}
+    grads = torch.autograd.grad(out, list(slices.values()), shard.take(cotangent(case)).to(device))
+    named = {f"grad_{name}": grad.cpu() for name, grad in zip(slices, grads, strict=True)}
+    return {"out0": out.detach().cpu(), **named}
 
 
 def cotangent(case: OpCase) -> Tensor:
@@ -149,21 +150,29 @@ def _model_results(mixer: str, ranks: ContextGroup) -> dict[str, Any]:
     return {"loss": output.loss.detach(), "each": each, "logits": logits, "grads": grads, "stats": output.stats}
 
 
-def _rank(rank: int, size: int, folder: str, on_kernels: bool) -> None:
+def _rank(rank: int, size: int, folder: str, where: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
+    device = "cpu"
+    if where == "gpus":
+        device = f"cuda:{rank}"
+        torch.cuda.set_device(device)
+    backend = "nccl" if where == "gpus" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
     ranks = ContextGroup.of(dist.group.WORLD)
-    if on_kernels:
+    if where == "emulated kernels":
         cuda_plan.DEVICE_TYPES.append("cpu")
-    cases = KERNEL_CASES if on_kernels else OP_CASES
-    results: dict[str, Any] = {name: _op_results(case, ranks) for name, case in cases.items()}
-    if not on_kernels:
+    cases = {"cpus": OP_CASES, "emulated kernels": KERNEL_CASES, "gpus": OP_CASES | KERNEL_CASES}[where]
+    results: dict[str, Any] = {name: _op_results(case, ranks, device) for name, case in cases.items()}
+    if where == "cpus":
         results |= {f"model_{mixer}": _model_results(mixer, ranks) for mixer in MODEL_MIXERS}
     torch.save(results, Path(folder) / f"rank-{rank}.pt")
     dist.destroy_process_group()
 
 
-def launch(size: int, folder: Path, *, on_kernels: bool = False) -> list[dict[str, Any]]:
-    """Run `size` processes and return the results of each, by case; with `on_kernels` those of `KERNEL_CASES`."""
-    mp.start_processes(_rank, (size, str(folder), on_kernels), nprocs=size, start_method="spawn")
+def launch(size: int, folder: Path, where: str = "cpus") -> list[dict[str, Any]]:
+    """Run `size` processes and return the results of each, by case.
+
+    where: cpus (every op and model), emulated kernels (`KERNEL_CASES` on CPUs) or gpus (every op, by NCCL).
+    """
+    mp.start_processes(_rank, (size, str(folder), where), nprocs=size, start_method="spawn")
     return [torch.load(folder / f"rank-{rank}.pt") for rank in range(size)]

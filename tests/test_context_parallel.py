@@ -82,24 +82,35 @@ def check_model(mixer, parts):
     assert not failures, "; ".join(failures)
 
 
+def failures_of(cases, parts):
+    failures = []
+    for name, case in cases.items():
+        try:
+            check_op(case, [part[name] for part in parts])
+        except AssertionError as error:
+            failures.append(f"{name}: {error}")
+    return failures
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU, not emulated")
 def test_slices_on_the_kernels(tmp_path, monkeypatch):
     monkeypatch.setenv("POWERTRAIN_KERNELS_LIBRARY", str(emulated_library(without=("sm90",))))
     monkeypatch.setenv("POWERTRAIN_KERNELS_ARCH", "80")
-    parts = launch(2, tmp_path, on_kernels=True)
-    for name, case in KERNEL_CASES.items():
-        check_op(case, [part[name] for part in parts])
+    failures = failures_of(KERNEL_CASES, launch(2, tmp_path, "emulated kernels"))
+    assert not failures, "\n".join(failures)
+
+
+@pytest.mark.multigpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+def test_slices_on_gpus(tmp_path):
+    failures = failures_of(OP_CASES | KERNEL_CASES, launch(min(4, torch.cuda.device_count()), tmp_path, "gpus"))
+    assert not failures, "\n".join(failures)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_slices_give_what_the_whole_gives(size, tmp_path):
     parts = launch(size, tmp_path)
-    failures = []
-    for name, case in OP_CASES.items():
-        try:
-            check_op(case, [part[name] for part in parts])
-        except AssertionError as error:
-            failures.append(f"{name}: {error}")
+    failures = failures_of(OP_CASES, parts)
     for mixer in MODEL_MIXERS:
         try:
             check_model(mixer, [part[f"model_{mixer}"] for part in parts])
