@@ -29,7 +29,8 @@ def takes(query: Tensor, value: Tensor, log_g: Tensor | None) -> bool:
         log_g is None
         and query.device.type in DEVICE_TYPES
         and query.dtype in _DTYPES
-        and value.shape[1::2] == query.shape[1::2]
+        and value.shape[3] == head_dim
+        and value.shape[1] >= query.shape[1]
         and head_dim <= _MAX_HEAD_DIM
         and head_dim % 8 == 0
         and (query.device.type != "cuda" or _has_kernels(query.device.index or 0))
@@ -48,28 +49,36 @@ def _find_kernels(index: int) -> bool:
 
 
 def varlen_attention(Q: Tensor, K: Tensor, V: Tensor, cu_seqlens: Tensor | None, scale: float, window: int) -> Tensor:
-    """Return out `(B, T, Hq, K)` for validated inputs that `takes` accepts; token i sees i - window < j <= i of its
+    """Return out `(B, Tq, Hq, K)` for validated inputs that `takes` accepts; token i sees i - window < j <= i of its
     document.
     """
-    B, T = Q.shape[:2]
+    B, T = K.shape[:2]
+    Tq = Q.shape[1]
     if cu_seqlens is None:
         cu_seqlens = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=Q.device)
-    return varlen_attention_op(Q, K, V, cu_seqlens.int(), scale, window)[0]
+    cu_queries = cu_seqlens = cu_seqlens.int()
+    if Tq < T:
+        # The kernels align the last query of a document with its last key.
+        cu_queries = cu_seqlens // T * Tq + (cu_seqlens % T - (T - Tq)).clamp(min=0)
+    return varlen_attention_op(Q, K, V, cu_queries, cu_seqlens, scale, window)[0]
 
 
 @torch.library.custom_op("powertrain::varlen_attention", mutates_args=())
 def varlen_attention_op(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, window: int
+    q: Tensor, k: Tensor, v: Tensor, cu_queries: Tensor, cu_seqlens: Tensor, scale: float, window: int
 ) -> tuple[Tensor, Tensor]:
-    """Return out `(B, T, Hq, K)` in the dtype of q, and the log-sum-exp of the scores `(Hq, B * T)`, fp32."""
-    T = q.shape[1]
+    """Return out `(B, Tq, Hq, K)` in the dtype of q, and the log-sum-exp of the scores `(Hq, B * Tq)`, fp32.
+
+    cu_queries: offsets of the documents over the B * Tq queries, of the last tokens; cu_seqlens: over the B * T keys.
+    """
+    Tq, T = q.shape[1], k.shape[1]
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
         *(x.flatten(0, 1) for x in (q, k, v)),
-        cu_seqlens,
+        cu_queries,
         cu_seqlens,
         # No document is longer; the longest one's length would have to be waited for, and blocks beyond a document's
         # end return at once.
-        T,
+        Tq,
         T,
         0.0,
         window >= T,
@@ -81,7 +90,9 @@ def varlen_attention_op(
 
 
 @varlen_attention_op.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, window: int) -> tuple[Tensor, Tensor]:
+def _(
+    q: Tensor, k: Tensor, v: Tensor, cu_queries: Tensor, cu_seqlens: Tensor, scale: float, window: int
+) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[2], q.shape[0] * q.shape[1], dtype=torch.float32)
 
 
@@ -91,6 +102,7 @@ def varlen_attention_bwd_op(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    cu_queries: Tensor,
     cu_seqlens: Tensor,
     out: Tensor,
     lse: Tensor,
@@ -98,15 +110,15 @@ def varlen_attention_bwd_op(
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v."""
-    T = q.shape[1]
+    Tq, T = q.shape[1], k.shape[1]
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
     grads = torch.ops.aten._flash_attention_backward(
         grad_out.contiguous().flatten(0, 1),
         *(x.flatten(0, 1) for x in (q, k, v, out)),
         lse,
+        cu_queries,
         cu_seqlens,
-        cu_seqlens,
-        T,
+        Tq,
         T,
         0.0,
         window >= T,
@@ -125,6 +137,7 @@ def _(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    cu_queries: Tensor,
     cu_seqlens: Tensor,
     out: Tensor,
     lse: Tensor,
@@ -149,7 +162,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     # Unpacked once: activation checkpointing allows no second time.
     saved = ctx.saved_tensors
-    return *varlen_attention_bwd_op(grad_out, *saved, ctx.scale, ctx.window), None, None, None
+    return *varlen_attention_bwd_op(grad_out, *saved, ctx.scale, ctx.window), None, None, None, None
 
 
 varlen_attention_op.register_autograd(_backward, setup_context=_setup_context)
@@ -158,7 +171,8 @@ varlen_attention_op.register_autograd(_backward, setup_context=_setup_context)
 def _call_flops(q: Any, v: Any, window: int) -> OpPassFlops:
     return softmax_attention_flops(
         batch=q[0],
-        tokens=q[1],
+        tokens=v[1],
+        queries=q[1],
         query_heads=q[2],
         key_dim=q[3],
         value_dim=v[3],
@@ -169,13 +183,15 @@ def _call_flops(q: Any, v: Any, window: int) -> OpPassFlops:
 
 
 @register_flop_formula(torch.ops.powertrain.varlen_attention)
-def _formula(q: Any, k: Any, v: Any, cu_seqlens: Any, scale: float, window: int, *args: Any, **kwargs: Any) -> int:
+def _formula(
+    q: Any, k: Any, v: Any, cu_queries: Any, cu_seqlens: Any, scale: float, window: int, *args: Any, **kwargs: Any
+) -> int:
     return _call_flops(q, v, window).forward.total
 
 
 @register_flop_formula(torch.ops.powertrain.varlen_attention_bwd)
 def _bwd_formula(
-    grad_out: Any, q: Any, k: Any, v: Any, cu_seqlens: Any, out: Any, lse: Any, scale: float, window: int,
-    *args: Any, **kwargs: Any,
+    grad_out: Any, q: Any, k: Any, v: Any, cu_queries: Any, cu_seqlens: Any, out: Any, lse: Any, scale: float,
+    window: int, *args: Any, **kwargs: Any,
 ) -> int:  # fmt: skip
     return _call_flops(q, v, window).backward.total

@@ -26,7 +26,7 @@ CU_SEQLENS = torch.tensor([0, 5, 5, 41, 170, 171, 200, 340, 340, 340], dtype=tor
 def _weights(q: Tensor, k: Tensor, scale: float, causal: bool, left: int | None, right: int | None) -> Tensor:
     """Weights (heads, tokens, tokens) of one document; `left`, `right`: neighbours that a token sees, None all."""
     scores = torch.einsum("ihd,jhd->hij", q, k) * scale
-    distance = torch.arange(len(q))[:, None] - torch.arange(len(k))[None]
+    distance = torch.arange(len(q))[:, None] + len(k) - len(q) - torch.arange(len(k))[None]
     hidden = torch.zeros_like(distance, dtype=torch.bool)
     if left is not None:
         hidden |= distance > left
@@ -35,21 +35,23 @@ def _weights(q: Tensor, k: Tensor, scale: float, causal: bool, left: int | None,
     return scores.masked_fill(hidden, -math.inf).softmax(-1)
 
 
-def _documents(offsets: Tensor, *tensors: Tensor) -> Iterator[list[Tensor]]:
-    """The first of the tensors as it is, the others with a head for each query head; fp32, document by document."""
-    for start, stop in itertools.pairwise(offsets.tolist()):
-        first, *others = (x[start:stop].float() for x in tensors)
-        yield [first, *(x.repeat_interleave(first.shape[1] // x.shape[1], dim=1) for x in others)]
+def _documents(cu_q: Tensor, cu_k: Tensor, q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> Iterator[list[Tensor]]:
+    """q, then k and v with a head for each query head, then `more` as q; fp32, document by document."""
+    for queries, keys in zip(*(itertools.pairwise(x.tolist()) for x in (cu_q, cu_k)), strict=True):
+        of_queries, of_keys = slice(*queries), slice(*keys)
+        spread = (x[of_keys].float().repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        yield [q[of_queries].float(), *spread, *(x[of_queries].float() for x in more)]
 
 
 def _forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout, causal, debug, *, scale=None, window_size_left=None,
              window_size_right=None, **rest):  # fmt: skip
-    assert torch.equal(cu_q, cu_k)
-    assert (cu_q.dtype, dropout, debug, max_q) == (torch.int32, 0.0, False, max_k)
-    assert max(cu_q.diff()) <= max_q
+    assert (cu_q.dtype, cu_k.dtype, dropout, debug) == (torch.int32, torch.int32, 0.0, False)
+    for offsets, longest, tokens in ((cu_q, max_q, len(q)), (cu_k, max_k, len(k))):
+        assert 0 <= min(offsets.diff()) <= max(offsets.diff()) <= longest
+        assert (offsets[0], offsets[-1]) == (0, tokens)
     parts = [
         torch.einsum("hij,jhd->ihd", _weights(q_, k_, scale, causal, window_size_left, window_size_right), v_)
-        for q_, k_, v_ in _documents(cu_q, q, k, v)
+        for q_, k_, v_ in _documents(cu_q, cu_k, q, k, v)
     ]
     out = torch.cat(parts).to(q.dtype)
     return out, torch.zeros(q.shape[1], q.shape[0]), torch.zeros(2, dtype=torch.uint64), q.new_empty(0), q.new_empty(0)
@@ -58,7 +60,7 @@ def _forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout, causal, debug, *, scale
 def _backward(grad_out, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, dropout, causal, rng_state, unused, *, scale=None,
               window_size_left=None, window_size_right=None):  # fmt: skip
     parts = []
-    for q_, k_, v_, grad, out_ in _documents(cu_q, q, k, v, grad_out, out):
+    for q_, k_, v_, grad, out_ in _documents(cu_q, cu_k, q, k, v, grad_out, out):
         weights = _weights(q_, k_, scale, causal, window_size_left, window_size_right)
         delta = (grad * out_).sum(-1).T[..., None]
         slope = weights * (torch.einsum("ihd,jhd->hij", grad, v_) - delta) * scale
@@ -116,6 +118,20 @@ def test_matches_dense(
     assert_as_accurate(on_device(function), dense, inputs)
 
 
+@pytest.mark.parametrize("queries", [1, 60, 169])
+@pytest.mark.parametrize(("window", "documents"), [(None, True), (37, True), (37, False)])
+def test_queries_of_the_last_tokens(kernels: None, window: int | None, documents: bool, queries: int) -> None:
+    """Documents that end before them have keys and no query: their gradients are zero."""
+    inputs = problem(documents=documents)
+    inputs.tensors["Q"] = inputs.tensors["Q"][:, -queries:]
+    function = softmax_attention
+    if window is not None:
+        inputs.keywords["window"] = window
+        function = window_attention
+    assert varlen_attention.takes(inputs.tensors["Q"].to(DEVICE), inputs.tensors["V"].to(DEVICE), None)
+    assert_as_accurate(on_device(function), dense, inputs)
+
+
 @pytest.mark.parametrize("dim", [8, 64, 96, 128, 256])
 def test_head_dims(kernels: None, dim: int) -> None:
     assert_as_accurate(on_device(softmax_attention), dense, problem(dim=dim))
@@ -153,7 +169,8 @@ def test_strided_views_and_int64_offsets(kernels: None) -> None:
         ({"dim": 6}, False),
         ({"dim": 264}, False),
         ({"values": 16}, False),
-        ({"values_tokens": 20}, False),
+        ({"values_tokens": 20}, True),
+        ({"values_tokens": 9}, False),
         ({"gated": True}, False),
     ],
 )
