@@ -2,7 +2,9 @@
 
 A sweep of small problems, forward and backward, on the kernels that the device would choose and on the sm80 ones:
 every head dim, both types, tails, documents, groups of query heads, states at both ends. Memory comes straight from
-the driver (no caching allocator), so that each buffer has its own bounds. Exits with 1 if any tool reports anything.
+the driver (no caching allocator), so that each buffer has its own bounds; inputs are copied from the host, because what
+torch's kernels write goes unseen. One process for each tool and head dim, all at once. Exits with 1 if any tool reports
+anything.
 """
 
 import argparse
@@ -27,58 +29,72 @@ SHAPES = (
 )
 
 
-def sweep() -> None:
-    """Run every problem once, forward and backward."""
+HEAD_DIMS = (32, 64, 128)
+
+
+def sweep(head_dim: int) -> None:
+    """Run every problem of one head dim once, forward and backward."""
     import torch
 
     from powertrain.ops import cuda, power_retention
 
-    for shape, head_dim, dtype, arch in itertools.product(
-        SHAPES, (32, 64, 128), (torch.bfloat16, torch.float16), (0, 80)
-    ):
+    for shape, dtype, arch in itertools.product(SHAPES, (torch.bfloat16, torch.float16), (0, 80)):
         batch, tokens, query_heads, key_heads, chunk_size, documents, states = shape
-        q = torch.randn(batch, tokens, query_heads, head_dim, device="cuda").to(dtype).requires_grad_()
-        k, v = (
-            torch.randn(batch, tokens, key_heads, head_dim, device="cuda").to(dtype).requires_grad_() for _ in range(2)
-        )
-        leaves = [q, k, v, (-0.1 * torch.rand(batch, tokens, key_heads, device="cuda")).requires_grad_()]
+
+        def leaf(x: torch.Tensor) -> torch.Tensor:
+            return x.cuda().requires_grad_()
+
+        q = leaf(torch.randn(batch, tokens, query_heads, head_dim).to(dtype))
+        k, v = (leaf(torch.randn(batch, tokens, key_heads, head_dim).to(dtype)) for _ in range(2))
+        leaves = [q, k, v, leaf(-0.1 * torch.rand(batch, tokens, key_heads))]
         keywords = {}
         if states:
             features = head_dim * (head_dim + 1) // 2
-            state = torch.rand(batch, key_heads, features, head_dim, device="cuda").requires_grad_()
-            total = (10 + torch.rand(batch, key_heads, features, device="cuda")).requires_grad_()
+            state = leaf(torch.rand(batch, key_heads, features, head_dim))
+            total = leaf(10 + torch.rand(batch, key_heads, features))
             keywords = {"initial_state": state, "sum_of_keys": total}
             leaves += [state, total]
         if documents:
             offsets = sorted({0, 1, tokens // 2, batch * tokens} | {row * tokens for row in range(batch)})
-            keywords["cu_seqlens"] = torch.tensor(offsets, dtype=torch.int32, device="cuda")
+            keywords["cu_seqlens"] = torch.tensor(offsets, dtype=torch.int32).cuda()
         with cuda.force_arch(arch):
             result = power_retention(
                 *leaves[:4], chunk_size=chunk_size, return_final_state=states, impl="cuda", **keywords
             )
             outputs = result if states else (result,)
-            torch.autograd.grad(outputs, leaves, [torch.randn_like(x) for x in outputs])
+            torch.autograd.grad(outputs, leaves, [torch.randn(x.shape).to(x.dtype).cuda() for x in outputs])
         torch.cuda.synchronize()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tools", nargs="+", default=list(TOOLS), choices=TOOLS)
-    parser.add_argument("--sweep", action="store_true", help="run the problems themselves (what the tools run)")
+    parser.add_argument("--sweep", type=int, metavar="K", help="run the problems of head dim K (what the tools run)")
     args = parser.parse_args()
     if args.sweep:
         sys.path.insert(0, str(ROOT))
-        sweep()
+        sweep(args.sweep)
         return 0
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    failed = []
-    for tool in args.tools:
+    runs = {}
+    for tool, head_dim in itertools.product(args.tools, HEAD_DIMS):
         command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--kernel-name", KERNEL_NAMES]
-        result = subprocess.run([*command, sys.executable, __file__, "--sweep"], env=environment, check=False)
-        print(f"{tool}: {'clean' if result.returncode == 0 else f'exit status {result.returncode}'}", flush=True)
-        if result.returncode != 0:
-            failed.append(tool)
+        runs[tool, head_dim] = subprocess.Popen(
+            [*command, sys.executable, __file__, "--sweep", str(head_dim)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+    failed = False
+    for (tool, head_dim), process in runs.items():
+        output, _ = process.communicate()
+        clean = process.returncode == 0
+        print(f"{tool}, head dim {head_dim}: {'clean' if clean else f'exit status {process.returncode}'}", flush=True)
+        if not clean:
+            print("\n".join(output.splitlines()[:40]), flush=True)
+            failed = True
     return 1 if failed else 0
 
 
