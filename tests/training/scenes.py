@@ -5,6 +5,7 @@ from __future__ import annotations
 import lightning.pytorch as pl
 import torch
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 
 class KeepGradients(pl.Callback):
@@ -38,4 +39,18 @@ class CheckSharded(KeepGradients):
                 assert tensor.dtype == torch.float32
 
 
-SCENES = {"keep": KeepGradients, "sharded": CheckSharded}
+class CountReductions(pl.Callback):
+    """Asserts that the last micro-batch of a step, and no other, reduces gradients: each block's, and the rest's."""
+
+    def on_train_batch_start(self, trainer, pl_module, *_):
+        self._mode = CommDebugMode()
+        self._mode.__enter__()
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self._mode.__exit__(None, None, None)
+        reductions = self._mode.get_comm_counts().get(torch.ops.c10d._reduce_scatter_base_, 0)
+        assert trainer.accumulate_grad_batches > 1
+        assert reductions == (len(pl_module.model.blocks) + 1 if pl_module.at_step_end else 0)
+
+
+SCENES = {"keep": KeepGradients, "sharded": CheckSharded, "count": CountReductions}

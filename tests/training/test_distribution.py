@@ -63,7 +63,7 @@ def two(tmp_path_factory):
         # The same run in two parts, and one that changes its strategy.
         {"name": "resumed", **fsdp, "steps": 2},
         {"name": "resumed", **fsdp},
-        {"name": "moved", **fsdp, "steps": 1},
+        {"name": "moved", **fsdp, "steps": 1, "scene": "count"},
         {"name": "moved", "model": "gpt", "strategy": "ddp", "steps": 2},
     )
     return directory
