@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -144,10 +145,17 @@ def _model_results(mixer: str, ranks: ContextGroup) -> dict[str, Any]:
     with torch.no_grad():
         each = model(ids, labels=labels, shard=shard, loss_reduction="none").loss
         logits = model(ids, shard=shard).logits
-    output = model(ids, labels=labels, shard=shard, loss_reduction="sum", collect_stats=True)
-    output.loss.backward()
-    grads = {name: p.grad for name, p in model.named_parameters()}
-    return {"loss": output.loss.detach(), "each": each, "logits": logits, "grads": grads, "stats": output.stats}
+    with mock.patch.object(dist, "all_gather", side_effect=dist.all_gather) as all_gather:
+        output = model(ids, labels=labels, shard=shard, loss_reduction="sum", collect_stats=True)
+        output.loss.backward()
+    return {
+        "loss": output.loss.detach(),
+        "each": each,
+        "logits": logits,
+        "grads": {name: p.grad for name, p in model.named_parameters()},
+        "stats": output.stats,
+        "all_gathers": all_gather.call_count,
+    }
 
 
 def _rank(rank: int, size: int, folder: str, where: str) -> None:

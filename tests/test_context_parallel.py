@@ -20,6 +20,9 @@ from tests.ops.accuracy import FACTOR, FLOOR_EPS, assert_results_as_accurate, re
 from tests.ops.emulation import emulated_library
 from tests.ops.test_attention import dense
 
+# Of one forward and backward pass. Two power layers: one in each direction. The hybrid, whose layers run again in the
+# backward pass: the same for its power layer, and the keys and values of its window twice.
+ALL_GATHERS = {"power": 4, "hybrid": 4}
 EPS = torch.finfo(torch.float32).eps
 
 
@@ -80,6 +83,8 @@ def check_model(mixer, parts):
         for name, value in stats.items():
             torch.testing.assert_close(part["stats"][name], value, rtol=1e-4, atol=0)
     assert not failures, "; ".join(failures)
+    if mixer in ALL_GATHERS:
+        assert {part["all_gathers"] for part in parts} == {ALL_GATHERS[mixer]}
 
 
 def failures_of(cases, parts):

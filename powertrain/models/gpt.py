@@ -178,15 +178,17 @@ class GPT(nn.Module):
         (B, T), device = input_ids.shape, input_ids.device
         start = 0 if cache is None else cache.position
         x = self.embedding(input_ids)
+        again = self.config.activation_checkpointing and torch.is_grad_enabled()
         if shard is None:
             positions = token_positions(B, T, start, cu_seqlens, device)
         else:
             positions = shard.take(token_positions(B, shard.tokens, 0, shard.whole_cu_seqlens, device))
+            shard = shard.remembering() if again else shard
         rotary = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
         stats: dict[str, Tensor] = {}
         for layer, block in enumerate(self.blocks):
             inputs = (x, rotary, cu_seqlens, None if cache is None else cache.layers[layer], collect_stats, shard)
-            if self.config.activation_checkpointing and torch.is_grad_enabled():
+            if again:
                 x, layer_stats = checkpoint(block, *inputs, use_reentrant=False)
             else:
                 x, layer_stats = block(*inputs)

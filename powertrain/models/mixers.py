@@ -185,9 +185,11 @@ class Mixer(nn.Module):
                     deg=config.deg,
                     chunk_size=config.chunk_size,
                     switch_over_seq_len=config.switch_over_seq_len,
+                    layer=self,
                 )
             case "linear":
-                return context_power_retention(q, k, v, log_G, shard, deg=1, chunk_size=config.chunk_size)[0], None
+                out, _ = context_power_retention(q, k, v, log_G, shard, deg=1, chunk_size=config.chunk_size, layer=self)
+                return out, None
             case "softmax":
                 return context_attention(q, k, v, log_G, shard), None
             case "window":

@@ -14,7 +14,7 @@ step the other way round: with A_r the gradient of I_r through the outputs of sl
 Softmax and window attention gather the keys, values and gates that their queries see.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -43,12 +43,15 @@ def context_power_retention(
     scale: float | None = None,
     chunk_size: int | None = None,
     switch_over_seq_len: int | None = None,
+    *,
+    layer: Hashable = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute `power_retention_with_normalizer` of whole rows, each rank for its slice; a collective of the group.
 
     Args:
         Q, K, V, log_G: this rank's slice, `(B, L, ...)`; otherwise as in `power_retention`, with deg 1, 2 or 4.
         shard: where the slice lies, and the documents.
+        layer: name of this call among those of a forward pass, for `ContextShard.remembering`.
 
     Returns:
         out `(B, L, Hq, V)` and the normalizer `(B, L, Hq)`, without gradient.
@@ -61,7 +64,7 @@ def context_power_retention(
         cu_seqlens=shard.cu_seqlens, has_state=True, impl=None,
     )  # fmt: skip
     stages: _Stages = _CudaStages(call, shard, log_G is not None) if call.on_cuda else _TorchStages(call, shard)
-    return _ContextPowerRetention.apply(call.Q, call.K, call.V, log_G, shard, stages)
+    return _ContextPowerRetention.apply(call.Q, call.K, call.V, log_G, shard, stages, layer)
 
 
 @torch.compiler.disable
@@ -121,14 +124,22 @@ class _Stages(Protocol):
 class _ContextPowerRetention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, shard: ContextShard, stages: _Stages
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_g: Tensor | None,
+        shard: ContextShard,
+        stages: _Stages,
+        layer: Hashable,
     ) -> tuple[Tensor, Tensor]:
-        message = _joined(stages.final_state(q, k, v, log_g))
-        decay = message.new_zeros(message.shape[:2]) if log_g is None else log_g.sum(1, dtype=torch.float64)
-        # The total gates travel with the state: one more number for each row and head.
-        gathered = shard.all_gather(torch.cat([message, decay.to(message.dtype)[..., None]], dim=-1))
-        passes = _passes(gathered[..., -1], shard)
-        state = _split(_entering(gathered[..., :-1], passes, shard), v.shape[3])
+        memory = shard.entered if layer is not None else None
+        known = None if memory is None else memory.pop(layer, None)
+        if known is None:
+            known = _exchange(stages.final_state(q, k, v, log_g), log_g, shard)
+            if memory is not None:
+                memory[layer] = known
+        state, passes = known
         out, normalizer, saved = stages.forward(q, k, v, log_g, state)
         ctx.shard, ctx.stages, ctx.value_dim = shard, stages, v.shape[3]
         ctx.save_for_backward(passes, *saved)
@@ -151,7 +162,17 @@ class _ContextPowerRetention(torch.autograd.Function):
                 grad_log_g[:, 0] = 0.0
             elif continues is not None:
                 grad_log_g[:, 0].masked_fill_(~continues[:, None], 0.0)
-        return grad_q, grad_k, grad_v, grad_log_g, None, None
+        return grad_q, grad_k, grad_v, grad_log_g, None, None, None
+
+
+def _exchange(leaving: State, log_g: Tensor | None, shard: ContextShard) -> tuple[State, Tensor]:
+    """Return the state that enters this slice, and `_passes`, for the state that its tokens leave by themselves."""
+    message = _joined(leaving)
+    decay = message.new_zeros(message.shape[:2]) if log_g is None else log_g.sum(1, dtype=torch.float64)
+    # The total gates travel with the state: one more number for each row and head.
+    gathered = shard.all_gather(torch.cat([message, decay.to(message.dtype)[..., None]], dim=-1))
+    passes = _passes(gathered[..., -1], shard)
+    return _split(_entering(gathered[..., :-1], passes, shard), leaving[0].shape[3]), passes
 
 
 def _joined(state: State) -> Tensor:

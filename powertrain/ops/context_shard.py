@@ -9,7 +9,7 @@ Shape legend: N ranks, B rows, T tokens of a whole row, L tokens of a slice.
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -53,6 +53,7 @@ class ContextShard:
     rows: int  # B
     tokens: int  # T, of a whole row
     whole_cu_seqlens: Tensor | None  # (M,) over the B * T flattened tokens
+    entered: dict[Any, Any] | None = None  # by layer, what entered this slice; see `remembering`
 
     def __post_init__(self) -> None:
         if self.tokens < self.ranks.size:
@@ -60,6 +61,13 @@ class ContextShard:
                 f"a context of {self.tokens} tokens cannot be shared by {self.ranks.size} ranks; "
                 "every rank needs at least one token"
             )
+
+    def remembering(self) -> "ContextShard":
+        """Return this shard for one forward pass whose layers run again in the backward pass: activation checkpointing.
+
+        Layers that name themselves exchange states once, and find them the second time.
+        """
+        return replace(self, entered={})
 
     @cached_property
     def bounds(self) -> list[int]:
