@@ -213,14 +213,16 @@ class Chain:
         self._at_least = max(self._at_least, resumed, certain, saved or 0)
 
     def _strike(self, kind: str, remaining: int) -> Outcome | None:
+        references = self.shop.references
         if kind == PREPARE:
-            operations = self.shop.references.by_layout[ALONE].operations["cache"]
-            return self._kill_by_operation(kind, self.run.cache, operations, 0.3)
+            return self._kill_by_operation(
+                kind, self.run.cache, 1, references.by_layout[ALONE].operations["cache"], delay=0.3
+            )
         if kind == READ:
-            return self._kill_by_operation(kind, self.run.checkpoints, self.shop.references.read_operations, 0.005)
+            return self._kill_by_operation(kind, self.run.checkpoints, 1, references.read_operations, delay=0.005)
         if kind == SAVE and self.random.random() < 0.5:
-            operations = self.shop.references.read_operations + 2 * self.shop.references.save_operations
-            return self._kill_by_operation(kind, self.run.checkpoints, operations, 0.01)
+            first, last = references.read_operations + 1, references.read_operations + 2 * references.save_operations
+            return self._kill_by_operation(kind, self.run.checkpoints, first, last, delay=0.01)
         if kind == SAVE:
             return self._kill_on_sight(kind)
         before = self.run.step
@@ -240,8 +242,8 @@ class Chain:
             attempt.send(signum, rank)
         return self._outcome(kind, attempt, what, signum)
 
-    def _kill_by_operation(self, kind: str, directory: Path, operations: int, delay: float) -> Outcome | None:
-        number = self.random.randint(1, operations)
+    def _kill_by_operation(self, kind: str, directory: Path, first: int, last: int, *, delay: float) -> Outcome | None:
+        number = self.random.randint(first, last)
         seconds = self.random.choice([0.0, self.random.uniform(0, delay)])
         attempt = self.run.start(
             self._next_layout(), kill_rank=0, kill_under=str(directory), kill_at=number, kill_delay=seconds
@@ -269,6 +271,9 @@ class Chain:
             if any(codes):
                 raise Mismatch(f"{what}: the ranks ended with {codes}: {attempt.said()[-800:]}")
             return None
+        # A kill by time may come when the data are prepared already.
+        if kind == PREPARE and any("prepared " in attempt.said(rank) for rank in range(attempt.layout.ranks)):
+            kind = KILL
         ended = ", ".join(dict.fromkeys(signal_name(code) for code in codes))
         return Outcome(kind, self.name, str(attempt.layout), what, self.run.step, ended)
 
