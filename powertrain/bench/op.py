@@ -1,8 +1,8 @@
 """`powertrain bench op`: power retention beside PyTorch's softmax attention, forward and forward+backward, at a list of
 lengths.
 
-Each figure is the median of repeated runs; the two implementations take turns, so that a machine that slows down slows
-both. Results are written as JSON with what is needed to repeat them.
+Each figure is the median of repeated runs; the two implementations take turns, and a speedup is the median of the ratios
+of neighbouring runs, so that a machine that slows down slows both. Results are written as JSON with what is needed to repeat them.
 """
 
 import argparse
@@ -31,7 +31,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Row:
-    """One length: medians in milliseconds; `speedup` is SDPA's time over ours."""
+    """One length: medians in milliseconds; a speedup is the median of SDPA's time over ours in the run before it."""
 
     tokens: int
     chunk_size: int
@@ -121,26 +121,30 @@ def _measure(tokens: int, args: argparse.Namespace) -> Row:
 
     leaves = [Q, K, V] if log_G is None else [Q, K, V, log_G]
     with torch.no_grad():
-        forward = _medians([power, sdpa], args)
-    both = _medians(
+        forward = _times([power, sdpa], args)
+    both = _times(
         [lambda: torch.autograd.grad(power(), leaves, grad), lambda: torch.autograd.grad(sdpa(), (q, k, v), grad_sdpa)],
         args,
     )
     return Row(
         tokens=tokens,
         chunk_size=chunk_size,
-        power_forward_ms=forward[0],
-        sdpa_forward_ms=forward[1],
-        forward_speedup=forward[1] / forward[0],
-        power_forward_backward_ms=both[0],
-        sdpa_forward_backward_ms=both[1],
-        forward_backward_speedup=both[1] / both[0],
+        power_forward_ms=statistics.median(forward[0]),
+        sdpa_forward_ms=statistics.median(forward[1]),
+        forward_speedup=_median_ratio(*forward),
+        power_forward_backward_ms=statistics.median(both[0]),
+        sdpa_forward_backward_ms=statistics.median(both[1]),
+        forward_backward_speedup=_median_ratio(*both),
         repeats=args.repeats,
     )
 
 
-def _medians(functions: list[Callable[[], object]], args: argparse.Namespace) -> list[float]:
-    """Return the median time of each function in milliseconds, from runs in turns after one warm-up."""
+def _median_ratio(power: list[float], sdpa: list[float]) -> float:
+    return statistics.median(theirs / ours for ours, theirs in zip(power, sdpa, strict=True))
+
+
+def _times(functions: list[Callable[[], object]], args: argparse.Namespace) -> list[list[float]]:
+    """Return the times of each function in milliseconds, from runs in turns after one warm-up."""
     times: list[list[float]] = [[] for _ in functions]
     for repeat in range(args.repeats + 1):
         for function, record in zip(functions, times, strict=True):
@@ -150,7 +154,7 @@ def _medians(functions: list[Callable[[], object]], args: argparse.Namespace) ->
             _synchronize(args.device)
             if repeat > 0:
                 record.append((time.perf_counter() - start) * 1e3)
-    return [statistics.median(record) for record in times]
+    return times
 
 
 def _synchronize(device: str) -> None:

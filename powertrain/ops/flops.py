@@ -2,7 +2,7 @@
 
 A multiply-add is 2 FLOPs and only matrix products count, as in `torch.utils.flop_counter`. *Algorithmic* counts what
 the mathematics needs (exact F, causal pairs only, nothing computed twice); *executed* counts the products that the
-PyTorch implementation runs: whole diagonal blocks, states recomputed in the backward pass.
+PyTorch implementation runs: whole diagonal blocks, states between two saved ones formed again in the backward pass.
 """
 
 from dataclasses import dataclass, fields

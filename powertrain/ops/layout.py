@@ -83,7 +83,10 @@ def from_query_rows(x: Tensor, B: int) -> Tensor:
 
 def cut(x: Tensor, segment: Segment) -> Tensor:
     """View `(N, D, ..., T)` as the segment's chunks `(N, chunks, D, ..., chunk_size)`."""
-    return x[..., segment.start : segment.stop].unfold(-1, segment.chunk_size, segment.stride).movedim(-2, 1)
+    tokens = x.narrow(-1, segment.start, segment.stop - segment.start)
+    if segment.chunks == 1:
+        return tokens.unsqueeze(1)
+    return tokens.unfold(-1, segment.chunk_size, segment.stride).movedim(-2, 1)
 
 
 def join(x: Tensor) -> Tensor:

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 
 from powertrain.ops.sympow import phi_dimension
 
-# Tokens of the diagonal blocks inside a chunk, of whose work half is masked out. On CPU 128 is the smallest at which
-# the matrix products run at full speed; on a GPU fewer, larger launches win.
-_BLOCK_SIZE = {"cpu": 128, "cuda": 256}
-# Elements of one working buffer: a tile of attention weights, or of monomials. CPU: what a core's own cache holds, so
-# that a tile is multiplied where it was written; GPU: enough to fill the chip.
-_TILE_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 26}
-_PHI_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 27}
+# Tokens of the diagonal blocks inside a chunk, of whose work half is masked out. On CPU 64 is the smallest at which the
+# matrix products run at full speed; on a GPU fewer, larger launches win.
+_DIAGONAL_BLOCK = {"cpu": 64, "cuda": 256}
+# Rows of a block of softmax attention, each with all its columns.
+_ROW_BLOCK = {"cpu": 128, "cuda": 256}
+# Elements of one working buffer: a tile of attention weights, or of monomials. CPU: measured; smaller ones stay in a
+# core's own cache, larger ones cost fewer calls. GPU: enough to fill the chip.
+_TILE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
+_PHI_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 27}
 # Rows of monomials in a tile, if tokens may be traded for them: as many as make a matrix product efficient. GPU: all.
 _PHI_ROWS = {"cpu": 512, "cuda": 1 << 30}
 # Floats of a state saved for the backward pass, per float of a chunk's keys and values. A state at every chunk saves
@@ -22,10 +24,11 @@ _PHI_ROWS = {"cpu": 512, "cuda": 1 << 30}
 _SAVED_STATE_RATIO = 4
 _CHUNK_SIZES = (64, 128, 256, 512, 1024)
 # Passes over a chunk's state (weighting, decay, scan, boundary terms; forward and backward) are bound by memory: their
-# cost per state element, in FLOPs of a matrix product. An estimate; `powertrain bench op --chunk-size` measures it.
-_STATE_PASS_FLOPS = 400.0
-# A FLOP of the state path costs this many of the quadratic path, because it also forms and contracts phi. An estimate.
-_STATE_PATH_COST = 1.5
+# cost per state element, in FLOPs of a matrix product. This and the next from times on CPU (8 heads of 64, forward and
+# backward, 4096 tokens: one chunk 1.16 s, chunks of 1024 1.32 s, of 512 1.26 s; `powertrain bench op --chunk-size`).
+_STATE_PASS_FLOPS = 200.0
+# A FLOP of the state path costs this many of the quadratic path, because it also forms and contracts phi.
+_STATE_PATH_COST = 1.1
 
 
 @dataclass(frozen=True)
@@ -161,27 +164,26 @@ def make_plan(
     device_type: str,
 ) -> Plan:
     """Return the plan for these shapes, cut at `chunk_size`; buffers are bounded whatever they are."""
-    device_type = device_type if device_type in _BLOCK_SIZE else "cuda"
+    device_type = device_type if device_type in _DIAGONAL_BLOCK else "cuda"
     chunk_size = min(chunk_size, max(tokens, 1))
     state_rows = phi_dimension(key_dim, deg)
     phi_columns = max(1, _PHI_ELEMENTS[device_type] // min(state_rows, _PHI_ROWS[device_type]))
     chunks = -(-tokens // chunk_size)
-    # Long sequences are batched over chunks first, because that also spaces out the saved states.
     chunks_at_once = max(1, phi_columns // (query_heads_per_key_head * chunk_size))
+    if chunks == 1:
+        row_elements = query_heads_per_key_head * min(_DIAGONAL_BLOCK[device_type], chunk_size) * chunk_size
+        chunks_at_once = max(1, _TILE_ELEMENTS[device_type] // row_elements)
+    # Sequences come first, because more chunks of one in a batch cost forming states again.
+    sequences_per_group = max(1, min(chunks_at_once, batch * key_heads))
     saved_floats = state_rows * (value_dim + 1)
     chunks_per_save = -(-saved_floats // (_SAVED_STATE_RATIO * chunk_size * (key_dim + value_dim)))
-    chunks_per_segment = max(1, min(max(chunks_at_once, chunks_per_save), chunks))
-    if chunks == 1:
-        row_elements = query_heads_per_key_head * min(_BLOCK_SIZE[device_type], chunk_size) * chunk_size
-        sequences_per_group = max(1, _TILE_ELEMENTS[device_type] // row_elements)
-    else:
-        sequences_per_group = max(1, chunks_at_once // chunks_per_segment)
+    chunks_per_segment = max(1, min(max(chunks_at_once // sequences_per_group, chunks_per_save), chunks))
     return Plan(
         batch=batch,
         key_heads=key_heads,
         tokens=tokens,
         chunk_size=chunk_size,
-        block_size=_BLOCK_SIZE[device_type],
+        block_size=_DIAGONAL_BLOCK[device_type],
         sequences_per_group=sequences_per_group,
         chunks_per_segment=chunks_per_segment,
         phi_columns=phi_columns,
@@ -197,7 +199,7 @@ def attention_row_blocks(
 
     `first_column` optionally holds, for each token, the first token of its document; rows start at token `first_row`.
     """
-    block_size = _BLOCK_SIZE.get(device_type, _BLOCK_SIZE["cuda"])
+    block_size = _ROW_BLOCK.get(device_type, _ROW_BLOCK["cuda"])
     for start in range(first_row, tokens, block_size):
         first = max(0, start - window + 1)
         if first_column is not None:
@@ -210,7 +212,7 @@ def attention_sequences_per_group(*, tokens: int, window: int, query_heads_per_k
     """Return how many key heads blocked softmax attention takes at once, so that the scores of one block of rows fit a
     tile.
     """
-    rows = _BLOCK_SIZE.get(device_type, _BLOCK_SIZE["cuda"])
+    rows = _ROW_BLOCK.get(device_type, _ROW_BLOCK["cuda"])
     elements = query_heads_per_key_head * rows * min(tokens, window + rows)
     return max(1, _TILE_ELEMENTS.get(device_type, _TILE_ELEMENTS["cuda"]) // elements)
 

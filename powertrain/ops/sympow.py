@@ -145,19 +145,32 @@ class Monomials:
 
 def _multiply(x: Tensor, lower: Tensor, out: Tensor, blocks: list[_Block]) -> None:
     """Write x[i] times its suffix of `lower` to the rows of each block, which `out` holds one after another."""
-    for (i, _, suffix), out_rows in zip(blocks, _split(out, blocks), strict=True):
-        torch.mul(lower[:, suffix], x[:, i : i + 1], out=out_rows)
+    for x_i, suffix, rows in zip(_factors(x, blocks), _suffixes(lower, blocks), _rows(out, blocks), strict=True):
+        torch.mul(suffix, x_i, out=rows)
 
 
 def _multiply_backward(
     x: Tensor, lower: Tensor, grad: Tensor, blocks: list[_Block], grad_x: Tensor, grad_lower: Tensor
 ) -> None:
     """Add to `grad_x` and `grad_lower` the gradients through `_multiply` for `grad`, which is overwritten."""
-    for (i, _, suffix), grad_rows in zip(blocks, _split(grad, blocks), strict=True):
-        grad_lower[:, suffix].addcmul_(grad_rows, x[:, i : i + 1])
-        grad_x[:, i] += grad_rows.mul_(lower[:, suffix]).sum(1)
+    grad_factors = []
+    for x_i, suffix, grad_suffix, grad_rows in zip(
+        _factors(x, blocks), _suffixes(lower, blocks), _suffixes(grad_lower, blocks), _rows(grad, blocks), strict=True
+    ):
+        grad_suffix.addcmul_(grad_rows, x_i)
+        grad_factors.append(grad_rows.mul_(suffix).sum(1, keepdim=True))
+    grad_x[:, blocks[0][0] : blocks[-1][0] + 1] += torch.cat(grad_factors, dim=1)
 
 
-def _split(x: Tensor, blocks: list[_Block]) -> tuple[Tensor, ...]:
-    # One call makes all views: with short chunks, slicing would cost as much as the products.
+# The views of all blocks at once, and by the cheapest calls: with short chunks, making them would cost as much as the
+# products.
+def _factors(x: Tensor, blocks: list[_Block]) -> tuple[Tensor, ...]:
+    return x.narrow(1, blocks[0][0], len(blocks)).split(1, dim=1)
+
+
+def _suffixes(lower: Tensor, blocks: list[_Block]) -> list[Tensor]:
+    return [lower.narrow(1, suffix.start, suffix.stop - suffix.start) for _, _, suffix in blocks]
+
+
+def _rows(x: Tensor, blocks: list[_Block]) -> tuple[Tensor, ...]:
     return x.split([rows.stop - rows.start for _, rows, _ in blocks], dim=1)
