@@ -1,8 +1,9 @@
 """`powertrain bench op`: power retention beside PyTorch's softmax attention, forward and forward+backward, at a list of
 lengths.
 
-Each figure is the median of repeated runs; the two implementations take turns, and a speedup is the median of the ratios
-of neighbouring runs, so that a machine that slows down slows both. Results are written as JSON with what is needed to repeat them.
+Each figure is the median of repeated runs; the two implementations take turns, and a speedup is the median of the
+ratios of neighbouring runs, so that a machine that slows down slows both. Results are written as JSON with what is
+needed to repeat them.
 """
 
 import argparse
