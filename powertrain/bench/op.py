@@ -132,15 +132,16 @@ def _measure(tokens: int, args: argparse.Namespace) -> Row:
         chunk_size=chunk_size,
         power_forward_ms=statistics.median(forward[0]),
         sdpa_forward_ms=statistics.median(forward[1]),
-        forward_speedup=_median_ratio(*forward),
+        forward_speedup=median_ratio(*forward),
         power_forward_backward_ms=statistics.median(both[0]),
         sdpa_forward_backward_ms=statistics.median(both[1]),
-        forward_backward_speedup=_median_ratio(*both),
+        forward_backward_speedup=median_ratio(*both),
         repeats=args.repeats,
     )
 
 
-def _median_ratio(power: list[float], sdpa: list[float]) -> float:
+def median_ratio(power: list[float], sdpa: list[float]) -> float:
+    """Return the median of SDPA's time over ours in neighbouring runs."""
     return statistics.median(theirs / ours for ours, theirs in zip(power, sdpa, strict=True))
 
 
