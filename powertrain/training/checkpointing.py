@@ -117,8 +117,9 @@ class Checkpointing(pl.Callback):
         self.store.finish()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        # Not together: an error may be of this process alone.
-        self.store.settle(self.patience)
+        # Not together: an error may be of this process alone. A second Ctrl-C waits for nothing.
+        if isinstance(exception, Exception):
+            self.store.settle(self.patience)
 
     def _begin(self, trainer: pl.Trainer, module: PowertrainModule, *, val_loss: float | None) -> None:
         if self._saved_step == module.step:

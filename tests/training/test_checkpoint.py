@@ -3,7 +3,6 @@ import os
 import resource
 import shutil
 import threading
-import time
 
 import pytest
 import torch
@@ -247,13 +246,14 @@ def test_the_caller_goes_on_while_a_save_is_written_and_what_it_changes_is_not_s
 
 
 def test_the_pause_is_a_small_part_of_the_save(store):
-    """A hundred megabytes, twice: the first save allocates the copies."""
+    """A hundred megabytes: copied once, but hashed and written. Of several saves, as others use the machine too."""
     weights = {f"w{i}": torch.ones(5, 1 << 20) for i in range(5)}
-    for step in (1, 2):
+    shares = []
+    for step in range(1, 5):
         store.begin(step, weights, {})
-        time.sleep(0.01)
         store.finish()
-    assert store.pause_seconds < 0.25 * store.save_seconds
+        shares.append(store.pause_seconds / store.save_seconds)
+    assert min(shares) < 0.15
 
 
 def test_a_later_error_is_that_of_the_save_before(store, monkeypatch):
