@@ -48,6 +48,9 @@ class Row:
 def main(argv: list[str]) -> int:
     """Run the benchmark with command-line arguments `argv` and return the exit status."""
     args = _parse(argv)
+    if args.draw:
+        _draw(Path(args.output))
+        return 0
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     console = Console()
@@ -59,7 +62,7 @@ def main(argv: list[str]) -> int:
     path = Path(args.output)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**_environment(args, argv), "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
-    console.print(f"Written to {path}")
+    console.print(f"Written to {path}, drawn to {_draw(path)}")
     return 0
 
 
@@ -81,7 +84,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
     parser.add_argument("--repeats", type=int, default=9, help="least number of timed runs for each median")
-    parser.add_argument("--output", default="bench/op.json", help="JSON file to write")
+    parser.add_argument("--output", default="bench/op.json", help="JSON file to write, with a figure beside it")
+    parser.add_argument("--draw", action="store_true", help="only draw the figure of --output")
     args = parser.parse_args(argv)
     args.key_heads = args.heads if args.key_heads is None else args.key_heads
     return args
@@ -205,6 +209,42 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor()
+
+
+def _draw(path: Path) -> Path:
+    """Draw time per token against length beside the data file, and return where."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    record = json.loads(path.read_text())
+    rows, problem = record["rows"], record["problem"]
+    figure, axes = pyplot.subplots(figsize=(6.5, 4), layout="constrained")
+    for name, label in (("power", f"power retention, deg {problem['deg']}"), ("sdpa", "SDPA softmax")):
+        per_token = [row[f"{name}_forward_backward_ms"] * 1e3 / (problem["batch"] * row["tokens"]) for row in rows]
+        axes.plot([row["tokens"] for row in rows], per_token, marker="o", label=label)
+    for row in rows:
+        axes.annotate(
+            f"{row['forward_backward_speedup']:.2f} x",
+            (row["tokens"], row["power_forward_backward_ms"] * 1e3 / (problem["batch"] * row["tokens"])),
+            textcoords="offset points",
+            xytext=(0, -14),
+            ha="center",
+        )
+    axes.set_xscale("log", base=2)
+    axes.set(
+        ylim=(0, None),
+        xlabel="sequence length T (tokens)",
+        ylabel="forward + backward per token (\N{MICRO SIGN}s)",
+        title=f"{record['gpu'] or record['processor']}: {problem['heads']} heads of {problem['dim']}, "
+        f"{problem['dtype']}" + ("" if record["gpu"] else f", threads: {record['threads']}"),
+    )
+    axes.legend()
+    figure_path = path.with_suffix(".png")
+    figure.savefig(figure_path, dpi=150)
+    pyplot.close(figure)
+    return figure_path
 
 
 def _table(rows: list[Row], args: argparse.Namespace) -> Table:

@@ -21,6 +21,10 @@ def test_writes_rows_and_environment(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert result["problem"]["key_heads"] == 1
     assert result["torch"]
     assert "speedup" in capsys.readouterr().out
+    figure = output.with_suffix(".png")
+    figure.unlink()
+    assert main(["--draw", "--output", str(output)]) == 0
+    assert figure.stat().st_size > 0
 
 
 def test_a_speedup_is_the_median_ratio_of_neighbouring_runs() -> None:
