@@ -108,6 +108,7 @@ struct ChunkScan {
     __device__ __forceinline__ int block(int m) const { return row_block_of<kM>(warpgroup, m); }
 
     __device__ void release(int stage) {
+      __syncwarp();  // lane 0 speaks for what all lanes have read
       if (lane == 0) ring.release(stage);
     }
 
