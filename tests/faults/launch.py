@@ -150,7 +150,9 @@ class Attempt:
         """Send a signal to one rank, or to all of them."""
         for process in self._processes if rank is None else [self._processes[rank]]:
             if process.code() is None and process.pid is not None:
-                os.kill(process.pid, signum)
+                # It may end in this moment.
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, signum)
 
     def codes(self) -> list[int | None]:
         """Return the exit code of each process; None where it runs, minus the signal where one killed it."""
