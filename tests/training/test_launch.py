@@ -54,94 +54,93 @@ def complaints(stderr: str) -> list[str]:
     return [line for line in stderr.splitlines() if line.startswith("powertrain")]
 
 
-@pytest.fixture(scope="module")
-def ends(corpus, tmp_path_factory):
-    """Exit code and stderr of runs that end in different ways, three at a time."""
-    runs = tmp_path_factory.mktemp("runs")
-    started = {
-        "error": ("error:1:5",),
-        "kill": ("kill:1:5",),
-        "hang": ("hang:1:5", "trainer.hang_timeout=20", "trainer.strategy=fsdp"),
-        "nan": ("nan:1:5", "trainer.strategy=fsdp"),
-        "disk": ("disk:1:3", "trainer.strategy=fsdp"),
-        "signal": ("hang:1:100", "trainer.max_steps=100000", "trainer.strategy=fsdp"),
-    }
+def ends(corpus: Path, runs: Path, **started: tuple[str, ...]) -> dict[str, tuple[int, str]]:
+    """Start runs at the same time, with their faults and options; return each one's exit code and stderr."""
+    processes = {name: train(corpus, runs, name, *arguments) for name, arguments in started.items()}
+    if "signal" in processes:
+        records = runs / "signal" / "metrics.jsonl"
+        deadline = time.monotonic() + 300
+        while not (records.exists() and read_metrics(runs / "signal")):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        processes["signal"].send_signal(signal.SIGTERM)
     ended = {}
-    for batch in (list(started)[:3], list(started)[3:]):
-        processes = {name: train(corpus, runs, name, *started[name]) for name in batch}
-        if "signal" in processes:
-            records = runs / "signal" / "metrics.jsonl"
-            deadline = time.monotonic() + 300
-            while not (records.exists() and read_metrics(runs / "signal")):
-                assert time.monotonic() < deadline
-                time.sleep(0.1)
-            processes["signal"].send_signal(signal.SIGTERM)
-        for name, process in processes.items():
-            stderr = process.communicate(timeout=400)[1]
-            ended[name] = (process.returncode, stderr)
-    return runs, ended
+    for name, process in processes.items():
+        stderr = process.communicate(timeout=400)[1]
+        ended[name] = (process.returncode, stderr)
+    return ended
 
 
-def test_an_error_of_one_rank_is_said_first_and_ends_all(ends):
-    _, ended = ends
+# Several runs in one test, side by side: they wait more than they compute.
+
+
+@pytest.mark.slow
+def test_a_fault_of_one_rank_ends_all_and_is_said_first(corpus, tmp_path):
+    ended = ends(
+        corpus,
+        tmp_path,
+        error=("error:1:5",),
+        kill=("kill:1:5",),
+        hang=("hang:1:5", "trainer.hang_timeout=20", "trainer.strategy=fsdp"),
+    )
+
     code, stderr = ended["error"]
     assert code == 1
     assert complaints(stderr) == ["powertrain train: rank 1: KeyError: 'the fault of this rank'"]
     assert 'raise KeyError("the fault of this rank")' in stderr
 
-
-def test_of_a_killed_rank_the_launcher_says_by_what(ends):
-    _, ended = ends
+    # A killed rank says nothing; the launcher does.
     code, stderr = ended["kill"]
     assert code == 128 + signal.SIGKILL
     first, *_ = complaints(stderr)
     assert first.startswith("powertrain: rank 1 (process ")
     assert first.endswith("was ended by SIGKILL (out of memory?); the other processes are stopped")
 
-
-def test_a_hang_shows_the_stacks_of_all_ranks(ends):
-    runs, ended = ends
+    # A hang shows the stacks of all ranks.
     code, stderr = ended["hang"]
     assert code == 70
     for rank, place in ((0, "_agree"), (1, "in happen")):
-        stacks = (runs / "hang" / "hang" / f"rank-{rank}.txt").read_text()
+        stacks = (tmp_path / "hang" / "hang" / f"rank-{rank}.txt").read_text()
         assert place in stacks
         assert stacks in stderr
         assert f"rank {rank}: no batch was finished for " in stderr
     assert len(complaints(stderr)) == 2
 
 
-def test_a_number_that_is_not_finite_on_one_rank_is_one_message_that_names_the_rank(ends):
-    runs, ended = ends
+@pytest.mark.slow
+def test_what_all_ranks_agree_on_ends_all_with_one_message_and_costs_no_checkpoint(corpus, tmp_path):
+    ended = ends(
+        corpus,
+        tmp_path,
+        nan=("nan:1:5", "trainer.strategy=fsdp"),
+        disk=("disk:1:3", "trainer.strategy=fsdp"),
+        signal=("hang:1:100000", "trainer.max_steps=100000", "trainer.strategy=fsdp"),
+    )
+
     code, stderr = ended["nan"]
-    record = runs / "nan" / "nonfinite" / "step-00000006"
+    record = tmp_path / "nan" / "nonfinite" / "step-00000006"
     assert code == 1
     (message,) = complaints(stderr)
     assert message.startswith("powertrain train: step 6: the loss is not finite on rank 1: the weights of embedding")
     assert message.endswith(f"replay it from {record / 'rank-1.pt'}")
     assert {path.name for path in record.iterdir()} == {"rank-0.pt", "rank-1.pt", "weights.pt"}
     # The save of step 4 was in flight or done: an error later on does not cost it.
-    assert (runs / "nan" / "checkpoints" / "last").resolve().name == "step-00000004"
+    assert (tmp_path / "nan" / "checkpoints" / "last").resolve().name == "step-00000004"
 
-
-def test_a_full_disk_on_one_rank_is_one_message_and_the_checkpoint_before_stays(ends):
-    runs, ended = ends
     code, stderr = ended["disk"]
     assert code == 1
     (message,) = complaints(stderr)
     assert message.startswith("powertrain train: the checkpoint of step 4 could not be written to ")
     assert message.endswith("the checkpoint of step 2 is intact")
-    assert (runs / "disk" / "checkpoints" / "last").resolve().name == "step-00000002"
-    assert not list((runs / "disk" / "checkpoints").glob(".*"))
+    assert (tmp_path / "disk" / "checkpoints" / "last").resolve().name == "step-00000002"
+    assert not list((tmp_path / "disk" / "checkpoints").glob(".*"))
 
-
-def test_a_signal_to_the_launcher_saves_the_run_on_all_ranks(ends):
-    runs, ended = ends
+    # A signal to the launcher saves the run on all ranks.
     code, stderr = ended["signal"]
     assert code == 128 + signal.SIGTERM
     assert complaints(stderr) == []
-    last = (runs / "signal" / "checkpoints" / "last").resolve()
-    assert int(last.name.removeprefix("step-")) == read_metrics(runs / "signal")[-1]["step"]
+    last = (tmp_path / "signal" / "checkpoints" / "last").resolve()
+    assert int(last.name.removeprefix("step-")) == read_metrics(tmp_path / "signal")[-1]["step"]
 
 
 def test_a_rank_that_does_not_end_by_itself_is_killed(monkeypatch, tmp_path, capfd):
