@@ -11,15 +11,11 @@ import platform
 import shlex
 import signal
 import sys
-import threading
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from powertrain.cluster.queue import SlurmError, current_job_id
@@ -33,6 +29,7 @@ if TYPE_CHECKING:
     from powertrain.models.gpt import GPT
     from powertrain.training.fit import FitResult
     from powertrain.training.length import TrainingLength
+    from powertrain.training.signals import StopSignals
 
 EXAMPLES = """\
 examples:
@@ -106,8 +103,10 @@ def main(argv: list[str]) -> int:
 
         _check_same_run(Path(config.paths.runs) / config.resolved_run_id(), config)
         return submit.main(config)
-    with _signals_stop():
-        return _train_here(config, arguments, argv)
+    from powertrain.training.signals import StopSignals
+
+    with StopSignals() as signals:
+        return _train_here(config, arguments, argv, signals)
 
 
 def _configuration(arguments: argparse.Namespace) -> RunConfig:
@@ -120,35 +119,10 @@ def _configuration(arguments: argparse.Namespace) -> RunConfig:
     return from_values(yaml.safe_load(arguments.config.read_text()))
 
 
-class _Stopped(KeyboardInterrupt):
-    """A signal that asks a process to end came outside of the steps, where nothing of the run needs saving."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signal.Signals(signum).name)
-        self.signum = signum
-
-
-@contextmanager
-def _signals_stop() -> Iterator[None]:
-    """Make the signals of schedulers end the block as Ctrl-C does; while it trains, `fit` takes them."""
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        raise _Stopped(signum)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-
-def _train_here(config: RunConfig, arguments: argparse.Namespace, argv: list[str]) -> int:
+def _train_here(config: RunConfig, arguments: argparse.Namespace, argv: list[str], signals: StopSignals) -> int:
     from powertrain.training.batching import resolve_devices
     from powertrain.training.launch import end_with_launcher, launch, launcher
+    from powertrain.training.signals import Stopped
 
     devices = resolve_devices(config.trainer)
     if devices.per_node > 1 and launcher() is None:
@@ -157,12 +131,12 @@ def _train_here(config: RunConfig, arguments: argparse.Namespace, argv: list[str
     command = shlex.join(["powertrain", "train", *argv])
     end_with_launcher()
     try:
-        result = run(config, command=command)
+        result = run(config, command=command, signals=signals)
         if result.fit.interrupted_by is not None:
             saved = f"Everything is saved at step {result.fit.counters.step}"
             return _interrupted(config, result.fit.interrupted_by, saved, command)
         _report(config, result, arguments.overrides if arguments.config is None else None)
-    except _Stopped as stop:
+    except Stopped as stop:
         return _interrupted(config, stop.signum, "No step was under way", command)
     except Exception as error:
         if devices.world_size > 1:
@@ -231,12 +205,13 @@ def _interrupted(config: RunConfig, signum: int, saved: str, command: str) -> in
     return 0 if answer.queued else 128 + signum
 
 
-def run(config: RunConfig, *, command: str = "") -> RunResult:
+def run(config: RunConfig, *, command: str = "", signals: StopSignals | None = None) -> RunResult:
     """Train the run that `config` describes, continuing what its run directory holds.
 
     Args:
         config: see `powertrain.config.compose`.
         command: what the user typed, for the record.
+        signals: see `powertrain.training.fit.fit`.
     Returns:
         How it ended, its run directory and its latest metrics.
     Errors:
@@ -290,6 +265,7 @@ def run(config: RunConfig, *, command: str = "") -> RunResult:
             debug=config.debug,
             run_config=to_values(config),
             callbacks=[TellProgress(report.update)],
+            signals=signals,
         )
         if result.interrupted_by is not None:
             report.interrupted(signal.Signals(result.interrupted_by).name)

@@ -83,19 +83,24 @@ def test_the_same_command_again_resumes_and_says_so(tiny, tmp_path, capsys):
     assert (only_run(tmp_path) / "metrics.jsonl").read_text() == before
 
 
-def test_ctrl_c_saves_says_how_to_resume_and_the_resumed_run_equals_the_unbroken_one(tiny, tmp_path):
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_process_group_saves_and_the_resumed_run_equals_the_unbroken_one(tiny, tmp_path, signum):
+    """As a terminal and a scheduler send it: to the data workers too."""
     command = [sys.executable, "-m", "powertrain", "train", *tiny, "trainer.max_steps=40", "run_id=broken"]
+    command.append("data.num_workers=2")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
     metrics = tmp_path / "runs" / "broken" / "metrics.jsonl"
     deadline = time.monotonic() + 240
     while not (metrics.exists() and metrics.read_text().count("train/loss") >= 5):
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signum)
     out, err = process.communicate(timeout=240)
-    assert process.returncode == 130, err
+    assert process.returncode == 128 + signum, err
     assert "Interrupted. Everything is saved at step" in out
     assert "powertrain train" in out.splitlines()[-1]
     torch.set_num_threads(1)

@@ -20,6 +20,7 @@ from .packing import Batch, Windows, make_batch
 from .prepare import prepare
 from .shards import ShardError, TokenStore
 from .tokenizers import Tokenizer
+from .workers import WorkerContext
 
 
 class TrainBatches(IterableDataset):
@@ -315,6 +316,7 @@ class TokenDataModule(L.LightningDataModule):
             batches,
             batch_size=None,
             num_workers=num_workers,
+            multiprocessing_context=WorkerContext() if num_workers else None,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )

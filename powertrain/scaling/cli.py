@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from powertrain.scaling.recipe import Recipe
-    from powertrain.scaling.run import SweepState
+    from powertrain.scaling.run import Outcome, SweepState
+    from powertrain.training.signals import StopSignals
 
 DESCRIPTION = """\
 From FLOPs budgets to perplexity curves: a recipe says which mixers, sizes and budgets; `plan` says what that costs,
@@ -166,6 +167,25 @@ def _run(recipe: Recipe, arguments: argparse.Namespace) -> int:
 
 
 def _run_here(state: SweepState, arguments: argparse.Namespace) -> int:
+    from powertrain.scaling.run import Outcome
+    from powertrain.training.signals import Stopped, StopSignals
+
+    with StopSignals() as signals:
+        try:
+            outcome = _run_cells(state, arguments, signals)
+        except Stopped as stop:
+            outcome = Outcome(interrupted_by=stop.signum)
+        if outcome.interrupted_by is None:
+            return 1 if outcome.failed else 0
+        print("Interrupted. Everything is saved; the same command continues.")
+        if arguments.requeue:
+            from powertrain.scaling.launch import requeue
+
+            print(requeue())
+        return 128 + outcome.interrupted_by
+
+
+def _run_cells(state: SweepState, arguments: argparse.Namespace, signals: StopSignals) -> Outcome:
     import sys
 
     from rich.console import Console
@@ -181,26 +201,23 @@ def _run_here(state: SweepState, arguments: argparse.Namespace) -> int:
         wandb=arguments.wandb,
         keep_checkpoints=arguments.keep_checkpoints,
         runners=arguments.per_gpu,
+        signals=signals,
     )
     # The terminal itself: what a training prints is sent to its log, and would take these lines with it.
     console = Console(file=sys.stdout)
     with LiveStatus(state, console, live=not arguments.quiet) as display:
+        late = deadline(arguments.max_hours)
         outcome = run(
             state,
             executor,
-            stop=deadline(arguments.max_hours),
+            # Python drops what a handler raises within a finalizer; the flag remains.
+            stop=lambda: late() or signals.received is not None,
             wait=None if arguments.no_wait else time.sleep,
             on_start=display.cell_started,
             on_end=display.cell_ended,
         )
-    if outcome.interrupted_by is not None:
-        print("Interrupted. Everything is saved; the same command continues.")
-        if arguments.requeue:
-            from powertrain.scaling.launch import requeue
-
-            print(requeue())
-        return 128 + outcome.interrupted_by
-    return 1 if outcome.failed else 0
+    outcome.interrupted_by = outcome.interrupted_by or signals.received
+    return outcome
 
 
 def _run_on_gpus(state: SweepState, arguments: argparse.Namespace) -> int:

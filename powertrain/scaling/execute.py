@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from powertrain.scaling.records import CellRecord
 from powertrain.scaling.run import Interrupted, SweepPaths, SweepState
 from powertrain.schema import ConfigError
 from powertrain.training.config import BudgetConfig
+from powertrain.training.signals import Stopped, StopSignals
 
 if TYPE_CHECKING:
     from powertrain.train import RunResult
@@ -103,6 +105,7 @@ class TrainingExecutor:
         wandb: log every trunk and cell to W&B too.
         keep_checkpoints: keep the last checkpoint of finished cells; without it only trunks keep theirs.
         runners: that share the device, this one included.
+        signals: that ask this runner to stop.
     """
 
     def __init__(
@@ -113,19 +116,36 @@ class TrainingExecutor:
         wandb: bool = False,
         keep_checkpoints: bool = False,
         runners: int = 1,
+        signals: StopSignals | None = None,
     ) -> None:
         self.recipe, self.paths, self.wandb, self.keep_checkpoints = recipe, paths, wandb, keep_checkpoints
         self.runners = runners
+        self.signals = signals or StopSignals()
 
     def run(self, cell: Cell) -> CellRecord:
         """Train and measure a cell; see `powertrain.scaling.run.Executor`."""
         config = self._local(cell.config)
-        with printing_to(self.paths.logs / f"{cell.id}.log"):
+        with printing_to(self.paths.logs / f"{cell.id}.log"), self._interruptible():
             # The largest budget has nothing after it that could branch off.
             if cell.budget < max(self.recipe.budgets):
                 self._train(self._local(trunk_config(cell)))
             branch(self.paths.runs / cell.trunk, self.paths.runs / cell.id, cell.decay_start)
             return self._measure(cell, config, self._train(config))
+
+    @contextlib.contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """Say of whatever ends a cell after a signal that the signal did: what it ends first may fail by that."""
+        try:
+            yield
+        except Stopped as stop:
+            raise Interrupted(stop.signum) from stop
+        except Interrupted:
+            raise
+        except Exception as error:
+            if self.signals.received is None:
+                raise
+            traceback.print_exc()
+            raise Interrupted(self.signals.received) from error
 
     def _local(self, config: RunConfig) -> RunConfig:
         return dataclasses.replace(
@@ -134,13 +154,13 @@ class TrainingExecutor:
             logger=dataclasses.replace(config.logger, wandb=self.wandb or config.logger.wandb),
         )
 
-    @staticmethod
-    def _train(config: RunConfig) -> RunResult:
+    def _train(self, config: RunConfig) -> RunResult:
         from powertrain.train import run
 
-        result = run(config, command="powertrain sweep run")
+        result = run(config, command="powertrain sweep run", signals=self.signals)
         if result.fit.interrupted_by is not None:
             raise Interrupted(result.fit.interrupted_by)
+        self.signals.raise_received()
         return result
 
     def _measure(self, cell: Cell, config: RunConfig, result: RunResult) -> CellRecord:

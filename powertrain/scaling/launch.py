@@ -18,6 +18,7 @@ from powertrain.scaling.run import SweepPaths
 
 # Runners import torch at once; a little apart they do not compete for the disk.
 STAGGER_SECONDS = 1.0
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def visible_gpus(wanted: str) -> list[str]:
@@ -42,35 +43,41 @@ def visible_gpus(wanted: str) -> list[str]:
 def run_on_gpus(arguments: Sequence[str], gpus: Sequence[str], logs: Path, per_gpu: int = 1) -> int:
     """Run `per_gpu` runners on each GPU, each with `arguments`, and return the first exit code that is not 0.
 
-    Interrupts reach the runners, which save and end; a runner that fails leaves the others at work.
+    Signals that ask to stop reach the runners, which save and end, and no further one is started; a runner that fails
+    leaves the others at work. The code of one that a signal ended is 128 plus its number.
     """
     logs.mkdir(parents=True, exist_ok=True)
     processes: list[subprocess.Popen[bytes]] = []
     command = [sys.executable, "-m", "powertrain", *arguments]
-    previous = signal.getsignal(signal.SIGTERM)
+    received: list[int] = []
 
     def forward(signum: int, frame: object) -> None:
-        for process in processes:
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
+        received.append(signum)
+        # A terminal has sent Ctrl-C to the runners too, and a second one would end them without a save.
+        if signum != signal.SIGINT:
+            for process in processes:
+                process.send_signal(signum)
 
-    signal.signal(signal.SIGTERM, forward)
+    previous = {signum: signal.signal(signum, forward) for signum in _STOP_SIGNALS}
     try:
         for gpu, number in itertools.product(gpus, range(per_gpu)):
+            if received:
+                break
             name = f"runner-{gpu}" + (f"-{number}" if per_gpu > 1 else "")
             with (logs / f"{name}.log").open("ab") as log:
                 environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
                 processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+            if received:
+                # It came while this one was being started, and not yet in the list.
+                processes[-1].send_signal(signal.SIGTERM)
             time.sleep(STAGGER_SECONDS)
         while any(process.poll() is None for process in processes):
-            try:
-                time.sleep(STAGGER_SECONDS)
-            except KeyboardInterrupt:
-                # A terminal has sent it to the runners too; they save and end.
-                continue
+            time.sleep(STAGGER_SECONDS)
     finally:
-        signal.signal(signal.SIGTERM, previous)
-    return next((code for code in (p.returncode for p in processes) if code), 0)
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+    code = next((process.returncode for process in processes if process.returncode), 0)
+    return code if code >= 0 else 128 - code
 
 
 def slurm_jobs(

@@ -120,6 +120,7 @@ def measure(cell: Cell, directory: Path) -> Timing:
     from powertrain.train import run
     from powertrain.training.batching import resolve_devices
     from powertrain.training.records import read_metrics
+    from powertrain.training.signals import Stopped
 
     steps = READING_STEPS * (SKIPPED_READINGS + READINGS)
     devices = resolve_devices(cell.config.trainer)
@@ -135,6 +136,9 @@ def measure(cell: Cell, directory: Path) -> Timing:
             paths=dataclasses.replace(cell.config.paths, runs=place),
         )
         result = run(config, command="powertrain sweep time")
+        if result.fit.interrupted_by is not None:
+            # Too few readings, and whoever sent the signal wants no further ones.
+            raise Stopped(result.fit.interrupted_by)
         readings = [
             float(r["train/tokens_per_second"])
             for r in read_metrics(result.run_dir)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import signal
-import threading
-from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,6 +11,7 @@ from powertrain.training.checkpoint import CheckpointStore
 from powertrain.training.module import PowertrainModule
 from powertrain.training.ranks import Ranks
 from powertrain.training.rng import capture_rng
+from powertrain.training.signals import StopSignals
 from powertrain.training.state import collect_tensors, collect_values
 
 
@@ -23,43 +22,6 @@ class TrainingInterrupted(Exception):
         super().__init__(f"{signal.Signals(signum).name}: saved at step {step}")
         self.signum = signum
         self.step = step
-
-
-class StopSignals:
-    """Turns signals into a flag that is looked at between steps; a second Ctrl-C ends the process at once.
-
-    Slurm sends TERM twice at a time limit, after the USR1 that it sends before, and the save must survive them.
-
-    Saving inside a handler would interrupt collectives of the step, and deadlock against the other ranks.
-    """
-
-    def __init__(
-        self, signals: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-    ) -> None:
-        self.signals = signals
-        self.received: int | None = None
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignals:
-        self._previous = {signum: signal.getsignal(signum) for signum in self.signals}
-        self.install()
-        return self
-
-    def install(self) -> None:
-        """Take the signals, also from whoever took them since; Python allows it in the main thread only."""
-        if threading.current_thread() is threading.main_thread():
-            for signum in self.signals:
-                signal.signal(signum, self._handle)
-
-    def __exit__(self, *_: object) -> None:
-        if threading.current_thread() is threading.main_thread():
-            for signum, handler in self._previous.items():
-                signal.signal(signum, handler)
-
-    def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self.received is not None and signum == signal.SIGINT:
-            raise SystemExit(128 + signum)
-        self.received = self.received or signum
 
 
 class Checkpointing(pl.Callback):

@@ -18,7 +18,7 @@ from torch import nn
 
 from powertrain.training.batching import Devices, choose_micro_batch_size, resolve_devices
 from powertrain.training.checkpoint import CheckpointStore
-from powertrain.training.checkpointing import Checkpointing, StopSignals, TrainingInterrupted
+from powertrain.training.checkpointing import Checkpointing, TrainingInterrupted
 from powertrain.training.config import DebugConfig, LoggerConfig, OptimConfig, ScheduleConfig, TrainerConfig
 from powertrain.training.distribution import (
     compile_model,
@@ -37,6 +37,7 @@ from powertrain.training.progress import ProgressReport
 from powertrain.training.ranks import ALONE, Ranks
 from powertrain.training.records import truncate_metrics
 from powertrain.training.schedules import Schedule
+from powertrain.training.signals import StopSignals
 from powertrain.training.state import RestoreTraining, restore_before_fit, seed_loop_counters
 from powertrain.training.watchdog import HangWatch
 
@@ -180,6 +181,7 @@ def fit(
     run_config: dict[str, Any] | None = None,
     callbacks: list[pl.Callback] | None = None,
     progress: ProgressReport | None = None,
+    signals: StopSignals | None = None,
 ) -> FitResult:
     """Train to the end of `length`, or to a signal; where the run directory has a checkpoint, continue from it.
 
@@ -190,6 +192,7 @@ def fit(
         run_dir: exists, or is made.
         run_config: plain values of the whole configuration, for checkpoints and W&B.
         callbacks: of the caller, besides those of a run.
+        signals: of the caller, who learns from them of a signal that came after the last step, or before an error.
     Returns:
         How it ended; the process's exit code after a signal is 128 plus its number (130 for Ctrl-C).
     Errors:
@@ -250,7 +253,7 @@ def fit(
             return FitResult(module.counters, start, True, None, store.path(start))
         if trainer.compile:
             compile_model(model)
-        signals = StopSignals()
+        signals = signals or StopSignals()
         watch = HangWatch(trainer.hang_timeout, run_dir, ranks)
         lightning = build_trainer(
             trainer,
@@ -279,11 +282,11 @@ def fit(
         )
         seed_loop_counters(lightning, start, accumulation)
         interrupted = None
-        with signals, watch:
-            try:
+        try:
+            with signals.deferred(), watch:
                 lightning.fit(module, datamodule=datamodule)
-            except TrainingInterrupted as stop:
-                interrupted = stop.signum
+        except TrainingInterrupted as stop:
+            interrupted = stop.signum
         module.counters.seconds = module.clock.seconds
     newest = store.path(module.step)
     return FitResult(

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,6 +67,25 @@ def test_order_is_the_same_for_all_ranks_and_workers(
     config = text_config(num_workers=workers)
     batches = global_order(config, steps=8, world_size=world_size, micro_batch_size=micro_batch_size)
     assert order_hash(batches) == expected
+
+
+def test_workers_outlive_the_signals_of_their_group_and_end_with_their_loader(text_config: Build) -> None:
+    loader = iter(module(text_config(num_workers=2)).train_dataloader())
+    batches = [next(loader)]
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker, signum in itertools.product(workers, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)):
+        assert worker.pid is not None
+        os.kill(worker.pid, signum)
+    # More than the workers had made before the signals.
+    batches += itertools.islice(loader, 11)
+    assert order_hash(batches) == order_hash(itertools.islice(module(text_config()).train_dataloader(), 12))
+    workers[0].terminate()
+    workers[0].join(30)
+    assert workers[0].exitcode == -signal.SIGKILL
+    del loader
+    workers[1].join(30)
+    assert not workers[1].is_alive()
 
 
 def test_seed_decides_the_order(text_config: Build) -> None:

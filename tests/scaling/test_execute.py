@@ -1,10 +1,13 @@
+import contextlib
 import dataclasses
+import json
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +17,7 @@ from powertrain.scaling.execute import TrainingExecutor, branch, trunk_config
 from powertrain.scaling.recipe import load_recipe
 from powertrain.scaling.records import table
 from powertrain.scaling.run import SweepPaths, SweepState, run
+from powertrain.training.signals import StopSignals
 
 RECIPE = """
 name: tiny
@@ -176,3 +180,74 @@ def progress(state):
     """What changes while a sweep makes progress: lines of metrics and finished cells."""
     lines = sum(len(p.read_bytes()) for p in state.paths.runs.glob("*/metrics.jsonl"))
     return lines, len(state.store.finished())
+
+
+def test_what_fails_after_a_signal_is_interrupted(tmp_path, monkeypatch):
+    """In training, where the signal is a flag, after the last step, and in between."""
+    state = state_in(recipe_in(tmp_path), tmp_path / "sweeps")
+    cell = state.expand().cells[0]
+
+    def fail(config, *, command, signals):
+        with signals.deferred():
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise RuntimeError("a process that the signal ended first")
+
+    def finish(config, *, command, signals):
+        with signals.deferred():
+            os.kill(os.getpid(), signal.SIGTERM)
+        return SimpleNamespace(fit=SimpleNamespace(interrupted_by=None))
+
+    def between(config, *, command, signals):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("the signal ends what is no training")
+
+    for training in (fail, finish, between):
+        monkeypatch.setattr("powertrain.train.run", training)
+        with StopSignals() as signals:
+            executor = TrainingExecutor(state.recipe, state.paths, signals=signals)
+            outcome = run(state, executor)
+            # Its repetition changes nothing.
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert outcome.interrupted_by == signal.SIGTERM
+        assert not state.failures.ids()
+    assert "a process that the signal ended first" in (state.paths.logs / f"{cell.id}.log").read_text()
+
+
+def test_a_signal_to_all_processes_of_a_sweep_interrupts_what_runs_and_starts_nothing(tmp_path):
+    """As `timeout` and Slurm send it: to the parent, the runners and their data workers at once."""
+    path = recipe_in(tmp_path)
+    path.write_text(
+        path.read_text()
+        .replace("num_workers=0", "num_workers=1")
+        # Minutes for a cell, many times what a step takes.
+        .replace("6.0e+7, 1.2e+8", "6.0e+10, 1.2e+11")
+    )
+    command = [sys.executable, "-m", "powertrain", "sweep", "run", str(path), "--directory", str(tmp_path / "sweeps")]
+    command += ["--gpus", "0", "--per-gpu", "2", "--quiet"]
+    process = subprocess.Popen(command, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    state = state_in(path, tmp_path / "sweeps")
+    try:
+        deadline = time.monotonic() + 240
+        while len(list(state.paths.runs.glob("*/checkpoints/step-*"))) < 2 or len(trained(state)) < 2:
+            assert process.poll() is None, (state.paths.logs / "runner-0-0.log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait(60) == 128 + signal.SIGTERM
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    logs = [log.read_text() for log in sorted(state.paths.logs.glob("runner-*.log"))]
+    assert [(log.count("start "), log.count("stopped "), log.count("Interrupted.")) for log in logs] == [(1, 1, 1)] * 2
+    assert not state.failures.ids()
+    assert not list(state.paths.claims.glob("*.claim"))
+    assert len(trained(state)) == 2
+    for run_dir in trained(state):
+        status = json.loads((run_dir / "status.json").read_text())
+        assert (status["state"], status["message"]) == ("interrupted", "SIGTERM")
+        assert (run_dir / "checkpoints" / f"step-{status['step']:08d}").is_dir()
+
+
+def trained(state):
+    """Return the runs that have made steps."""
+    return sorted(path.parent for path in state.paths.runs.glob("*/metrics.jsonl") if path.stat().st_size)

@@ -1,0 +1,84 @@
+"""What the signals of users and schedulers do to a process that trains."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal that asks a process to end came outside of the steps, where nothing of the run needs saving."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+class StopSignals:
+    """Takes the signals that ask a process to end while its block runs; blocks of one object may be nested.
+
+    The first raises `Stopped`, and within `deferred()` it is a flag that is looked at between steps. What follows the
+    first while the process ends changes nothing, as its saves must survive it: Slurm sends TERM twice at a time limit,
+    after the USR1 that it sends before, and a process group gets what its parent passes on too. Only a second Ctrl-C
+    ends the process at once.
+    """
+
+    def __init__(
+        self, signals: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    ) -> None:
+        self.signals = signals
+        self.received: int | None = None
+        self._previous: list[dict[int, Any]] = []
+        self._deferred = False
+        self._ending = False
+
+    def __enter__(self) -> StopSignals:
+        self._previous.append({signum: signal.getsignal(signum) for signum in self.signals})
+        self.install()
+        return self
+
+    def install(self) -> None:
+        """Take the signals, also from whoever took them since; Python allows it in the main thread only."""
+        if threading.current_thread() is threading.main_thread():
+            for signum in self.signals:
+                signal.signal(signum, self._handle)
+
+    def __exit__(self, *_: object) -> None:
+        previous = self._previous.pop()
+        if threading.current_thread() is threading.main_thread():
+            for signum, handler in previous.items():
+                signal.signal(signum, handler)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Make a signal within the block a flag, `received`.
+
+        Saving inside a handler would interrupt collectives of the step, and deadlock against the other ranks.
+        """
+        with self:
+            self._deferred = True
+            try:
+                yield
+            except BaseException:
+                self._ending = self.received is not None
+                raise
+            finally:
+                self._deferred = False
+
+    def raise_received(self) -> None:
+        """Raise `Stopped` for a signal that was deferred, and that came too late for a step to look at it."""
+        if self.received is not None:
+            self._ending = True
+            raise Stopped(self.received)
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if self.received is not None and signum == signal.SIGINT:
+            raise SystemExit(128 + signum)
+        self.received = self.received or signum
+        if not self._deferred and not self._ending:
+            self._ending = True
+            raise Stopped(signum)
