@@ -93,6 +93,25 @@ def test_the_fingerprint_follows_the_content():
     assert synthetic.recipe().fingerprint() != synthetic.recipe(warmup_steps=51).fingerprint()
 
 
+@pytest.mark.parametrize(
+    ("name", "mixer", "size", "context", "budget", "expected"),
+    [
+        ("smoke", "power", "xs", 256, 2e10, ("smoke-f879e08f", 232, 118784)),
+        ("smoke", "softmax", "m", 256, 2e10, ("smoke-f2e4c8b7", 21, 10752)),
+        ("smoke", "window", "m", 256, 2e10, ("smoke-e13890c4", 24, 12288)),
+        ("flops_65k", "power", "0.05m", 65536, 1e15, ("flops_65k-e656658a", 6288, 412090368)),
+        ("flops_65k", "softmax", "0.05m", 65536, 1e15, ("flops_65k-b31d9dbf", 488, 31981568)),
+        ("flops_65k", "linear", "350m", 65536, 1e15, ("flops_65k-8ee51b37", 8, 524288)),
+        ("flops_65k", "window", "350m", 65536, 1e15, ("flops_65k-78aba331", 6, 393216)),
+    ],
+)
+def test_cells_of_shipped_recipes_keep_their_ids(name, mixer, size, context, budget, expected):
+    """Whoever changes these on purpose makes everybody's finished cells of the recipe start again."""
+    recipe = load_recipe(name)
+    cell = make_cell(recipe, ComposedCatalog(recipe), mixer, size, context, budget)
+    assert (cell.id, cell.steps, cell.tokens) == expected
+
+
 def committed():
     return sorted(path.parent for path in (Path(__file__).parents[2] / "sweeps").glob("*/records"))
 
