@@ -32,7 +32,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Row:
-    """One length: medians in milliseconds; a speedup is the median of SDPA's time over ours in the run before it."""
+    """One length: times in milliseconds, each repeat's and their medians; a speedup is the median of SDPA's time over
+    ours in the run before it, which is not the ratio of the medians.
+    """
 
     tokens: int
     chunk_size: int
@@ -43,6 +45,10 @@ class Row:
     sdpa_forward_backward_ms: float
     forward_backward_speedup: float
     repeats: int
+    power_forward_times_ms: list[float]
+    sdpa_forward_times_ms: list[float]
+    power_forward_backward_times_ms: list[float]
+    sdpa_forward_backward_times_ms: list[float]
 
 
 def main(argv: list[str]) -> int:
@@ -141,6 +147,10 @@ def _measure(tokens: int, args: argparse.Namespace) -> Row:
         sdpa_forward_backward_ms=statistics.median(both[1]),
         forward_backward_speedup=median_ratio(*both),
         repeats=args.repeats,
+        power_forward_times_ms=forward[0],
+        sdpa_forward_times_ms=forward[1],
+        power_forward_backward_times_ms=both[0],
+        sdpa_forward_backward_times_ms=both[1],
     )
 
 

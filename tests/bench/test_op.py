@@ -1,6 +1,7 @@
 """The op benchmark runs, and what it writes is enough to repeat it."""
 
 import json
+import statistics
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,14 @@ def test_writes_rows_and_environment(tmp_path: Path, capsys: pytest.CaptureFixtu
     result = json.loads(output.read_text())
     assert [row["tokens"] for row in result["rows"]] == [64, 100]
     for row in result["rows"]:
-        assert row["power_forward_ms"] > 0
-        assert row["forward_backward_speedup"] > 0
+        for kind in ("forward", "forward_backward"):
+            power, sdpa = row[f"power_{kind}_times_ms"], row[f"sdpa_{kind}_times_ms"]
+            assert len(power) == len(sdpa) == row["repeats"] == 3
+            assert min(*power, *sdpa) > 0
+            assert row[f"power_{kind}_ms"] == statistics.median(power)
+            assert row[f"sdpa_{kind}_ms"] == statistics.median(sdpa)
+            # Of an odd number of repeats the median is one of the ratios: above 1 where ours was the faster.
+            assert row[f"{kind}_speedup"] == sorted(b / a for a, b in zip(power, sdpa, strict=True))[1]
     assert result["command"].startswith("powertrain bench op --tokens 64 100")
     assert result["problem"]["key_heads"] == 1
     assert result["torch"]
