@@ -29,7 +29,7 @@
 extern "C" {
 #endif
 
-#define PT_ABI_VERSION 3
+#define PT_ABI_VERSION 4
 #define PT_API __attribute__((visibility("default")))
 
 typedef enum { PT_OK = 0, PT_INVALID = 1, PT_UNSUPPORTED = 2, PT_CUDA_ERROR = 3 } pt_status;
@@ -145,6 +145,10 @@ typedef struct {
   void* packed_dn;          /* out */
   const void* gates;        /* with decayed: as pt_gates wrote it; else null */
   void* decayed;            /* out, pt_sizes.packed_dn bytes: dn' times every token's decay from its chunk's start; or null */
+  /* fp16 with a gradient of the final state: dn_scale is lowered until that fits, too, in packed units. Else null. */
+  const float* dfinal_state;       /* (B, Hk, F, V) contiguous */
+  const float* dfinal_sum_of_keys; /* (B, Hk, F) contiguous */
+  const float* key_scale;          /* (B, Hk) scale that k was packed with */
 } pt_pack_grad_params;
 PT_API int pt_pack_grad(const pt_problem* problem, const pt_pack_grad_params* params, void* stream);
 

@@ -3,7 +3,7 @@
 import ctypes
 from ctypes import POINTER, c_char, c_char_p, c_float, c_int32, c_int64, c_void_p
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 """The `PT_ABI_VERSION` that these structs mirror."""
 
 DTYPE_BF16, DTYPE_FP16 = 0, 1

@@ -117,11 +117,16 @@ def power_retention_cuda(
     if cu_seqlens is not None and cu_seqlens.dtype != torch.int32:
         cu_seqlens = cu_seqlens.int()
     # The dispatcher in Python costs more than the launches: eager calls that nobody watches go around it.
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or type(q) is not Tensor:
+    tensors = [x for x in (q, k, v, log_g, state, sum_of_keys) if x is not None]
+    watched = (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors)
+    )
+    if watched:
         call: Any = power_retention_cuda_op
-    elif torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (q, k, v, log_g, state, sum_of_keys)
-    ):
+    elif torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         call = _Eager.apply
     else:
         call = _forward

@@ -292,6 +292,23 @@ def test_a_sequence_in_two_calls_is_the_sequence_in_one() -> None:
     assert state.shape == (1, 2, phi_dimension(SMALL, 2), SMALL)
 
 
+@pytest.mark.parametrize("sizes", [(1e-6, 1.0), (1.0, 1e-6)], ids=["state", "output"])
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
+def test_cotangents_of_different_sizes(dtype: torch.dtype, sizes: tuple[float, float]) -> None:
+    """fp16 has one scale for what comes from the output and from the final state: the larger keeps its accuracy."""
+    tensors = Case(T=130, D=SMALL, dtype=dtype).tensors()
+    _, cotangents = evaluate(oracle(True), {name: x.double() for name, x in tensors.items()}, None)
+    cotangents = [
+        (c * (sizes[0] if i == 0 else sizes[1])).to(dtype if i == 0 else torch.float32)
+        for i, c in enumerate(cotangents)
+    ]
+    exact, _ = evaluate(oracle(True), {name: x.double() for name, x in tensors.items()}, cotangents)
+    ours, _ = evaluate(power_retention, tensors, cotangents, chunk_size=64, return_final_state=True, impl="cuda")
+    for name in ("grad_K", "grad_V"):
+        assert relative_error(ours[name], exact[name]) < 4 * torch.finfo(dtype).eps, name
+    assert all(torch.isfinite(x).all() for x in ours.values())
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("chunk_size", [64, 256])
 def test_states_at_the_ends_without_outputs(chunk_size: int, dtype: torch.dtype) -> None:

@@ -94,6 +94,18 @@ def test_activation_checkpointing_gives_the_same_gradients(use_reentrant: bool) 
         assert torch.equal(leaf.grad, expected[f"grad_{name}"]), name
 
 
+def test_vmap_takes_the_op() -> None:
+    """Its tensors have no data to point at. (The public function looks at the values of log_G on a CPU, and is refused.)"""
+    stacked = [torch.stack([x, x.flip(1)]) for x in CASE.tensors().values()]
+
+    def function(*arguments: Tensor) -> Tensor:
+        return cuda.power_retention_cuda(*arguments, None, None, None, 64, False)[0]
+
+    out = torch.vmap(function)(*stacked)
+    for i in range(2):
+        assert torch.equal(out[i], function(*(x[i] for x in stacked)))
+
+
 def test_flop_counter_sees_the_registered_formula() -> None:
     case = Case(B=2, T=200, Hq=4, Hk=2, D=SMALL, chunk_size=64)
     leaves = {name: x.requires_grad_() for name, x in case.tensors().items()}

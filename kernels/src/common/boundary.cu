@@ -45,22 +45,27 @@ __global__ void __launch_bounds__(kThreads) convert(pt_boundary_params a, int he
   }
 }
 
-// fp16: lowers the scale of k until the initial state leaves headroom in packed units, key_scale^2 value_scale state. One thread block per (b, h).
+// fp16: lowers the scale of k (of dn', where a gradient is given) until a state from outside leaves headroom in packed units:
+// key_scale^2 value_scale state, or dn_scale / key_scale^2 times the gradient (of sum_of_keys: times value_scale). One thread block per (b, h).
+template <bool kGradient>
 __global__ void __launch_bounds__(kBoundThreads) bound_scale(const float* state, const float* sum_of_keys, int64_t features, int head_dim,
-                                                             float headroom, const float* value_scale, float* key_scale) {
+                                                             float headroom, const float* value_scale, const float* key_scale, float* scale) {
   __shared__ float partial[kBoundThreads / 32];
   const int64_t bh = blockIdx.x;
-  const float vs = value_scale[bh];
+  const float vs = value_scale[bh], of_state = kGradient ? 1.f : vs, of_sum = kGradient ? vs : 1.f;
   float largest = 0.f;
-  for (int64_t e = threadIdx.x; e < features * head_dim; e += kBoundThreads) largest = fmaxf(largest, fabsf(state[bh * features * head_dim + e]) * vs);
-  for (int64_t e = threadIdx.x; e < features; e += kBoundThreads) largest = fmaxf(largest, fabsf(sum_of_keys[bh * features + e]));
+  for (int64_t e = threadIdx.x; e < features * head_dim; e += kBoundThreads)
+    largest = fmaxf(largest, fabsf(state[bh * features * head_dim + e]) * of_state);
+  for (int64_t e = threadIdx.x; e < features; e += kBoundThreads) largest = fmaxf(largest, fabsf(sum_of_keys[bh * features + e]) * of_sum);
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
   if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = largest;
   __syncthreads();
   if (threadIdx.x == 0) {
     for (int w = 1; w < kBoundThreads / 32; w++) largest = fmaxf(largest, partial[w]);
-    key_scale[bh] = fminf(key_scale[bh], exp2f(floorf(0.5f * log2f(headroom / fmaxf(largest, 1e-30f)))));
+    const float room = headroom / fmaxf(largest, 1e-30f);
+    const float limit = kGradient ? exp2f(floorf(log2f(room * key_scale[bh] * key_scale[bh]))) : exp2f(floorf(0.5f * log2f(room)));
+    scale[bh] = fminf(scale[bh], limit);
   }
 }
 
@@ -68,9 +73,17 @@ __global__ void __launch_bounds__(kBoundThreads) bound_scale(const float* state,
 
 int bound_key_scale(const pt_problem& p, const float* state, const float* sum_of_keys, const float* value_scale, float* key_scale, cudaStream_t stream) {
   const int64_t features = (int64_t)p.head_dim * (p.head_dim + 1) / 2;
-  bound_scale<<<(unsigned)(p.batch * p.key_heads), kBoundThreads, 0, stream>>>(state, sum_of_keys, features, p.head_dim, 0x1p13f / p.state_scale,
-                                                                               value_scale, key_scale);
+  bound_scale<false><<<(unsigned)(p.batch * p.key_heads), kBoundThreads, 0, stream>>>(state, sum_of_keys, features, p.head_dim,
+                                                                                      0x1p13f / p.state_scale, value_scale, nullptr, key_scale);
   return check_cuda(cudaGetLastError(), "bound_key_scale");
+}
+
+int bound_grad_scale(const pt_problem& p, const float* dstate, const float* dsum_of_keys, const float* value_scale, const float* key_scale,
+                     float* dn_scale, cudaStream_t stream) {
+  const int64_t features = (int64_t)p.head_dim * (p.head_dim + 1) / 2;
+  bound_scale<true><<<(unsigned)(p.batch * p.key_heads), kBoundThreads, 0, stream>>>(dstate, dsum_of_keys, features, p.head_dim,
+                                                                                     0x1p13f / p.state_scale, value_scale, key_scale, dn_scale);
+  return check_cuda(cudaGetLastError(), "bound_grad_scale");
 }
 
 }  // namespace powertrain

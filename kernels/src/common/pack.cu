@@ -321,6 +321,8 @@ int run_pack_grad(const pt_problem& p, const pt_pack_grad_params& a, cudaStream_
     if (int status = check_cuda(cudaMemsetAsync(a.dn_scale, 0, count * sizeof(float), stream), "cudaMemsetAsync")) return status;
     if (int status = launch(pack_grad<T, D, true>)) return status;
     if (int status = finish_scales(a.dn_scale, count, stream)) return status;
+    if (a.dfinal_state)
+      if (int status = bound_grad_scale(p, a.dfinal_state, a.dfinal_sum_of_keys, a.value_scale, a.key_scale, a.dn_scale, stream)) return status;
   }
   return launch(pack_grad<T, D, false>);
 }
@@ -389,6 +391,7 @@ int pt_pack_grad(const pt_problem* problem, const pt_pack_grad_params* params, v
   if (int status = validate(problem)) return status;
   PT_REQUIRE(params && params->dy.data && params->y.data && params->normalizer && params->packed_dn);
   PT_REQUIRE(!params->decayed || params->gates);
+  PT_REQUIRE(!params->dfinal_state || !params->dn_scale || (params->dfinal_sum_of_keys && params->key_scale && params->value_scale));
   return with_type(*problem, [&](auto element, auto dim) {
     return run_pack_grad<decltype(element), dim.value>(*problem, *params, (cudaStream_t)stream);
   });

@@ -108,6 +108,7 @@ int pt_forward(const pt_problem* problem, const pt_forward_params* params, void*
   const bool has_initial = a.initial_state, has_final = a.final_state;
   const Saved saved(p, sizes, has_initial, a.saved);
   const ForwardBuffers buffers(p, sizes, has_initial, has_final, a.workspace);
+  PT_REQUIRE(a.workspace || buffers.bytes == 0);
 
   const pt_gates_params gates = {a.log_G, a.log_G_stride_b, a.log_G_stride_t, a.log_G_stride_h, a.cu_seqlens, a.num_cu_seqlens, saved.gates};
   PT_TRY(pt_gates(problem, &gates, stream));
@@ -159,7 +160,12 @@ int pt_backward(const pt_problem* problem, const pt_backward_params* params, voi
     PT_TRY(pt_row_scale(problem, &rows, stream));
     q = buffers.scaled_q, normalizer = buffers.scaled_normalizer;
   }
-  const pt_pack_grad_params pack = {a.dy, a.y, normalizer, saved.v_scale, buffers.dn_scale, buffers.dn, saved.gates, buffers.decayed_dn};
+  const pt_pack_grad_params pack = {a.dy,        a.y,
+                                    normalizer,  saved.v_scale,
+                                    buffers.dn_scale, buffers.dn,
+                                    saved.gates, buffers.decayed_dn,
+                                    a.dfinal_state, a.dfinal_sum_of_keys,
+                                    saved.k_scale};
   PT_TRY(pt_pack_grad(problem, &pack, stream));
   if (has_final) {
     const pt_boundary_params boundary = {const_cast<float*>(a.dfinal_state), const_cast<float*>(a.dfinal_sum_of_keys), buffers.leaving, 1, 1,

@@ -15,9 +15,12 @@ int multiprocessors();                                                          
 // Lets one kernel use `bytes` of dynamic shared memory; once per device, then free.
 int allow_shared_memory(const void* kernel, int bytes);
 
-// fp16 with an initial state: lowers key_scale (B, Hk) until the state fits in packed units (boundary.cu).
+// fp16 with a state from outside: lowers key_scale (B, Hk) until the initial state fits in packed units, dn_scale (B, Hk) until the gradient of the
+// final one does (boundary.cu).
 int bound_key_scale(const pt_problem& problem, const float* state, const float* sum_of_keys, const float* value_scale, float* key_scale,
                     cudaStream_t stream);
+int bound_grad_scale(const pt_problem& problem, const float* dstate, const float* dsum_of_keys, const float* value_scale, const float* key_scale,
+                     float* dn_scale, cudaStream_t stream);
 
 // Every kernel registers itself (a static object beside its instantiation), for pt_kernel_info.
 struct KernelEntry {
