@@ -95,7 +95,7 @@ def test_activation_checkpointing_gives_the_same_gradients(use_reentrant: bool) 
 
 
 def test_vmap_takes_the_op() -> None:
-    """Its tensors have no data to point at. (The public function looks at the values of log_G on a CPU, and is refused.)"""
+    """Its tensors have no data to point at. The public function would be refused: on a CPU it looks at log_G's values."""
     stacked = [torch.stack([x, x.flip(1)]) for x in CASE.tensors().values()]
 
     def function(*arguments: Tensor) -> Tensor:
