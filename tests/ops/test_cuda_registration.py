@@ -95,7 +95,7 @@ def test_activation_checkpointing_gives_the_same_gradients(use_reentrant: bool) 
 
 
 def test_vmap_takes_the_op() -> None:
-    """Its tensors have no data to point at. The public function would be refused: on a CPU it looks at log_G's values."""
+    """Its tensors have no data to point at. (On a CPU the public function looks at log_G's values, and is refused.)"""
     stacked = [torch.stack([x, x.flip(1)]) for x in CASE.tensors().values()]
 
     def function(*arguments: Tensor) -> Tensor:
