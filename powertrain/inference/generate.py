@@ -15,7 +15,7 @@ from powertrain.config import from_values
 from powertrain.data.tokenizers import Tokenizer, load_tokenizer
 from powertrain.inference.cache import DecodeCache
 from powertrain.models.gpt import GPT
-from powertrain.training.checkpoint import Checkpoint, read_weights
+from powertrain.training.checkpoint import Checkpoint, CheckpointError, read_weights
 
 
 def generate_tokens(
@@ -114,7 +114,8 @@ def load_run(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT,
 
     path: a run directory, whose best checkpoint is taken (the last where none was validated), or a checkpoint or a file
     of `powertrain export` in one.
-    Errors: ValueError where there is no run, no checkpoint, or a checkpoint of another model.
+    A checkpoint's files are verified against the sizes and SHA-256 that it states; an exported file states none.
+    Errors: ValueError where there is no run, no checkpoint, or one that is damaged or of another model.
     """
     path = Path(path)
     run = run_directory(path)
@@ -125,14 +126,18 @@ def load_run(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT,
     config = from_values(yaml.safe_load(config_file.read_text())).model
     config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
     source = _best_checkpoint(run) if path == run else path
+    try:
+        checkpoint = None if source.is_file() else Checkpoint(source)
+    except CheckpointError as error:
+        raise ValueError(str(error)) from error
     with torch.device("meta"):
         model = GPT(config)
     model.to_empty(device="cpu")
     try:
-        if source.is_file():
+        if checkpoint is None:
             model.load_state_dict(load_file(source))
         else:
-            read_weights(Checkpoint(source), model)
+            read_weights(checkpoint, model)
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{source} does not hold the weights of the model in {config_file}: {error}") from error
     return model.to(device).eval(), tokenizer

@@ -63,6 +63,12 @@ def _digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
+def _seal(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the manifest as JSON holds it (keys are text, tuples are lists), with the digest that a reader finds."""
+    held = json.loads(json.dumps(manifest))
+    return {**held, "sha256": _digest(held)}
+
+
 def _read_manifest(directory: Path) -> dict[str, Any]:
     """Return the manifest of a checkpoint's directory; a CheckpointError says what is wrong with it."""
     try:
@@ -93,19 +99,31 @@ def _file_fault(path: Path, stated: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _files_fault(
+    directory: Path, files: Mapping[str, Mapping[str, Any]], share: tuple[int, int] = (0, 1)
+) -> str | None:
+    """Return what is wrong with the files r, r + n, ... of a checkpoint, for a share (r, n), or None."""
+    faults = (_file_fault(directory / name, files[name]) for name in sorted(files)[share[0] :: share[1]])
+    return next((fault for fault in faults if fault is not None), None)
+
+
 class Checkpoint:
     """A checkpoint on the disk: its plain values, and its tensors where they are asked for.
 
     Args:
         directory: `.../checkpoints/step-00000100`, or a link to one.
+        verify: read every file once to compare its size and SHA-256 with the manifest's.
     Errors:
-        CheckpointError: the directory is no checkpoint, or its manifest is damaged.
+        CheckpointError: the directory is no checkpoint, or its manifest or a file is damaged.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, *, verify: bool = True) -> None:
         self.directory = Path(directory)
         try:
             manifest = _read_manifest(self.directory)
+            fault = _files_fault(self.directory, manifest["files"]) if verify else None
+            if fault is not None:
+                raise CheckpointError(fault)
         except CheckpointError as error:
             raise CheckpointError(f"{self.directory} is not a usable checkpoint: {error}") from error
         self.step: int = manifest["step"]
@@ -198,11 +216,7 @@ class CheckpointStore:
             files = _read_manifest(self.path(step))["files"]
         except CheckpointError as error:
             return str(error)
-        for name in sorted(files)[share[0] :: share[1]]:
-            fault = _file_fault(self.path(step) / name, files[name])
-            if fault is not None:
-                return fault
-        return None
+        return _files_fault(self.path(step), files, share)
 
     # Saving
 
@@ -341,18 +355,19 @@ class CheckpointStore:
             return
         try:
             manifest["files"] = {_file_name(rank): entry for rank, entry in enumerate(entries)}
-            manifest["sha256"] = _digest(manifest)
             with (temporary / MANIFEST).open("w") as file:
-                json.dump(manifest, file)
+                json.dump(_seal(manifest), file)
                 file.flush()
                 os.fsync(file.fileno())
             _fsync_directory(temporary)
+            # What no reader would take must not replace or prune what one would.
+            _read_manifest(temporary)
             # One of the same step was damaged, or the run would have continued from it; so were all later ones.
             for later in [s for s in self.steps() if s >= save.step]:
                 self._remove(later)
             os.rename(temporary, target)
             _fsync_directory(self.directory)
-        except OSError as error:
+        except (OSError, TypeError, ValueError, CheckpointError) as error:
             save.error = self._explain(save.step, pieces, error)
             shutil.rmtree(temporary, ignore_errors=True)
             return
@@ -424,7 +439,7 @@ class CheckpointStore:
             if fault is None:
                 for message in faults if self.ranks.is_main else ():
                     warnings.warn(f"{message}; falling back to step {step}", stacklevel=2)
-                return Checkpoint(self.path(step))
+                return Checkpoint(self.path(step), verify=False)  # just now, by all ranks together
             faults.append(f"the checkpoint {self.path(step)} is not usable: {fault}")
         if faults:
             raise CheckpointError(

@@ -14,7 +14,7 @@ from powertrain.data.tokenizers import byte_tokenizer
 from powertrain.inference.generate import generate_text, generate_tokens, load_run, sample
 from powertrain.models.config import MixerConfig, ModelConfig
 from powertrain.models.gpt import GPT
-from powertrain.training.checkpoint import CheckpointStore
+from powertrain.training.checkpoint import Checkpoint, CheckpointError, CheckpointStore
 from tests.models.small import small_model, tokens
 
 
@@ -191,7 +191,7 @@ def test_command_explains_what_is_missing(run: Path, tmp_path: Path, capsys: pyt
     assert "config.yaml" in error(run / "checkpoints" / "step-00000009")
     weights = run / "checkpoints" / "step-00000001" / "rank-00000.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    assert "rank-00000.safetensors cannot be read" in error(run)
+    assert "is not a usable checkpoint: rank-00000.safetensors has 1000 bytes instead of" in error(run)
     weights.with_name("manifest.json").write_text("{}")
     assert "is not a usable checkpoint: its manifest cannot be read" in error(run)
     store = CheckpointStore(run / "checkpoints")
@@ -219,14 +219,26 @@ def test_an_exported_file_is_the_checkpoint(run: Path, capsys: pytest.CaptureFix
     assert "does not hold the weights" in capsys.readouterr().err
 
 
+def test_a_flipped_bit_in_the_weights_is_not_taken_for_the_model(run: Path):
+    weights = run / "checkpoints" / "step-00000001" / "rank-00000.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match=r"the SHA-256 of rank-00000\.safetensors is not the one"):
+        load_run(run)
+
+
 def test_a_pickle_is_not_executed(run: Path, tmp_path: Path):
     class Bomb:
         def __reduce__(self):
             return (Path.touch, (tmp_path / "executed",))
 
     torch.save({"state_dict": Bomb()}, run / "checkpoints" / "step-00000001" / "rank-00000.safetensors")
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="bytes instead of"):
         load_run(run)
+    unverified = Checkpoint(run / "checkpoints" / "step-00000001", verify=False)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        unverified.read_into({name: torch.empty(shape) for name, shape in unverified.shapes.items()})
     assert not (tmp_path / "executed").exists()
 
 

@@ -256,6 +256,32 @@ def test_the_pause_is_a_small_part_of_the_save(store):
     assert min(shares) < 0.15
 
 
+def test_the_manifest_states_what_json_holds_of_the_values(store):
+    """Keys 9 and 10 are in this order as numbers, and in the other as text."""
+    save(store, 1)
+    store.save(2, tensors(2), {"by_number": {9: "a", 10: (1, 2)}})
+    found = store.latest()
+    assert found is not None
+    assert found.step == 2
+    assert found.values == {"by_number": {"9": "a", "10": [1, 2]}}
+
+
+@pytest.mark.parametrize("cause", ["the manifest is damaged on its way", "values that are none of JSON's"])
+def test_a_save_that_no_reader_would_take_costs_nothing(store, monkeypatch, cause):
+    save(store, 1)
+    store.keep = 1
+    values, message = {"a": 1}, "its manifest is not the one it was written with"
+    if cause.startswith("values"):
+        values, message = {"a": {1}}, "Object of type set is not JSON serializable"
+    else:
+        dump = json.dump
+        monkeypatch.setattr(module.json, "dump", lambda value, file: dump({**value, "step": 3}, file))
+    with pytest.raises(CheckpointError, match=f"step 2 could not be written .*{message}; .* of step 1 is intact"):
+        store.save(2, tensors(2), values)
+    assert_holds(store, 1)
+    assert sorted(p.name for p in store.directory.iterdir()) == ["last", "step-00000001"]
+
+
 def test_a_later_error_is_that_of_the_save_before(store, monkeypatch):
     def broken(*args):
         raise OSError(5, "Input/output error")
