@@ -117,7 +117,8 @@ def choose_micro_batch_size(model: nn.Module, config: TrainerConfig, devices: De
     processes share sequences, a device has its slice of each.
 
     Errors:
-        ValueError: the configured number does not divide the share, or one sequence does not fit the GPU.
+        ValueError: the configured number does not divide the share, one sequence does not fit the GPU, or on GPUs
+            there is none although processes share the model or sequences.
     """
     share = config.global_batch_tokens // config.context_length // devices.data_parallel
     tokens = -(-config.context_length // devices.context_parallel)  # of a sequence, on one device
@@ -137,6 +138,12 @@ def choose_micro_batch_size(model: nn.Module, config: TrainerConfig, devices: De
         raise ValueError(
             "trainer.strategy=fsdp needs trainer.micro_batch_size on GPUs, because what fits is tried out with the"
             f" whole model on one of them; allowed are {sorted(candidates)}."
+        )
+    if devices.context_parallel > 1:
+        raise ValueError(
+            f"trainer.context_parallel={devices.context_parallel} needs trainer.micro_batch_size on GPUs, because what"
+            " fits is tried out on one of them, without what the processes of a sequence exchange; allowed are"
+            f" {sorted(candidates)}."
         )
     device = devices.torch_device
     if config.deterministic:

@@ -60,10 +60,17 @@ class Checkpointing(pl.Callback):
         assert isinstance(pl_module, PowertrainModule)
         if not pl_module.at_step_end or pl_module.validates_after(pl_module.step):
             return
-        pl_module.clock.pause()
-        if pl_module.step % self.every_steps == 0:
+        # Not in the pause: the ranks' agreement waits for the update, and that is training.
+        signum, finished = self._agree()
+        due = pl_module.step % self.every_steps == 0
+        if not (due or signum or finished):
+            return
+        pl_module.pause_clock()
+        if finished:
+            self.store.finish()
+        if due:
             self._begin(trainer, pl_module, val_loss=None)
-        self._agree(trainer, pl_module, val_loss=None)
+        self._stop_on(signum, trainer, pl_module, val_loss=None)
         pl_module.clock.resume()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -73,7 +80,10 @@ class Checkpointing(pl.Callback):
         if due or counters.best_step == counters.step:
             self._begin(trainer, pl_module, val_loss=counters.val_loss)
         if counters.step < pl_module.last_step:
-            self._agree(trainer, pl_module, val_loss=counters.val_loss)
+            signum, finished = self._agree()
+            if finished:
+                self.store.finish()
+            self._stop_on(signum, trainer, pl_module, val_loss=counters.val_loss)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.store.finish()
@@ -95,11 +105,12 @@ class Checkpointing(pl.Callback):
         )
         self._saved_step = module.step
 
-    def _agree(self, trainer: pl.Trainer, module: PowertrainModule, *, val_loss: float | None) -> None:
-        """Learn whether a rank was asked to stop, and whether a save has come to its end; one collective for both."""
+    def _agree(self) -> tuple[int, bool]:
+        """Return the signal that a rank got (0: none), and whether a save came to its end; one collective for both."""
         signum, busy = self.ranks.max(self.signals.received or 0, int(self.store.busy))
-        if not busy:
-            self.store.finish()
+        return signum, self.store.pending and not busy
+
+    def _stop_on(self, signum: int, trainer: pl.Trainer, module: PowertrainModule, *, val_loss: float | None) -> None:
         if signum:
             self._begin(trainer, module, val_loss=val_loss)
             self.store.finish()

@@ -173,7 +173,8 @@ class PowertrainModule(pl.LightningModule):
         sums = self._sums
         if self.trainer.world_size > 1:
             sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
-        # The step's only wait for the device.
+        # A process alone waits for the device only here; several do so again where they agree after the update, see
+        # `Checkpointing`.
         loss_sum, labels, label_bytes, norm_value = torch.cat([sums, norm.double().reshape(1)]).tolist()
         finite = all(value - value == 0.0 for value in (loss_sum, norm_value))
         # Exactly 1 where every token has a label.
@@ -279,10 +280,16 @@ class PowertrainModule(pl.LightningModule):
             metrics.update(zip(self._stats, values, strict=True))
         self.record(metrics)
 
+    def pause_clock(self) -> None:
+        """Leave out of training time what follows, but not the work that the device has still to do."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.clock.pause()
+
     # Validation
 
     def on_validation_start(self) -> None:
-        self.clock.pause()
+        self.pause_clock()
 
     def on_validation_epoch_start(self) -> None:
         self._validation = ValidationMetrics(self.config.context_length, self.device)

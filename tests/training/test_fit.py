@@ -7,12 +7,15 @@ import pytest
 import torch
 from rich.console import Console
 
+from powertrain.training import clock
 from powertrain.training.batching import Devices, _fits, choose_micro_batch_size, resolve_devices
+from powertrain.training.checkpoint import CheckpointStore
 from powertrain.training.config import DebugConfig, TrainerConfig
 from powertrain.training.progress import ProgressReport, amount, duration
+from powertrain.training.ranks import Ranks
 from powertrain.training.records import read_metrics
 from tests.training import fakes
-from tests.training.fakes import FakeData, TinyModel, run_tiny
+from tests.training.fakes import CONTEXT, FakeData, TinyModel, run_tiny
 
 ONE_CPU = Devices("cpu", 1, 1)
 
@@ -30,6 +33,39 @@ def test_a_micro_batch_that_does_not_divide_a_ranks_share_is_refused():
     config = TrainerConfig(context_length=64, global_batch_tokens=64 * 8, micro_batch_size=8)
     with pytest.raises(ValueError, match=r"does not divide the 4 sequences that each of 2 .* allowed are \[1, 2, 4\]"):
         choose_micro_batch_size(TinyModel(), config, Devices("cpu", 2, 1))
+
+
+@pytest.mark.parametrize("shared", [{"strategy": "fsdp"}, {"context_parallel": 2}], ids=["fsdp", "context parallel"])
+def test_gpus_that_share_a_model_or_sequences_need_a_micro_batch(shared):
+    config = TrainerConfig(context_length=64, global_batch_tokens=64 * 4, accelerator="gpu", devices=4, **shared)
+    ((name, value),) = shared.items()
+    devices = Devices("gpu", 4, 1, config.context_parallel)
+    with pytest.raises(
+        ValueError, match=rf"^trainer.{name}={value} needs trainer.micro_batch_size on GPUs, .* allowed"
+    ):
+        choose_micro_batch_size(TinyModel(), config, devices)
+
+
+def test_training_time_holds_the_agreement_of_the_ranks_and_no_save(tmp_path, monkeypatch):
+    """By a clock that only forward passes (1 s), the agreement (10 s) and the beginning of a save (1000 s) move."""
+    now = [0.0]
+
+    def taking(seconds, function):
+        def call(*args, **kwargs):
+            now[0] += seconds
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(TinyModel, "forward", taking(1.0, TinyModel.forward))
+    monkeypatch.setattr(Ranks, "max", taking(10.0, Ranks.max))
+    monkeypatch.setattr(CheckpointStore, "begin", taking(1000.0, CheckpointStore.begin))
+    run_tiny(tmp_path / "run", steps=5)
+    records = [record for record in read_metrics(tmp_path / "run") if "train/tokens_per_second" in record]
+    # Two micro-batches a step; step 2 is saved; the ranks agree after step 4 in the pause of its validation.
+    seconds = [4 * CONTEXT / record["train/tokens_per_second"] for record in records]
+    assert seconds == pytest.approx([2.0, 12.0, 12.0, 12.0, 2.0])
 
 
 def test_processes_that_cannot_share_the_batch_are_refused():
