@@ -195,7 +195,7 @@ class PowertrainModule(pl.LightningModule):
         """Keep what replays the step, then stop, or empty the gradients so that the update changes nothing."""
         number = self.step + 1
         optimizer.zero_grad(set_to_none=True)
-        # All ranks do the same and come to one answer, of whichever of them it began on.
+        # All ranks do the same and come to one answer, of whichever of them it began on, if that is known.
         rank, diagnosis = first_fault(
             self.ranks.gather(diagnose(self.model, self._micro_batches, self.config.precision, self.context))
         )
@@ -217,8 +217,12 @@ class PowertrainModule(pl.LightningModule):
         self.counters.skipped += 1
         self.counters.skipped_in_a_row += 1
         what = "loss" if self.loss - self.loss != 0.0 else "gradient"
-        on = f" on rank {rank}" if self.ranks.size > 1 else ""
-        where = f"; replay it from {directory / f'rank-{rank}.pt'}" if kept else ""
+        if self.ranks.size == 1:
+            rank, on = 0, ""
+        else:
+            on = "" if rank is None else f" on rank {rank}"
+        record = directory / (f"rank-{rank}.pt" if rank is not None else "rank-*.pt")
+        where = f"; replay it from {record}" if kept else ""
         sentence = f"step {number}: the {what} is not finite{on}: {diagnosis}; the update was not made{where}"
         if self.config.nonfinite == "stop":
             raise NonFiniteError(sentence)

@@ -122,15 +122,18 @@ def diagnose(
     return Diagnosis(total / max(1, labels_seen), weights, found.get("forward"), found.get("backward"))
 
 
-def first_fault(diagnoses: list[Diagnosis]) -> tuple[int, Diagnosis]:
-    """Return the rank whose diagnosis lies earliest in the computation, and that diagnosis; equals by rank."""
+def first_fault(diagnoses: list[Diagnosis]) -> tuple[int | None, Diagnosis]:
+    """Return the rank whose diagnosis lies earliest in the computation, and that diagnosis; equals by rank.
+
+    The rank is None where no replay found anything: gradients are summed by then, and do not tell whose it was.
+    """
 
     def stage(rank: int) -> int:
         found = diagnoses[rank]
         return next((i for i, name in enumerate((found.weights, found.forward, found.backward)) if name), 3)
 
     rank = min(range(len(diagnoses)), key=stage)
-    return rank, diagnoses[rank]
+    return (rank if stage(rank) < 3 else None), diagnoses[rank]
 
 
 def has_room(directory: Path) -> bool:

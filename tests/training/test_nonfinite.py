@@ -5,9 +5,15 @@ import pytest
 import torch
 from torch import nn
 
-from powertrain.training.nonfinite import MAX_RECORDS, NonFiniteError, replay
+from powertrain.training.config import OptimConfig, ScheduleConfig, TrainerConfig
+from powertrain.training.length import TrainingLength
+from powertrain.training.module import PowertrainModule
+from powertrain.training.nonfinite import MAX_RECORDS, Diagnosis, NonFiniteError, replay
+from powertrain.training.ranks import Ranks
 from powertrain.training.records import read_metrics
-from tests.training.fakes import FakeData, TinyModel, run_tiny, saved_tensors
+from powertrain.training.rng import capture_rng
+from powertrain.training.schedules import Schedule
+from tests.training.fakes import CONTEXT, FakeData, TinyModel, make_batch, run_tiny, saved_tensors
 from tests.training.test_resume import assert_same_run
 
 
@@ -102,6 +108,41 @@ def test_stop_names_the_layer_keeps_the_weights_and_replays(tmp_path, kind, what
     assert str(again) in str(where).replace("\\", "")
     assert str(replay(path, model=FaultyModel(kind, trigger=10**6))).startswith("a replay of the batch was finite")
     assert read_metrics(tmp_path / "run")[-1]["step"] == 2
+
+
+class TwoRanks(Ranks):
+    """The first of two, of which the other finds what `other` says."""
+
+    other = Diagnosis(1.0)
+
+    def gather(self, value):
+        return [value, self.other]
+
+    def broadcast(self, value):
+        return value
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        (Diagnosis(1.0, backward="head"), r"not finite on rank 1: the gradient of head went first.*/rank-1\.pt$"),
+        (Diagnosis(1.0), r"not finite: a replay of the batch was finite .*/rank-\*\.pt$"),
+    ],
+    ids=["found on rank 1", "found nowhere"],
+)
+def test_a_rank_is_named_only_where_a_replay_shows_which(tmp_path, monkeypatch, other, says):
+    monkeypatch.setattr(TwoRanks, "other", other)
+    module = PowertrainModule(
+        TinyModel(),
+        optim=OptimConfig(),
+        schedule=Schedule(ScheduleConfig(), TrainingLength(10, 4 * CONTEXT, 1.0, "test")),
+        trainer=TrainerConfig(precision="32-true"),
+        run_dir=tmp_path,
+        ranks=TwoRanks(size=2),
+    )
+    module._micro_batches, module._rng, module.loss = [make_batch(0, 2)], capture_rng(), 1.0
+    with pytest.raises(NonFiniteError, match=f"step 1: the gradient is {says}"):
+        module._reject(module.configure_optimizers())
 
 
 def test_skip_leaves_the_weights_of_that_step_and_counts(tmp_path):
