@@ -65,8 +65,10 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         default=1,
         metavar="N",
-        help="runners that share a GPU (default 1); with several, `time` measures speeds afterwards",
+        help="with --gpus: runners that share a GPU (default 1); with several, `time` measures speeds afterwards",
     )
+    # How many runners share this one's GPU, itself included: what --gpus tells those it starts.
+    run.add_argument("--shared-by", type=int, default=1, help=argparse.SUPPRESS)
     where.add_argument("--slurm", type=int, metavar="N", help="submit an array of N runners, and a dependent report")
     run.add_argument(
         "--cluster",
@@ -153,12 +155,17 @@ def _run(recipe: Recipe, arguments: argparse.Namespace) -> int:
 
     if arguments.per_gpu < 1:
         raise ConfigError(f"--per-gpu {arguments.per_gpu} is not allowed: it must be at least 1")
+    if arguments.per_gpu > 1 and arguments.gpus is None:
+        raise ConfigError(
+            f"--per-gpu {arguments.per_gpu} needs --gpus, such as `--gpus all`: without it one runner runs here, "
+            "and with --slurm one in each task"
+        )
     if arguments.slurm is not None:
         return _submit(recipe, arguments)
     state = _state(recipe, arguments.directory)
     if arguments.retry_failed:
         state.failures.forget(state.failures.ids())
-    code = _run_on_gpus(state, arguments) if arguments.gpus else _run_here(state, arguments)
+    code = _run_on_gpus(state, arguments) if arguments.gpus is not None else _run_here(state, arguments)
     if not arguments.quiet:
         _print_status(state)
         if not state.missing(state.expand()):
@@ -200,7 +207,7 @@ def _run_cells(state: SweepState, arguments: argparse.Namespace, signals: StopSi
         state.paths,
         wandb=arguments.wandb,
         keep_checkpoints=arguments.keep_checkpoints,
-        runners=arguments.per_gpu,
+        runners=arguments.shared_by,
         signals=signals,
     )
     # The terminal itself: what a training prints is sent to its log, and would take these lines with it.
@@ -229,7 +236,7 @@ def _run_on_gpus(state: SweepState, arguments: argparse.Namespace) -> int:
     from powertrain.scaling.launch import run_on_gpus, visible_gpus
 
     passed_on = ["sweep", "run", arguments.recipe, "--directory", str(arguments.directory), "--quiet"]
-    passed_on += ["--per-gpu", str(arguments.per_gpu)]
+    passed_on += ["--shared-by", str(arguments.per_gpu)]
     for flag in ("no_wait", "keep_checkpoints", "wandb"):
         if getattr(arguments, flag):
             passed_on.append(f"--{flag.replace('_', '-')}")

@@ -8,6 +8,8 @@ import time
 import pytest
 
 from powertrain import __version__
+from powertrain.cli import main
+from powertrain.scaling.cli import parser
 from powertrain.scaling.launch import run_on_gpus
 from powertrain.scaling.plan import coverage
 from powertrain.scaling.recipe import Analysis, Limits, Stage
@@ -176,6 +178,28 @@ def test_a_sweep_cut_short_reports_what_there_is_and_what_is_missing(tmp_path):
     whole = build(RECIPE, second.store.read(), done)["README.md"].decode()
     assert "What is missing" not in whole
     assert "So far" not in whole
+
+
+@pytest.mark.parametrize("where", [[], ["--slurm", "2", "--dry-run"]])
+def test_runners_share_a_gpu_only_where_gpus_are_named(tmp_path, capsys, where):
+    """One runner that called itself several would lose its times."""
+    command = ["sweep", "run", "smoke", "--directory", str(tmp_path), "--per-gpu", "2", *where]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert "--per-gpu 2 needs --gpus" in error
+    assert "Traceback" not in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_those_who_share_a_gpu_are_told_how_many_they_are(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr("powertrain.scaling.launch.run_on_gpus", lambda *given: started.append(given) or 0)
+    command = ["sweep", "run", "smoke", "--directory", str(tmp_path), "--quiet", "--gpus", "0,1", "--per-gpu", "3"]
+    assert main(command) == 0
+    ((passed_on, gpus, _, per_gpu),) = started
+    assert (gpus, per_gpu) == (["0", "1"], 3)
+    child = parser().parse_args(passed_on[1:])
+    assert (child.shared_by, child.per_gpu, child.gpus) == (3, 1, None)
 
 
 def test_runners_share_a_gpu(tmp_path):

@@ -68,7 +68,7 @@ def test_a_sweep_is_prepared_run_timed_and_reported(tmp_path, capsys):
     assert "has no records yet" in capsys.readouterr().err
     assert main(["sweep", "prepare", recipe, *here]) == 0
     assert "prepared 40 documents" in capsys.readouterr().err
-    assert main(["sweep", "run", recipe, *here, "--quiet", "--per-gpu", "2", "--no-wait", "--max-hours", "0.1"]) == 0
+    assert main(["sweep", "run", recipe, *here, "--quiet", "--shared-by", "2", "--no-wait", "--max-hours", "0.1"]) == 0
     assert main(["sweep", "time", recipe, *here]) == 0
     assert "tokens per second on cpu" in capsys.readouterr().out
     root = tmp_path / "sweeps" / "tiny"
