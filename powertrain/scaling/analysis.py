@@ -29,6 +29,7 @@ from powertrain.scaling.fit import LawFit, Parabola, fit_law, fit_parabola, opti
 from powertrain.scaling.recipe import CONVENTIONS, Convention, Recipe
 from powertrain.scaling.records import CellRecord
 from powertrain.scaling.resample import Point, Sample, interval, resample
+from powertrain.scaling.timing import Timing
 
 Array = NDArray[np.float64]
 
@@ -222,7 +223,7 @@ def positions(recipe: Recipe, selected: dict[tuple[str, float], Point]) -> list[
     ]
 
 
-def analyse(recipe: Recipe, records: Sequence[CellRecord], context: int) -> Findings:
+def analyse(recipe: Recipe, records: Sequence[CellRecord], context: int, timings: Sequence[Timing] = ()) -> Findings:
     """Return all findings at one context; the records' order does not matter.
 
     Errors:
@@ -258,5 +259,5 @@ def analyse(recipe: Recipe, records: Sequence[CellRecord], context: int) -> Find
         },
         positions=tuple(positions(recipe, selected)),
         flags=tuple(edge_flags(recipe, sample, iso)),
-        checks=tuple(fairness(recipe, here, sample)),
+        checks=tuple(fairness(recipe, here, sample, timings)),
     )

@@ -304,7 +304,7 @@ def _report(recipe: Recipe, arguments: argparse.Namespace) -> int:
     state = _state(recipe, arguments.directory)
     paths = state.paths
     parts = coverage(recipe, state.expand(), state.store.finished())
-    files = build(recipe, timing.with_timings(state.store.read(), timing.read(paths.timings)), parts)
+    files = build(recipe, state.store.read(), parts, timing.read(paths.timings))
     output = arguments.output or paths.report
     write(files, output)
     print(f"report: {output / 'README.md'}")

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import shutil
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -251,7 +251,17 @@ def device_name(device: Any) -> str:
 
 def environment_of(run_dir: Path) -> dict[str, str]:
     """Return the versions and the commit that a run's directory states."""
-    values = json.loads((run_dir / "environment.json").read_text())
+    return _versions_and_commit(json.loads((run_dir / "environment.json").read_text()))
+
+
+def environment_here() -> dict[str, str]:
+    """Return the versions and the commit that a run of this process would state."""
+    from powertrain.train import environment
+
+    return _versions_and_commit(environment())
+
+
+def _versions_and_commit(values: Mapping[str, Any]) -> dict[str, str]:
     found = {"python": values["python"], **values["versions"]}
     if values.get("git_commit"):
         found["commit"] = values["git_commit"][:12] + ("+" if values.get("git_modified") else "")

@@ -1,4 +1,4 @@
-"""What makes a comparison unfair or a minimum doubtful, judged from the records alone."""
+"""What makes a comparison unfair or a minimum doubtful, judged from the records and timings alone."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 from powertrain.scaling.recipe import Recipe
 from powertrain.scaling.records import CellRecord
 from powertrain.scaling.resample import Sample
+from powertrain.scaling.timing import key_of
 
 if TYPE_CHECKING:
     from powertrain.scaling.analysis import IsoFlop
+    from powertrain.scaling.timing import Timing
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,14 @@ def edge_flags(recipe: Recipe, sample: Sample, iso: Sequence[IsoFlop]) -> list[F
     return flags
 
 
-def fairness(recipe: Recipe, records: Sequence[CellRecord], sample: Sample) -> list[Check]:
-    """Return every condition of a fair comparison, judged from the records of one context."""
+def fairness(
+    recipe: Recipe, records: Sequence[CellRecord], sample: Sample, timings: Sequence[Timing] = ()
+) -> list[Check]:
+    """Return every condition of a fair comparison, judged from the records of one context and their timings.
+
+    Args:
+        timings: of the sweep; those that speak for none of the records are left out.
+    """
     checks = [_same(records, key, name) for key, name in _FINGERPRINTS]
     documents = {r.document_tokens for r in records}
     lengths = {len(d) for d in documents}
@@ -101,14 +109,34 @@ def fairness(recipe: Recipe, records: Sequence[CellRecord], sample: Sample) -> l
         )
     )
     checks.append(_annealed(records))
-    for name, values in (
-        ("one kind of device", {f"{r.devices} x {r.device}" for r in records if r.device}),
-        ("one version of the code", {r.environment["commit"] for r in records if r.environment.get("commit")}),
-    ):
-        checks.append(
-            Check(name, None if not values else len(values) == 1, ", ".join(sorted(values)) or "not recorded")
-        )
+    values = {f"{r.devices} x {r.device}" for r in records if r.device}
+    text = ", ".join(sorted(values)) or "not recorded"
+    checks.append(Check("one kind of device", None if not values else len(values) == 1, text))
+    keys = {key_of(r) for r in records}
+    checks.append(_one_version(records, [t for t in timings if t.key in keys]))
     return checks
+
+
+def _one_version(records: Sequence[CellRecord], timings: Sequence[Timing]) -> Check:
+    # Commit and versions alike; what one of them lacks, such as a commit outside of git, cannot differ.
+    sources: dict[str, Sequence[CellRecord | Timing]] = {"records": records, "timings": timings}
+    found: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for source, states in sources.items():
+        for state in states:
+            for key, value in state.environment.items():
+                found[key][source].add(value)
+    different = {key: by_source for key, by_source in found.items() if len(set().union(*by_source.values())) > 1}
+    name = "one version of the code"
+    if different:
+        parts = [
+            f"{key} {', '.join(sorted(values))} ({source})"
+            for key, by_source in sorted(different.items())
+            for source, values in by_source.items()
+        ]
+        return Check(name, False, "; ".join(parts))
+    if "commit" not in found:
+        return Check(name, None, "not recorded")
+    return Check(name, True, ", ".join(set().union(*found["commit"].values())))
 
 
 _FINGERPRINTS = (

@@ -17,6 +17,7 @@ from powertrain.scaling.figures import DRAW
 from powertrain.scaling.plan import Coverage
 from powertrain.scaling.recipe import CONVENTIONS, Figure, Recipe
 from powertrain.scaling.records import CellRecord, table
+from powertrain.scaling.timing import Timing, with_timings
 
 CAPTIONS: dict[Figure, str] = {
     "envelope": (
@@ -358,12 +359,15 @@ def _rounded(value: object) -> object:
     return value
 
 
-def build(recipe: Recipe, records: Sequence[CellRecord], parts: Sequence[Coverage] = ()) -> dict[str, bytes]:
+def build(
+    recipe: Recipe, records: Sequence[CellRecord], parts: Sequence[Coverage] = (), timings: Sequence[Timing] = ()
+) -> dict[str, bytes]:
     """Return every file of a report by its relative path; a pure function of its arguments.
 
     Args:
-        records: finished cells, timed as they should be shown (`timing.with_timings`).
+        records: finished cells.
         parts: see `page`.
+        timings: give the records their seconds where they have them.
 
     Errors:
         ValueError: there are no records.
@@ -372,7 +376,8 @@ def build(recipe: Recipe, records: Sequence[CellRecord], parts: Sequence[Coverag
 
     if not records:
         raise ValueError(f"sweep {recipe.name!r} has no records yet: powertrain sweep run {recipe.name}")
-    results = [analyse(recipe, records, context) for context in sorted({r.context for r in records})]
+    records = with_timings(records, timings)
+    results = [analyse(recipe, records, context, timings) for context in sorted({r.context for r in records})]
     files: dict[str, bytes] = {}
     drawn: list[tuple[int, Figure]] = []
     with style():

@@ -163,16 +163,20 @@ def measure(cell: Cell, directory: Path) -> Timing:
 def run_timings(state: SweepState, directory: Path, log: Path, say: Any) -> list[Timing]:
     """Measure what is missing: every winner among the records, on the device of this machine.
 
+    A timing of another commit or other versions counts as missing, and is replaced. Edits without a commit all look
+    alike: what was measured between two of them stays.
+
     Args:
         directory: of the timings.
         log: where the trainings print to.
         say: told one line for each.
     """
     from powertrain.scaling.cells import make_cell
-    from powertrain.scaling.execute import device_name, printing_to
+    from powertrain.scaling.execute import device_name, environment_here, printing_to
     from powertrain.training.batching import resolve_devices
 
-    known = {t.key for t in read(directory)}
+    environment = environment_here()
+    known = {t.key for t in read(directory) if t.environment == environment}
     made = []
     for record in winners(state.store.read()):
         factors = record.learning_rate_factor, record.batch_factor

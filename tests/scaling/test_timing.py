@@ -6,6 +6,7 @@ import pytest
 
 from powertrain.cli import main
 from powertrain.scaling import timing
+from powertrain.scaling.analysis import analyse
 from powertrain.schema import ConfigError
 
 from . import synthetic
@@ -60,6 +61,27 @@ def test_a_timing_is_read_back_and_replaced(tmp_path):
         timing.read(tmp_path)
 
 
+def version_check(timings, changed=None):
+    found = analyse(synthetic.recipe(), changed or records(), 65536, timings)
+    (check,) = (c for c in found.checks if c.name == "one version of the code")
+    return check.passed, check.evidence
+
+
+def test_a_comparison_holds_the_code_of_its_timings_too():
+    commit = "0" * 12
+    of_records = {"commit": commit, "torch": "2"}
+    own = [dataclasses.replace(r, environment=of_records) for r in records()]
+    same = dataclasses.replace(SPEED, environment=of_records)
+    assert version_check([same], own) == (True, commit)
+    later = dataclasses.replace(SPEED, environment={"commit": "1", "torch": "2"})
+    assert version_check([later], own) == (False, f"commit {commit} (records); commit 1 (timings)")
+    upgraded = dataclasses.replace(SPEED, environment={"commit": commit, "torch": "3"})
+    assert version_check([upgraded], own) == (False, "torch 2 (records); torch 3 (timings)")
+    assert version_check([dataclasses.replace(later, context=8192)], own)[0], "it speaks for none of these records"
+    nowhere = [dataclasses.replace(r, environment={}) for r in records()]
+    assert version_check([], nowhere) == (None, "not recorded")
+
+
 def test_a_sweep_is_prepared_run_timed_and_reported(tmp_path, capsys):
     """Two runners are claimed to share the device: only timings make their times comparable."""
     recipe = str(recipe_in(tmp_path))
@@ -77,6 +99,16 @@ def test_a_sweep_is_prepared_run_timed_and_reported(tmp_path, capsys):
     assert not list(root.glob("timing-*"))
     assert main(["sweep", "time", recipe, *here]) == 0
     assert "everything that won is timed" in capsys.readouterr().out
+    # A timing of other code says nothing about this one.
+    of_power = next(t for t in timing.read(root / "timings") if t.mixer == "power")
+    timing.write(root / "timings", dataclasses.replace(of_power, environment={**of_power.environment, "torch": "1.0"}))
+    assert main(["sweep", "report", recipe, *here]) == 0
+    (line,) = [x for x in (root / "report" / "README.md").read_text().splitlines() if "one version of the code" in x]
+    assert "**no**" in line
+    assert "torch 1.0, " in line
+    assert main(["sweep", "time", recipe, *here]) == 0
+    assert "1 timings in" in capsys.readouterr().out
+    assert len({str(t.environment) for t in timing.read(root / "timings")}) == 1
     records_there = [json.loads(p.read_text()) for p in (root / "records").glob("*.json")]
     assert {r["runners"] for r in records_there} == {2}
     # A cell that is gone is a cell that is missing.
