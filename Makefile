@@ -16,8 +16,9 @@ TESTS ?= tests
 
 .PHONY: train test test-slurm faults lint types kernels check setup clean
 
+# One thread: the small pieces of so small a model gain little from more on a CPU, and wait long where the cores are shared.
 train: setup
-	$(BIN)/powertrain train experiment=quickstart $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/powertrain train experiment=quickstart $(ARGS)
 
 # One thread per worker: the workers themselves fill the cores.
 test: setup
