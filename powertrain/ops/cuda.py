@@ -1,4 +1,4 @@
-"""The CUDA path of power retention: the kernel library's stages in order, forward and backward, as ops of
+"""The CUDA path of power retention: the kernel library's two passes, forward and backward, as ops of
 `torch.library`.
 
 The mathematics and the stages are those of `kernels/include/powertrain_kernels.h`. What the backward pass needs of the
