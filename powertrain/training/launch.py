@@ -25,7 +25,7 @@ LAUNCHER = "POWERTRAIN_LAUNCHER"
 GRACE = 10.0
 # Seconds that a process waits before it reports an error, by kind; the launcher ends it earlier where it can.
 OTHER_RANK_DELAY = 1.0
-LOST_PEER_DELAY = 5.0
+LOST_PEER_DELAY = 15.0
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _PR_SET_PDEATHSIG = 1
 
