@@ -13,9 +13,7 @@ import dataclasses
 import gc
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader, IterableDataset
 
+from powertrain.bench.provenance import provenance
 from powertrain.config import compose
 from powertrain.models.config import ModelConfig
 from powertrain.models.flops import model_flops
@@ -42,7 +41,6 @@ from powertrain.training.length import TrainingLength
 from powertrain.training.module import PowertrainModule
 from powertrain.training.records import read_metrics
 from powertrain.training.state import collect_tensors
-from powertrain.version import __version__
 
 VOCABULARY = 50257
 # Records of a run that are left out: compilation, allocation and the first communication.
@@ -302,27 +300,15 @@ def _row(case: Case, results: dict[str, Result]) -> dict[str, Any]:
 
 
 def _environment(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     gpus = [] if args.cpu else [torch.cuda.get_device_name(i) for i in range(args.processes)]
     nccl = None
     with contextlib.suppress(Exception):
         nccl = ".".join(map(str, torch.cuda.nccl.version()))  # absent from builds without CUDA
     return {
-        "benchmark": "distributed",
-        "command": " ".join(["powertrain", "bench", "distributed", *argv]),
-        "commit": commit.stdout.strip() or None,
-        "powertrain": __version__,
-        "torch": torch.__version__,
+        **provenance("distributed", argv),
         "lightning": metadata.version("lightning"),
         "cuda": torch.version.cuda,
         "nccl": nccl,
-        "python": platform.python_version(),
         "gpus": gpus,
     }
 

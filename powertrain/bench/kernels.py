@@ -11,10 +11,8 @@ import ctypes
 import importlib.metadata
 import importlib.util
 import json
-import platform
 import re
 import statistics
-import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -29,10 +27,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from powertrain import native
+from powertrain.bench.provenance import provenance
 from powertrain.ops import cuda, power_retention
 from powertrain.ops.cuda_plan import choose_chunk_size, phi_tiles
 from powertrain.ops.flops import OpPassFlops, power_retention_flops
-from powertrain.version import __version__
 
 SDPA_BACKENDS = {"sdpa flash": SDPBackend.FLASH_ATTENTION, "sdpa cudnn": SDPBackend.CUDNN_ATTENTION}
 WARM_UP = 3
@@ -382,23 +380,11 @@ def _kernel_attributes() -> list[dict[str, Any]]:
 
 
 def _environment(argv: list[str]) -> dict[str, Any]:
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     peer = "retention"
     return {
-        "benchmark": "kernels",
-        "command": " ".join(["powertrain", "bench", "kernels", *argv]),
-        "commit": commit.stdout.strip() or None,
-        "powertrain": __version__,
-        "torch": torch.__version__,
+        **provenance("kernels", argv),
         "cuda": torch.version.cuda,
         "retention": importlib.metadata.version(peer) if importlib.util.find_spec(peer) else None,
-        "python": platform.python_version(),
         "gpu": torch.cuda.get_device_name(),
         "multiprocessors": torch.cuda.get_device_properties(0).multi_processor_count,
     }

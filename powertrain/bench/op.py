@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -23,9 +22,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from powertrain.bench.provenance import provenance
 from powertrain.ops import power_retention
 from powertrain.ops.plan import choose_chunk_size
-from powertrain.version import __version__
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -179,20 +178,9 @@ def _synchronize(device: str) -> None:
 
 
 def _environment(args: argparse.Namespace, argv: list[str]) -> dict[str, object]:
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
     is_cuda = torch.device(args.device).type == "cuda"
     return {
-        "benchmark": "op",
-        "command": " ".join(["powertrain", "bench", "op", *argv]),
-        "commit": commit.stdout.strip() or None,
-        "powertrain": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
+        **provenance("op", argv),
         "platform": f"{sys.platform}-{platform.machine()}",
         "processor": _processor(),
         "cpu_count": os.cpu_count(),

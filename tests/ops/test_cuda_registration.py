@@ -234,7 +234,7 @@ def test_tensors_of_another_device() -> None:
 
 
 @needs_gpu
-@pytest.mark.xfail(strict=True, reason="docs/kernels.md, section 5: the goal is 30 us, and Python alone costs more")
+@pytest.mark.xfail(strict=True, reason="docs/kernels.md, section 4: the goal is 30 us, and Python alone costs more")
 def test_host_overhead() -> None:
     tensors = Case(T=512, Hq=8, Hk=8).tensors()
     for _ in range(20):
