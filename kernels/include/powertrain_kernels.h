@@ -19,6 +19,8 @@
  *     pt_chunk_scan_grad       q, dn', states     -> dq, q . dq     (and reverse: k, v', dstates -> dk, k . dk)
  *     pt_state_flow            states, dstates    -> what passes through each chunk
  *     pt_gate_grad             the last three     -> dlog_G
+ * Beside it, the loss of a language model's head:
+ *     pt_cross_entropy         logits, labels     -> losses, gradients in place of the logits
  */
 #ifndef POWERTRAIN_KERNELS_H
 #define POWERTRAIN_KERNELS_H
@@ -29,7 +31,7 @@
 extern "C" {
 #endif
 
-#define PT_ABI_VERSION 4
+#define PT_ABI_VERSION 5
 #define PT_API __attribute__((visibility("default")))
 
 typedef enum { PT_OK = 0, PT_INVALID = 1, PT_UNSUPPORTED = 2, PT_CUDA_ERROR = 3 } pt_status;
@@ -291,6 +293,23 @@ typedef struct {
   void* workspace;
 } pt_backward_params;
 PT_API int pt_backward(const pt_problem* problem, const pt_backward_params* params, void* stream);
+
+/* --- the head's loss (src/common/cross_entropy.cu) ------------------------------------------------------------------------------- */
+
+typedef struct {
+  int32_t dtype;           /* of the logits: PT_BF16 or PT_FP16 */
+  int32_t has_log_sum_exp; /* log_sum_exp is given, and not computed again */
+  int32_t write_gradients; /* logits become d loss / d logits, times `factors` */
+  int64_t rows, columns;
+  int64_t row_stride; /* in elements; rows that begin at multiples of 16 bytes are fastest */
+  void* logits;       /* (rows, columns) */
+  const int64_t* labels;
+  int64_t ignore_index; /* rows with this label have no loss and no gradient; another label outside of the columns gives NaN */
+  const float* factors; /* (rows), or null: 1 */
+  float* losses;        /* (rows) out: log sum exp - logit of the label; or null */
+  float* log_sum_exp;   /* (rows) in or out, or null */
+} pt_cross_entropy_params;
+PT_API int pt_cross_entropy(const pt_cross_entropy_params* params, void* stream);
 
 #ifdef __cplusplus
 }

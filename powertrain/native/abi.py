@@ -3,7 +3,7 @@
 import ctypes
 from ctypes import POINTER, c_char, c_char_p, c_float, c_int32, c_int64, c_void_p
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 """The `PT_ABI_VERSION` that these structs mirror."""
 
 DTYPE_BF16, DTYPE_FP16 = 0, 1
@@ -106,6 +106,25 @@ class Backward(ctypes.Structure):
     )
 
 
+class CrossEntropy(ctypes.Structure):
+    """`pt_cross_entropy_params`."""
+
+    _fields_ = (
+        ("dtype", c_int32),
+        ("has_log_sum_exp", c_int32),
+        ("write_gradients", c_int32),
+        ("rows", c_int64),
+        ("columns", c_int64),
+        ("row_stride", c_int64),
+        ("logits", c_void_p),
+        ("labels", c_void_p),
+        ("ignore_index", c_int64),
+        ("factors", c_void_p),
+        ("losses", c_void_p),
+        ("log_sum_exp", c_void_p),
+    )
+
+
 def declare(library: ctypes.CDLL) -> None:
     """Gives the functions of a loaded library that are called from here their argument types."""
     library.pt_last_error.restype = c_char_p
@@ -116,3 +135,4 @@ def declare(library: ctypes.CDLL) -> None:
     library.pt_kernel_info.argtypes = (c_int32, POINTER(KernelAttributes))
     library.pt_forward.argtypes = (POINTER(Problem), POINTER(Forward), c_void_p)
     library.pt_backward.argtypes = (POINTER(Problem), POINTER(Backward), c_void_p)
+    library.pt_cross_entropy.argtypes = (POINTER(CrossEntropy), c_void_p)

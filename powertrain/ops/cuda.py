@@ -64,7 +64,7 @@ def use_cuda(impl: str | None, query: Tensor, value: Tensor, deg: int) -> bool:
         if query.device.type == "cuda" and query.dtype in DTYPES and deg == 2:
             _warn_once(f"power_retention takes its PyTorch path: {reason}.")
         return False
-    problem = _library_problem()
+    problem = library_problem()
     if problem is None:
         return True
     if impl == "cuda":
@@ -74,7 +74,8 @@ def use_cuda(impl: str | None, query: Tensor, value: Tensor, deg: int) -> bool:
 
 
 @torch.compiler.assume_constant_result  # asked once, while a compiler traces
-def _library_problem() -> str | None:
+def library_problem() -> str | None:
+    """Return why there is no kernel library, after trying to build one; None if there is one."""
     return _load_library()
 
 
@@ -212,7 +213,8 @@ def _with_contiguous_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _stream(device: torch.device) -> int:
+def current_stream(device: torch.device) -> int:
+    """Return the handle of the current stream of `device`."""
     # An emulated library computes on CPU tensors before a call returns (kernels/emulation).
     return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
 
@@ -282,7 +284,7 @@ def _forward(
         saved.data_ptr(),
         workspace.data_ptr(),
     )
-    plan.run(plan.forward, parameters, _stream(device))
+    plan.run(plan.forward, parameters, current_stream(device))
     return out, normalizer, new_state, new_sum, saved
 
 
@@ -335,7 +337,7 @@ def _backward(
         dsum.data_ptr() if has_state else None,
         workspace.data_ptr(),
     )
-    plan.run(plan.backward, parameters, _stream(device))
+    plan.run(plan.backward, parameters, current_stream(device))
     return dq, dk, dv, dlog_g, dstate, dsum
 
 

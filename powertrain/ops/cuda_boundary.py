@@ -52,7 +52,7 @@ def final_state_cuda(
         saved.data_ptr(),
         workspace.data_ptr(),
     )
-    plan.run(plan.forward, parameters, cuda._stream(device))
+    plan.run(plan.forward, parameters, cuda.current_stream(device))
     return state, sum_of_keys
 
 
@@ -94,7 +94,7 @@ def initial_state_grad_cuda(
         sum_of_keys.data_ptr(),
         workspace.data_ptr(),
     )
-    plan.run(plan.backward, parameters, cuda._stream(device))
+    plan.run(plan.backward, parameters, cuda.current_stream(device))
     return state, sum_of_keys
 
 

@@ -23,20 +23,28 @@ _FLOPS_PER_BYTE = 95.0
 _STATE_PASSES = 12
 
 
-def unsupported(query: torch.Tensor, value: torch.Tensor, deg: int) -> str | None:
-    """Return why the kernels do not take these inputs, or None where they do."""
-    K, V = query.shape[3], value.shape[3]
-    if query.device.type not in DEVICE_TYPES:
-        return f"the tensors are on {query.device}, and the kernels need a CUDA device"
-    if deg != 2:
-        return f"deg is {deg}, and the kernels are written for deg 2"
-    if query.dtype not in DTYPES:
-        return f"the dtype is {query.dtype}, and the kernels take bfloat16 and float16"
-    if K != V or K not in HEAD_DIMS:
-        return f"the head dims are K = {K}, V = {V}, and the kernels take K = V of 32, 64 or 128"
-    capability = _capability(query.device.index or 0) if query.device.type == "cuda" else None
+def unsupported_tensor(x: torch.Tensor) -> str | None:
+    """Return why no kernel takes tensors of this dtype and device, or None where they do."""
+    if x.device.type not in DEVICE_TYPES:
+        return f"the tensors are on {x.device}, and the kernels need a CUDA device"
+    if x.dtype not in DTYPES:
+        return f"the dtype is {x.dtype}, and the kernels take bfloat16 and float16"
+    capability = _capability(x.device.index or 0) if x.device.type == "cuda" else None
     if capability is not None and capability < _MIN_CAPABILITY:
         return f"the GPU has compute capability {capability[0]}.{capability[1]}, and the kernels need 8.0"
+    return None
+
+
+def unsupported(query: torch.Tensor, value: torch.Tensor, deg: int) -> str | None:
+    """Return why the power-retention kernels do not take these inputs, or None where they do."""
+    K, V = query.shape[3], value.shape[3]
+    reason = unsupported_tensor(query)
+    if reason is not None:
+        return reason
+    if deg != 2:
+        return f"deg is {deg}, and the kernels are written for deg 2"
+    if K != V or K not in HEAD_DIMS:
+        return f"the head dims are K = {K}, V = {V}, and the kernels take K = V of 32, 64 or 128"
     if query.shape[0] * query.shape[2] > 65535:
         return f"there are {query.shape[0] * query.shape[2]} rows of query heads, and the kernels take 65535"
     return None

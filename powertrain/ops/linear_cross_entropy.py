@@ -3,6 +3,9 @@
 For a sum or mean the gradients of hidden and weight are known up to one factor as soon as the logits of a chunk are, so
 the forward pass forms them and nothing is computed twice. Losses per token get their gradient by computing the logits
 again.
+
+On a GPU, 16-bit logits take the kernel of `cuda_cross_entropy`, which reads and writes a chunk once where PyTorch's
+operations pass over it, in fp32, some ten times.
 """
 
 from collections.abc import Iterator
@@ -12,11 +15,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from powertrain.ops import cuda_cross_entropy
 from powertrain.ops.layout import compute_dtype, without_autocast
 from powertrain.ops.validation import checks_values, shape_text
 
-# Logits of one chunk: on CPU they stay in the last-level cache; on a GPU they fill the chip at 256 MiB of fp32.
+# Logits of one chunk: on CPU they stay in the last-level cache; on a GPU they fill the chip, at 256 MiB of fp32 or of
+# 16 bits.
 _CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
+_CHUNK_ELEMENTS_16_BITS = 1 << 27
 
 
 def linear_cross_entropy(
@@ -52,7 +58,7 @@ def linear_cross_entropy(
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     _check(hidden, weight, labels, ignore_index, reduction, chunk)
     if chunk is None:
-        chunk = max(1, _CHUNK_ELEMENTS.get(hidden.device.type, _CHUNK_ELEMENTS["cuda"]) // weight.shape[0])
+        chunk = max(1, _chunk_elements(hidden) // weight.shape[0])
     if reduction == "none":
         return linear_cross_entropy_per_token_op(hidden, weight, labels, ignore_index, chunk)[0]
     with_gradients = torch.is_grad_enabled()
@@ -98,6 +104,12 @@ def _check(
             )
 
 
+def _chunk_elements(hidden: Tensor) -> int:
+    if hidden.device.type == "cuda" and hidden.dtype.itemsize == 2:
+        return _CHUNK_ELEMENTS_16_BITS
+    return _CHUNK_ELEMENTS.get(hidden.device.type, _CHUNK_ELEMENTS["cuda"])
+
+
 def _chunks(count: int, chunk: int) -> Iterator[slice]:
     for start in range(0, count, chunk):
         yield slice(start, min(start + chunk, count))
@@ -138,6 +150,12 @@ def _logits(hidden: Tensor, weight: Tensor, rows: slice) -> Tensor:
     return (hidden[rows] @ weight.T).to(compute_dtype(hidden.dtype))
 
 
+def _narrow_logits(hidden: Tensor, weight: Tensor, rows: slice) -> Tensor:
+    """Logits in the dtype of hidden, in rows that begin at aligned addresses."""
+    logits = cuda_cross_entropy.empty_logits(rows.stop - rows.start, weight.shape[0], hidden)
+    return torch.mm(hidden[rows], weight.T, out=logits)
+
+
 @torch.library.custom_op("powertrain::linear_cross_entropy_sum", mutates_args=())
 @without_autocast
 def linear_cross_entropy_sum_op(
@@ -154,12 +172,22 @@ def linear_cross_entropy_sum_op(
     loss = hidden.new_zeros((), dtype=dtype)
     grad_hidden = torch.empty_like(hidden) if grad_for_hidden else None
     grad_weight = torch.zeros_like(weight, dtype=dtype) if grad_for_weight else None
+    with_gradients = grad_for_hidden or grad_for_weight
+    fused = cuda_cross_entropy.takes(hidden)
     for rows in _chunks(hidden.shape[0], chunk):
-        logits = _logits(hidden, weight, rows)
-        losses, lse = _losses(logits, labels[rows], ignore_index)
+        if fused:
+            grads = _narrow_logits(hidden, weight, rows)
+            losses = hidden.new_empty(grads.shape[0], dtype=dtype)
+            cuda_cross_entropy.cross_entropy_(
+                grads, labels[rows], ignore_index, losses=losses, write_gradients=with_gradients
+            )
+        else:
+            logits = _logits(hidden, weight, rows)
+            losses, lse = _losses(logits, labels[rows], ignore_index)
+            if with_gradients:
+                grads = _logit_grads_(logits, lse, labels[rows], ignore_index, None)
         loss += losses.sum()
-        if grad_for_hidden or grad_for_weight:
-            grads = _logit_grads_(logits, lse, labels[rows], ignore_index, None)
+        if with_gradients:
             _add_grads_(grad_hidden, grad_weight, rows, grads, hidden, weight)
     return (
         loss,
@@ -212,8 +240,15 @@ def linear_cross_entropy_per_token_op(
 ) -> tuple[Tensor, Tensor]:
     """Return the loss and the log-sum-exp of each token."""
     losses, lse = (hidden.new_empty(hidden.shape[0], dtype=compute_dtype(hidden.dtype)) for _ in range(2))
+    fused = cuda_cross_entropy.takes(hidden)
     for rows in _chunks(hidden.shape[0], chunk):
-        losses[rows], lse[rows] = _losses(_logits(hidden, weight, rows), labels[rows], ignore_index)
+        if fused:
+            cuda_cross_entropy.cross_entropy_(
+                _narrow_logits(hidden, weight, rows), labels[rows], ignore_index,
+                losses=losses[rows], log_sum_exp=lse[rows],
+            )  # fmt: skip
+        else:
+            losses[rows], lse[rows] = _losses(_logits(hidden, weight, rows), labels[rows], ignore_index)
     return losses, lse
 
 
@@ -229,8 +264,17 @@ def linear_cross_entropy_per_token_bwd_op(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of hidden and weight."""
     grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=lse.dtype)
+    fused = cuda_cross_entropy.takes(hidden)
     for rows in _chunks(hidden.shape[0], chunk):
-        grads = _logit_grads_(_logits(hidden, weight, rows), lse[rows], labels[rows], ignore_index, grad_losses[rows])
+        if fused:
+            grads = _narrow_logits(hidden, weight, rows)
+            cuda_cross_entropy.cross_entropy_(
+                grads, labels[rows], ignore_index,
+                log_sum_exp=lse[rows], has_log_sum_exp=True, write_gradients=True, factors=grad_losses[rows],
+            )  # fmt: skip
+        else:
+            logits = _logits(hidden, weight, rows)
+            grads = _logit_grads_(logits, lse[rows], labels[rows], ignore_index, grad_losses[rows])
         _add_grads_(grad_hidden, grad_weight, rows, grads, hidden, weight)
     return grad_hidden, grad_weight.to(weight.dtype) if grad_weight.dtype != weight.dtype else grad_weight
 

@@ -21,6 +21,7 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
     "pt_chunk_state_params": check_stages.ChunkState,
     "pt_chunk_scan_params": check_stages.ChunkScan,
     "pt_chunk_scan_grad_params": check_stages.ChunkScanGrad,
+    "pt_cross_entropy_params": abi.CrossEntropy,
 }
 
 
