@@ -169,8 +169,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=2, help="GPUs to compare with one (default: 2)")
     parser.add_argument("--model", default="350m", help="option of the group `model` (default: 350m)")
     parser.add_argument("--context-length", type=int, default=4096, help="tokens of a sequence (default: 4096)")
-    parser.add_argument("--micro-batch-size", type=int, default=4, help="sequences of a pass (default: 4)")
-    parser.add_argument("--accumulation", type=int, default=4, help="passes of a step (default: 4)")
+    parser.add_argument("--micro-batch-size", type=int, default=8, help="sequences of a pass (default: 8)")
+    parser.add_argument("--accumulation", type=int, default=2, help="passes of a step (default: 2)")
     parser.add_argument("--steps", type=int, default=24, help="steps of a run (default: 24)")
     parser.add_argument(
         "--long-context-length", type=int, default=131072, help="of the cases for context parallelism (default: 131072)"
