@@ -112,10 +112,12 @@ class ContextShard:
         """Numbers `(N, B)` of the documents of each slice's first and last token."""
         if self.whole_cu_seqlens is None:
             return None
-        device, bounds = self.whole_cu_seqlens.device, torch.tensor(self.bounds)
-        rows = torch.arange(self.rows) * self.tokens
+        # On the device: a copy from the host would wait for it.
+        device = self.whole_cu_seqlens.device
+        bounds = torch.arange(self.ranks.size + 1, device=device) * self.tokens // self.ranks.size
+        rows = torch.arange(self.rows, device=device) * self.tokens
         ends = torch.stack([bounds[:-1, None] + rows, bounds[1:, None] + rows - 1])
-        first, last = torch.bucketize(ends.to(device), self.whole_cu_seqlens.long(), right=True)
+        first, last = torch.bucketize(ends, self.whole_cu_seqlens.long(), right=True)
         return first, last
 
     def continues(self, rank: int) -> Tensor | None:

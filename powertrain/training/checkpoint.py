@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import threading
 import time
@@ -191,13 +192,16 @@ class CheckpointStore:
         self._copies = HostCopies()
         self._save: _Save | None = None
         self._number = 0
+        self._attempt = secrets.token_hex(4)  # of this process until the first save, then that of rank 0
+        self._attempt_agreed = ranks.size == 1
 
     def path(self, step: int) -> Path:
         """Return the directory of a step."""
         return self.directory / f"step-{step:08d}"
 
     def _temporary(self, step: int) -> Path:
-        return self.directory / f".step-{step:08d}.tmp"
+        # A process that outlived its attempt writes beside what the next attempt writes, never into it.
+        return self.directory / f".step-{step:08d}.{self._attempt}.tmp"
 
     def steps(self) -> list[int]:
         """Return the steps that have a checkpoint, ascending; whether they are undamaged is not looked at."""
@@ -251,6 +255,8 @@ class CheckpointStore:
         """
         started = time.monotonic()
         self.finish()
+        if not self._attempt_agreed:
+            self._attempt, self._attempt_agreed = self.ranks.broadcast(self._attempt), True
         pieces = self._copies.take(pieces_to_write(tensors, self.ranks.rank, self.ranks.size))
         manifest = {
             "format": FORMAT,

@@ -52,8 +52,11 @@ _meetings = itertools.count()
 
 
 @functools.cache
-def _common_store(rank: int, size: int, timeout: timedelta) -> torch.distributed.Store:
-    """Connect to the store of all processes, which rank 0 (or torchrun) keeps for as long as it lives."""
+def _common_store(rank: int, size: int, address: str, port: str, timeout: timedelta) -> torch.distributed.Store:
+    """Connect to the store of all processes, which rank 0 (or torchrun) keeps for as long as it lives.
+
+    Address and port are those of the environment, which is where they are read from.
+    """
     store, _, _ = next(torch.distributed.rendezvous("env://", rank, size, timeout=timeout))
     return store
 
@@ -88,7 +91,8 @@ def process_group(config: TrainerConfig, devices: Devices) -> Iterator[Ranks]:
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = environment.main_address, str(environment.main_port)
     # The watch over hangs must speak first: it knows the stacks.
     timeout = timedelta(seconds=2 * config.hang_timeout + 60)
-    store = torch.distributed.PrefixStore(f"fit/{next(_meetings)}", _common_store(rank, size, timeout))
+    common = _common_store(rank, size, os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], timeout)
+    store = torch.distributed.PrefixStore(f"fit/{next(_meetings)}", common)
     torch.distributed.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=torch.distributed.PrefixStore("group", store),
@@ -145,8 +149,10 @@ def compile_model(model: nn.Module) -> None:
     """Compile the blocks of `model`, in place, so that the keys of its state stay the same.
 
     Block by block, because one graph then serves all blocks of a kind, gradients of the last blocks are reduced while
-    those before are computed, and the hooks that gather a block's weights stay outside of its graph.
+    those before are computed, and the hooks that gather a block's weights stay outside of its graph. What earlier
+    models of this process left is forgotten: all blocks share the code that the compiler's limits count.
     """
+    torch.compiler.reset()
     for block in model.blocks:  # type: ignore[union-attr]
         block.forward = torch.compile(block.forward)
 

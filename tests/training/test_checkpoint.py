@@ -139,6 +139,20 @@ def test_a_killed_first_save_is_no_checkpoint(store):
     assert not list(store.directory.iterdir())
 
 
+def test_a_process_that_outlived_its_attempt_cannot_spoil_the_next_ones_save(store, monkeypatch):
+    stale, commit = CheckpointStore(store.directory), store._commit
+    monkeypatch.setattr(stale, "_commit", lambda *arguments: None)  # it dies after its write
+
+    def commit_after_the_stale_write(*arguments):
+        stale.begin(1, tensors(7), values(7))
+        stale.settle(10)
+        commit(*arguments)
+
+    monkeypatch.setattr(store, "_commit", commit_after_the_stale_write)
+    save(store, 1)
+    assert_holds(store, 1)
+
+
 def test_a_damaged_later_step_is_replaced_and_never_costs_a_good_one(store):
     for step in (1, 2, 3):
         save(store, step)
