@@ -11,8 +11,8 @@ from torch import Tensor
 _LAUNCH_ELEMENTS = {"cuda": 1 << 20}
 
 
-def carried_sums(x: Tensor, initial: Tensor | None, factors: Tensor | None, *, from_end: bool = False) -> list[Tensor]:
-    """Return S_0 ... S_(G-1), each `(N, ...)`, for x `(N, G, ...)`.
+def carried_sums(x: Tensor, initial: Tensor | None, factors: Tensor | None, *, from_end: bool = False) -> Tensor:
+    """Return S_0 ... S_(G-1), `(N, G, ...)`, for x `(N, G, ...)`, which may be overwritten.
 
     Args:
         initial: S_(-1), `(N, ...)`; None: zeros.
@@ -21,22 +21,25 @@ def carried_sums(x: Tensor, initial: Tensor | None, factors: Tensor | None, *, f
     """
     if x.shape[1] > 2 and x[:, 0].numel() < _LAUNCH_ELEMENTS.get(x.device.type, 0):
         if from_end:
-            return _by_doubling(x.flip(1), initial, None if factors is None else factors.flip(1))[::-1]
+            return _by_doubling(x.flip(1), initial, None if factors is None else factors.flip(1)).flip(1)
         return _by_doubling(x, initial, factors)
-    sums: list[Tensor] = []
     before = initial
     for chunk in reversed(range(x.shape[1])) if from_end else range(x.shape[1]):
-        update = x[:, chunk]
-        before = update if before is None else _step(update, before, None if factors is None else factors[:, chunk])
-        sums.append(before)
-    return sums[::-1] if from_end else sums
+        here = x[:, chunk]
+        if before is not None:
+            if factors is None:
+                here.add_(before)
+            else:
+                here.addcmul_(before, factors[:, chunk])
+        before = here
+    return x
 
 
 def _step(x: Tensor, before: Tensor, factor: Tensor | None) -> Tensor:
     return x + before if factor is None else torch.addcmul(x, before, factor)
 
 
-def _by_doubling(x: Tensor, initial: Tensor | None, factors: Tensor | None) -> list[Tensor]:
+def _by_doubling(x: Tensor, initial: Tensor | None, factors: Tensor | None) -> Tensor:
     """As `carried_sums` from the start; each pass doubles how far back a sum reaches (Hillis and Steele, 1986)."""
     sums = x
     if initial is not None:
@@ -49,4 +52,4 @@ def _by_doubling(x: Tensor, initial: Tensor | None, factors: Tensor | None) -> l
         if factors is not None:
             factors = torch.cat([factors[:, :reach], factors[:, reach:] * factors[:, :-reach]], dim=1)
         reach *= 2
-    return list(sums.unbind(1))
+    return sums

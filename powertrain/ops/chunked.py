@@ -108,19 +108,19 @@ class _SegmentInputs:
             end_written=segment.chunks if writes else segment.chunks - 1,
         )
 
-    def states(self, state: Tensor | None, chunks: int, *, deg: int, plan: Plan) -> list[Tensor]:
-        """Return the internal states `(N, W, F)` before each chunk from `first_read` on that follows one of the first
-        `chunks`, and before the segment where there is one: `state`.
+    def states(self, state: Tensor | None, chunks: int, *, deg: int, plan: Plan) -> Tensor | None:
+        """Return the internal states `(N, n, W, F)` before each chunk from `first_read` on that follows one of the
+        first `chunks`, and before the segment where there is one: `state`. None where there is none.
         """
-        states = [] if state is None else [state]
-        if chunks > 0:
-            u = self.u[:, :chunks]
-            if self.to_end is not None:
-                u = u * self.to_end[:, :chunks]
-            updates = chunk_state(self.k[:, :chunks].flatten(0, 1), u.flatten(0, 1), deg=deg, plan=plan)
-            across = None if self.across is None else self.across[:, :chunks]
-            states += carried_sums(updates.unflatten(0, (-1, chunks)), state, across)
-        return states
+        if chunks == 0:
+            return None if state is None else state[:, None]
+        u = self.u[:, :chunks]
+        if self.to_end is not None:
+            u = u * self.to_end[:, :chunks]
+        updates = chunk_state(self.k[:, :chunks].flatten(0, 1), u.flatten(0, 1), deg=deg, plan=plan)
+        across = None if self.across is None else self.across[:, :chunks]
+        sums = carried_sums(updates.unflatten(0, (-1, chunks)), state, across)
+        return sums if state is None else torch.cat([state[:, None], sums], dim=1)
 
     def read_rows(self, x: Tensor) -> Tensor:
         """Return `x (N, G, D, R, C)` of the chunks that read a state as one batch `(N * chunks, D, R * C)`."""
@@ -173,7 +173,8 @@ def chunked_fwd(
         states = inputs.states(carried, inputs.end_written, deg=deg, plan=plan)
         reading = segment.chunks - inputs.first_read
         if reading > 0:
-            before = torch.stack(states[:reading], dim=1).flatten(0, 1)
+            assert states is not None
+            before = states[:, :reading].flatten(0, 1)
             read = chunk_scan(inputs.read_rows(inputs.q), before, deg=deg, plan=plan).view(
                 -1, reading, W, R, segment.chunk_size
             )
@@ -182,7 +183,7 @@ def chunked_fwd(
             else:
                 out_chunks[:, inputs.first_read :].addcmul_(read, inputs.from_start[:, inputs.first_read :])
         out[..., segment.start : segment.stop] = join(out_chunks)
-        carried = states[-1] if states else None
+        carried = None if states is None else states[:, -1]
     final = None
     if final_state:
         assert carried is not None
@@ -250,23 +251,25 @@ def chunked_bwd(
 
         # The state before each chunk from `first` on.
         states = inputs.states(carried, G - 1, deg=deg, plan=plan)
-        # state_grads[c]: the gradient of the state after chunk c, for c from first - 1 (the state before the first
-        # reader) to end - 1.
-        state_grads: dict[int, Tensor] = {} if carried_grad is None else {G - 1: carried_grad}
+        # Gradients of the states before each chunk from `first` on.
+        grads_before = None
         if first < G:
             y = grad_chunks[:, first:]
             if inputs.from_start is not None:
                 y = y * inputs.from_start[:, first:]
             x_rows, y_rows = inputs.read_rows(inputs.q), y.flatten(3).flatten(0, 1)
-            before = torch.stack(states, dim=1).flatten(0, 1)
+            assert states is not None
+            before = states.flatten(0, 1)
             dq[:, first:] += chunk_scan_grad(x_rows, before, y_rows, deg=deg, plan=plan).view_as(dq[:, first:])
             updates = chunk_state(x_rows, y_rows, deg=deg, plan=plan).unflatten(0, (-1, G - first))
             across = None if inputs.across is None else inputs.across[:, first:]
-            sums = carried_sums(updates, carried_grad, across, from_end=True)
-            state_grads |= {c - 1: grad for c, grad in zip(range(first, G), sums, strict=True)}
+            grads_before = carried_sums(updates, carried_grad, across, from_end=True)
         boundary = None
         if end > 0:
-            after = torch.stack([state_grads[c] for c in range(end)], dim=1)
+            # Gradients of the states after each of the first `end` chunks.
+            parts = [] if grads_before is None else [grads_before[:, 1 - first :]]
+            parts += [] if carried_grad is None else [carried_grad[:, None]]
+            after = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
             k_rows, u_rows = inputs.k[:, :end], inputs.u[:, :end]
             into_u = chunk_scan(k_rows.flatten(0, 1), after.flatten(0, 1), deg=deg, plan=plan)
             into_u = into_u.unflatten(0, (-1, end))
@@ -283,7 +286,8 @@ def chunked_bwd(
                 # into_u . u, and what it carried over.
                 boundary = (into_u * inputs.u[:, :end]).sum((-2, -1), dtype=torch.float64)
                 if first < end:
-                    carried_over = after[:, first:] * torch.stack(states[: end - first], dim=1) / weight**2
+                    assert states is not None
+                    carried_over = after[:, first:] * states[:, : end - first] / weight**2
                     boundary[:, first:] += (carried_over * inputs.across[:, first:end]).sum(
                         (-2, -1), dtype=torch.float64
                     )
@@ -293,7 +297,7 @@ def chunked_bwd(
             of_G = (du * inputs.u).sum(2, dtype=torch.float64)
             of_G = grad_out_dot_out[:, span].double().view(-1, G, C) - of_G
             grad_log_g[:, span] = _grad_log_gates(of_G, boundary, inputs.tokens)
-        carried_grad = state_grads.get(-1)
+        carried_grad = grads_before[:, 0] if grads_before is not None and first == 0 else None
     grad_state = None
     if state is not None:
         grad_state = torch.zeros_like(state) if carried_grad is None else carried_grad / weight

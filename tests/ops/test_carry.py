@@ -42,8 +42,8 @@ def test_both_ways_agree(
         total = expected[c] = total * (1.0 if factors_ is None else factors_[:, c]) + x[:, c]
     for elements in ({"cpu": 1 << 20}, {}):
         monkeypatch.setattr(carry, "_LAUNCH_ELEMENTS", elements)
-        sums = carried_sums(x, initial_, factors_, from_end=from_end)
-        torch.testing.assert_close(torch.stack(sums), torch.stack(expected), rtol=1e-14, atol=1e-14)
+        sums = carried_sums(x.clone(), initial_, factors_, from_end=from_end)
+        torch.testing.assert_close(sums, torch.stack(expected, dim=1), rtol=1e-14, atol=1e-14)
     assert doubling == ([chunks] if chunks > 2 else [])
 
 
