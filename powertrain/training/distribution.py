@@ -23,6 +23,7 @@ from lightning.pytorch.plugins.environments import (
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from powertrain.ops.context_shard import ContextGroup
 from powertrain.training.batching import Devices
@@ -229,7 +230,20 @@ def lightning_strategy(model: nn.Module, ranks: Ranks) -> Strategy | str:
     return strategy(gradient_as_bucket_view=True)
 
 
+@torch.no_grad()
+def local_shards(tensors: list[Tensor]) -> list[Tensor]:
+    """Return what this process holds of each tensor: its shard of a sharded one, another as it is.
+
+    The same operation on a list of sharded tensors asks Python about every one of them, while the GPU waits.
+    """
+    return [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
+
+
 def total_norm(gradients: list[Tensor]) -> Tensor:
     """Return the L2 norm of all gradients together, the same on every rank; a collective where they are sharded."""
-    norm = nn.utils.get_total_norm(gradients)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    norm = nn.utils.get_total_norm(local_shards(gradients))
+    if not gradients or not isinstance(gradients[0], DTensor):
+        return norm
+    square = norm.square()
+    torch.distributed.all_reduce(square, group=gradients[0].device_mesh.get_group())
+    return square.sqrt()

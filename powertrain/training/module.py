@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from powertrain.ops.context_shard import ContextGroup
 from powertrain.training.clock import Clock
 from powertrain.training.config import OptimConfig, TrainerConfig
-from powertrain.training.distribution import total_norm
+from powertrain.training.distribution import local_shards, total_norm
 from powertrain.training.inputs import model_inputs, own_part
 from powertrain.training.metrics import (
     IGNORE_INDEX,
@@ -189,7 +189,7 @@ class PowertrainModule(pl.LightningModule):
         if self.config.grad_clip is not None:
             scale *= min(1.0, self.config.grad_clip / (self._grad_norm + 1e-6))
         if scale != 1.0:
-            torch._foreach_mul_(gradients, scale)
+            torch._foreach_mul_(local_shards(gradients), scale)
 
     def _reject(self, optimizer: torch.optim.Optimizer) -> None:
         """Keep what replays the step, then stop, or empty the gradients so that the update changes nothing."""
