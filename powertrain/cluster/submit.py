@@ -132,11 +132,10 @@ def _check_free(run_dir: Path) -> None:
 
 def _kernels() -> tuple[tuple[str, ...], ...]:
     """Build the kernels here where there is a compiler; else return the command that builds them in the job."""
-    from powertrain.native import KernelBuildError, KernelsUnavailable, build_library, find_library
+    from powertrain.native import KernelBuildError, KernelsUnavailable, build_missing
 
     try:
-        if find_library() is None:
-            build_library()
+        build_missing()
     except KernelsUnavailable:
         return (python_command("powertrain", "kernels", "build"),)
     except KernelBuildError as error:

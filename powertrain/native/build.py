@@ -1,21 +1,18 @@
 """Builds the kernel library once per content key, however many processes ask for it at once."""
 
-import contextlib
-import fcntl
 import hashlib
-import json
 import os
 import re
 import shlex
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
+from powertrain.native import store
 from powertrain.native.errors import KernelBuildError, KernelsUnavailable
+from powertrain.native.store import cache_root
 from powertrain.native.toolchain import (
     ARCHITECTURES,
     LIBRARY_NAME,
@@ -32,22 +29,6 @@ from powertrain.native.toolchain import (
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """What is written beside a built library (`manifest.json`)."""
-
-    key: str  # content key of sources and flags
-    sha256: str  # of the library file
-    size: int  # bytes
-    nvcc: str  # release of the compiler
-    targets: dict[str, list[str]]  # -gencode values by source folder
-    seconds: float  # time the build took, objects taken from the cache not counted
-
-    @staticmethod
-    def read(path: Path) -> "Manifest":
-        return Manifest(**json.loads(path.read_text()))
-
-
-@dataclass(frozen=True)
 class KernelReport:
     """What ptxas says of one compiled kernel."""
 
@@ -59,26 +40,11 @@ class KernelReport:
     stack_bytes: int
 
 
-def cache_root() -> Path:
-    """`$POWERTRAIN_CACHE`, else the user's cache directory; the kernels live in its `kernels/`."""
-    if os.environ.get("POWERTRAIN_CACHE"):
-        root = Path(os.environ["POWERTRAIN_CACHE"])
-    elif os.environ.get("XDG_CACHE_HOME"):
-        root = Path(os.environ["XDG_CACHE_HOME"]) / "powertrain"
-    else:
-        root = Path.home() / ".cache" / "powertrain"
-    return root / "kernels"
-
-
-def find_library(root: Path | None = None) -> Path | None:
+def find_library() -> Path | None:
     """A built library for the present sources: from the cache, else the one that the wheel carries; None without."""
-    sources = root or kernel_sources()
+    sources = kernel_sources()
     key = library_key(sources)
-    for folder in (cache_root() / key, sources / "lib"):
-        library = folder / LIBRARY_NAME
-        if library.is_file() and _manifest_matches(folder, key):
-            return library
-    return None
+    return store.find(LIBRARY_NAME, key, (cache_root() / key, sources / "lib"))
 
 
 def build_library(*, jobs: int | None = None, output: Path | None = None, force: bool = False) -> Path:
@@ -98,32 +64,13 @@ def build_library(*, jobs: int | None = None, output: Path | None = None, force:
     """
     sources = kernel_sources()
     key = library_key(sources)
-    home = cache_root()
-    folder = home / key
-    with _lock(home / "lock"):
-        if force or not (folder / LIBRARY_NAME).is_file() or not _manifest_matches(folder, key):
-            _build_locked(sources, key, home, jobs=jobs or len(os.sched_getaffinity(0)), force=force)
+    folder = cache_root() / key
+    with store.building():
+        if force or store.find(LIBRARY_NAME, key, (folder,)) is None:
+            _build_locked(sources, key, cache_root(), jobs=jobs or len(os.sched_getaffinity(0)), force=force)
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        for name in (LIBRARY_NAME, "manifest.json"):
-            _write_atomically(output / name, (folder / name).read_bytes())
+        store.copy_out(folder / LIBRARY_NAME, output)
     return folder / LIBRARY_NAME
-
-
-def verify_library(library: Path) -> Manifest:
-    """Checks a library against the digest in its manifest.
-
-    Raises:
-        KernelsUnavailable: the file is not what was built (truncated, or written over).
-    """
-    manifest = Manifest.read(library.parent / "manifest.json")
-    content = library.read_bytes()
-    if len(content) != manifest.size or hashlib.sha256(content).hexdigest() != manifest.sha256:
-        raise KernelsUnavailable(
-            f"{library} is damaged ({len(content)} bytes where {manifest.size} were built, or other content): "
-            "`powertrain kernels build --force` builds it anew."
-        )
-    return manifest
 
 
 def compiler_reports() -> tuple[list[KernelReport], list[str]]:
@@ -169,13 +116,6 @@ def parse_ptxas(unit: str, text: str) -> list[KernelReport]:
     return reports
 
 
-def _manifest_matches(folder: Path, key: str) -> bool:
-    try:
-        return Manifest.read(folder / "manifest.json").key == key
-    except (OSError, ValueError, TypeError):
-        return False
-
-
 def _object(home: Path, unit: Unit, nvcc: Nvcc) -> Path:
     key = hashlib.sha256(f"{unit.name}\0{unit.digest}\0{' '.join(unit.flags)}\0{nvcc.release}".encode())
     return home / "objects" / f"{key.hexdigest()[:24]}.o"
@@ -187,7 +127,7 @@ def _build_locked(sources: Path, key: str, home: Path, *, jobs: int, force: bool
     objects = {unit.name: _object(home, unit, nvcc) for unit in all_units}
     missing = [unit for unit in all_units if force or not objects[unit.name].is_file()]
     (home / "objects").mkdir(parents=True, exist_ok=True)
-    _say(
+    store.say(
         f"building the CUDA kernels once: {len(missing)} of {len(all_units)} files to compile "
         f"with nvcc {nvcc.release}, {jobs} at a time, into {home}"
     )
@@ -198,21 +138,15 @@ def _build_locked(sources: Path, key: str, home: Path, *, jobs: int, force: bool
         rules = _ninja_file(sources, nvcc, missing, objects, library)
         (work / "build.ninja").write_text(rules)
         _run_ninja([ninja, "-C", str(work), "-j", str(jobs)])
-        content = library.read_bytes()
-        manifest = Manifest(
+        store.publish(
+            library.read_bytes(),
+            home / key,
+            LIBRARY_NAME,
             key=key,
-            sha256=hashlib.sha256(content).hexdigest(),
-            size=len(content),
-            nvcc=nvcc.release,
+            compiler=f"CUDA {nvcc.release}",
             targets={folder: list(values) for folder, values in ARCHITECTURES.items()},
-            seconds=round(time.monotonic() - start, 1),
+            seconds=time.monotonic() - start,
         )
-        folder = home / key
-        folder.mkdir(parents=True, exist_ok=True)
-        # The manifest goes first: a crash between the two leaves a library that fails its check, never one unchecked.
-        _write_atomically(folder / "manifest.json", json.dumps(asdict(manifest), indent=2).encode())
-        _write_atomically(folder / LIBRARY_NAME, content)
-    _say(f"built {folder / LIBRARY_NAME} in {manifest.seconds:.0f} s")
 
 
 def _ninja_file(sources: Path, nvcc: Nvcc, missing: list[Unit], objects: dict[str, Path], library: Path) -> str:
@@ -255,36 +189,6 @@ def _run_ninja(command: list[str]) -> None:
         for line in process.stdout:
             output.append(line)
             if line.startswith("["):
-                _say(line.rstrip())
+                store.say(line.rstrip())
     if process.returncode != 0:
         raise KernelBuildError("The kernels did not compile.\n" + "".join(output[-200:]))
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            _say("another process builds the CUDA kernels; waiting for it")
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as handle:
-            handle.write(content)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _say(line: str) -> None:
-    print(f"[powertrain kernels] {line}", file=sys.stderr, flush=True)

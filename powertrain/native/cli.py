@@ -6,21 +6,27 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from powertrain.native.abi import ABI_VERSION
-from powertrain.native.build import Manifest, build_library, cache_root, compiler_reports, find_library, verify_library
+from powertrain.native.binding import binding_warnings, build_binding, find_binding, find_compiler
+from powertrain.native.build import build_library, compiler_reports, find_library
 from powertrain.native.errors import KernelBuildError, KernelsUnavailable
 from powertrain.native.loader import open_library
+from powertrain.native.store import cache_root, verify_library
 from powertrain.native.toolchain import find_nvcc, kernel_sources, library_key, units
+
+_BUILDS = "`powertrain kernels build` (or the first call on a GPU) builds it"
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs `powertrain kernels <argv>` and returns the exit status."""
     parser = argparse.ArgumentParser(prog="powertrain kernels", description="The CUDA kernel library.")
     commands = parser.add_subparsers(dest="command", required=True)
-    build = commands.add_parser("build", help="build the library into the cache ($POWERTRAIN_CACHE)")
+    build = commands.add_parser(
+        "build", help="build the library and its binding to the installed torch into the cache ($POWERTRAIN_CACHE)"
+    )
     build.add_argument("--jobs", type=int, help="compilers run at once (default: the CPUs of this process)")
     build.add_argument("--force", action="store_true", help="compile every file anew")
     build.add_argument("--check", action="store_true", help="fail on compiler warnings and on register spills")
-    build.add_argument("--output", type=Path, help="also copy the library and its manifest into this folder")
+    build.add_argument("--output", type=Path, help="also copy both, with their manifests, into this folder")
     commands.add_parser("info", help="say which library is used, for which GPUs, and why")
     arguments = parser.parse_args(argv)
     try:
@@ -36,11 +42,13 @@ def _build(arguments: argparse.Namespace) -> int:
     path = build_library(jobs=arguments.jobs, output=arguments.output, force=arguments.force)
     open_library(path)
     print(path)
+    print(build_binding(output=arguments.output, force=arguments.force))
     return _check() if arguments.check else 0
 
 
 def _check() -> int:
     reports, warnings = compiler_reports()
+    warnings += binding_warnings()
     spills = [report for report in reports if report.spill_bytes]
     for line in warnings:
         print(f"warning: {line}", file=sys.stderr)
@@ -64,14 +72,25 @@ def _info() -> int:
         print(f"compiler  {nvcc.path} (CUDA {nvcc.release})")
     except KernelsUnavailable as error:
         print(f"compiler  none: {error}")
+    try:
+        print(f"          {find_compiler()} (C++)")
+    except KernelsUnavailable as error:
+        print(f"          no C++: {error}")
     path = find_library()
     if path is None:
-        print("library   none for these sources; `powertrain kernels build` (or the first call on a GPU) builds it")
-        return 0
-    verify_library(path)
-    open_library(path)
-    manifest = Manifest.read(path.parent / "manifest.json")
-    print(f"library   {path} ({manifest.size / 1e6:.1f} MB, built by CUDA {manifest.nvcc} in {manifest.seconds:.0f} s)")
-    for folder, values in sorted(manifest.targets.items()):
-        print(f"          src/{folder}: {'; '.join(values)}")
+        print(f"library   none for these sources; {_BUILDS}")
+    else:
+        manifest = verify_library(path)
+        open_library(path)
+        print(
+            f"library   {path} ({manifest.size / 1e6:.1f} MB, built by {manifest.compiler} in {manifest.seconds:.0f} s)"
+        )
+        for folder, values in sorted(manifest.targets.items()):
+            print(f"          src/{folder}: {'; '.join(values)}")
+    path = find_binding()
+    if path is None:
+        print(f"binding   none for these sources and this torch; {_BUILDS}")
+    else:
+        manifest = verify_library(path)
+        print(f"binding   {path} (torch {manifest.targets['torch'][0]}, built by {manifest.compiler})")
     return 0

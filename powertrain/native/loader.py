@@ -7,8 +7,9 @@ import threading
 from pathlib import Path
 
 from powertrain.native.abi import ABI_VERSION, declare
-from powertrain.native.build import build_library, find_library, verify_library
+from powertrain.native.build import build_library, find_library
 from powertrain.native.errors import KernelLaunchError, KernelsUnavailable
+from powertrain.native.store import verify_library
 
 _lock = threading.Lock()
 

@@ -1,9 +1,7 @@
 """The public functions of power retention: validation, defaults and the choice of implementation."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,7 +75,7 @@ def power_retention(
     Source: Buckman, Gelada and Zhang, "Symmetric Power Transformers", 2024; Gelada, Buckman, Zhang and Bach, "Scaling
     Context Requires Rethinking Attention", 2025, arXiv:2507.04239. docs/op.md has the mathematics.
     """
-    out, _, state, new_sum_of_keys = _power_retention(
+    out, state, new_sum_of_keys, _, _ = _power_retention(
         Q, K, V, log_G, initial_state, return_final_state, deg, scale, chunk_size, switch_over_seq_len,
         sum_of_keys, cu_seqlens, impl,
     )  # fmt: skip
@@ -105,15 +103,15 @@ def power_retention_with_normalizer(
     The normalizer `(B, T, Hq)`, sum_j w_ij in fp32 (fp64 for fp64 inputs), has no gradient: it is for monitoring. State
     and sum_of_keys have size 0 unless return_final_state. Arguments and errors are those of `power_retention`.
     """
-    out, normalizer, state, new_sum_of_keys = _power_retention(
+    out, state, new_sum_of_keys, kept, call = _power_retention(
         Q, K, V, log_G, initial_state, return_final_state, deg, scale, chunk_size, switch_over_seq_len,
         sum_of_keys, cu_seqlens, impl,
     )  # fmt: skip
-    return out, normalizer(), state, new_sum_of_keys
+    normalizer = cuda.public_normalizer(kept, call.scale, call.Q, K.shape[2]) if call.on_cuda else kept
+    return out, normalizer, state, new_sum_of_keys
 
 
-@dataclass(frozen=True)
-class PowerCall:
+class PowerCall(NamedTuple):
     """A validated call: tensors as the ops take them, and everything that was left open decided."""
 
     Q: Tensor
@@ -121,8 +119,31 @@ class PowerCall:
     V: Tensor
     deg: int
     scale: float
-    chunk_size: int | None  # None only on the CUDA path, which chooses its own
+    chunk_size: int
     on_cuda: bool  # whether the kernels compute it
+
+
+class _Decision(NamedTuple):
+    """What `resolve_call` finds for tensors of some shapes, dtypes and devices."""
+
+    scale: float
+    chunk_size: int
+    on_cuda: bool
+
+
+_decisions: dict[tuple[Any, ...], _Decision] = {}
+"""The decisions of arguments that passed validation, by everything but the tensors' values: validating anew costs the
+host more than the kernels' launches."""
+_MAX_DECISIONS = 4096
+
+
+def forget_decisions() -> None:
+    """Validate and decide anew: for what a decision rests on beside its arguments (devices, the kernel library)."""
+    _decisions.clear()
+
+
+def _description(x: Tensor | None) -> tuple[Any, ...] | None:
+    return None if x is None else (x.shape, x.dtype, x.device)
 
 
 def resolve_call(
@@ -138,13 +159,58 @@ def resolve_call(
     cu_seqlens: Tensor | None,
     has_state: bool,
     impl: Implementation | None,
+    initial_state: Tensor | None = None,
+    sum_of_keys: Tensor | None = None,
 ) -> PowerCall:
-    """Validate the arguments of `power_retention` but the state, and decide scale, chunk size and implementation.
+    """Validate the arguments of `power_retention`, and decide scale, chunk size and implementation; `has_state` says
+    that the tokens continue from a state, which need not be one of the arguments.
 
     Raises:
         ValueError: for arguments that do not fit together.
     """
     Q, K, V = validation.autocast(Q, K, V)
+    decision = key = None
+    if not torch.compiler.is_compiling():
+        key = (
+            Q.shape, K.shape, V.shape, Q.dtype, K.dtype, V.dtype, Q.device, K.device, V.device, _description(log_G),
+            _description(cu_seqlens), _description(initial_state), _description(sum_of_keys), has_state,
+            deg, type(deg), scale if scale is None else float(scale), chunk_size, type(chunk_size),
+            switch_over_seq_len, type(switch_over_seq_len), impl,
+        )  # fmt: skip
+        try:
+            decision = _decisions.get(key)
+        except TypeError:  # symbolic sizes have no hash
+            key = None
+    if decision is None:
+        decision = _decide(
+            Q, K, V, log_G, deg, scale, chunk_size, switch_over_seq_len, cu_seqlens, has_state, impl, initial_state,
+            sum_of_keys,
+        )  # fmt: skip
+        if key is not None:
+            if len(_decisions) >= _MAX_DECISIONS:
+                _decisions.clear()
+            _decisions[key] = decision
+    validation.check_values(log_G, cu_seqlens, K)
+    if deg == 1:
+        Q, K = positive_feature_map(Q), positive_feature_map(K)
+    return PowerCall(Q, K, V, deg, *decision)
+
+
+def _decide(
+    Q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    log_G: Tensor | None,
+    deg: int,
+    scale: float | None,
+    chunk_size: int | None,
+    switch_over_seq_len: int | None,
+    cu_seqlens: Tensor | None,
+    has_state: bool,
+    impl: Implementation | None,
+    initial_state: Tensor | None,
+    sum_of_keys: Tensor | None,
+) -> _Decision:
     validation.check_qkv(Q, K, V)
     validation.check_log_gates(log_G, K)
     validation.check_deg(deg)
@@ -153,26 +219,34 @@ def resolve_call(
     validation.check_positive("switch_over_seq_len", switch_over_seq_len)
     validation.check_cu_seqlens(cu_seqlens, K)
     _check_implementation(impl)
-    _, T, Hq, key_dim = Q.shape
+    B, T, Hq, key_dim = Q.shape
+    Hk, value_dim = V.shape[2:]
+    validation.check_state(
+        initial_state,
+        sum_of_keys,
+        batch=B,
+        key_heads=Hk,
+        key_dim=key_dim,
+        value_dim=value_dim,
+        deg=deg,
+        device=Q.device,
+    )
     if scale is None:
         scale = 1.0 / math.sqrt(key_dim)
-    if deg == 1:
-        Q, K = positive_feature_map(Q), positive_feature_map(K)
     if switch_over_seq_len is not None and switch_over_seq_len >= T:
         chunk_size = T
-    on_cuda = cuda.use_cuda(impl, Q, V, deg)
-    if not on_cuda:
-        if chunk_size is None:
-            chunk_size = choose_chunk_size(
-                tokens=T,
-                key_dim=key_dim,
-                value_dim=V.shape[3],
-                deg=deg,
-                query_heads_per_key_head=Hq // K.shape[2],
-                has_state=has_state,
-            )
-        chunk_size = min(chunk_size, T)
-    return PowerCall(Q, K, V, deg, float(scale), chunk_size, on_cuda)
+    if cuda.use_cuda(impl, Q, V, deg):
+        return _Decision(float(scale), cuda.resolve_chunk_size(Q, K, chunk_size, has_state=has_state), True)
+    if chunk_size is None:
+        chunk_size = choose_chunk_size(
+            tokens=T,
+            key_dim=key_dim,
+            value_dim=value_dim,
+            deg=deg,
+            query_heads_per_key_head=Hq // Hk,
+            has_state=has_state,
+        )
+    return _Decision(float(scale), min(chunk_size, T), False)
 
 
 def _power_retention(
@@ -189,31 +263,22 @@ def _power_retention(
     sum_of_keys: Tensor | None,
     cu_seqlens: Tensor | None,
     impl: Implementation | None,
-) -> tuple[Tensor, Callable[[], Tensor], Tensor, Tensor]:
-    """Validate, choose and run; the normalizer is a function, because the CUDA path has to convert its own."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, PowerCall]:
+    """Validate, choose and run: out, state, sum_of_keys, the normalizer (of the CUDA path, the buffer that holds it),
+    and the call.
+    """
     call = resolve_call(
         Q, K, V, log_G, deg=deg, scale=scale, chunk_size=chunk_size, switch_over_seq_len=switch_over_seq_len,
-        cu_seqlens=cu_seqlens, has_state=initial_state is not None, impl=impl,
+        cu_seqlens=cu_seqlens, has_state=initial_state is not None, impl=impl, initial_state=initial_state,
+        sum_of_keys=sum_of_keys,
     )  # fmt: skip
-    B, _, Hk, value_dim = V.shape
-    validation.check_state(
-        initial_state,
-        sum_of_keys,
-        batch=B,
-        key_heads=Hk,
-        key_dim=K.shape[3],
-        value_dim=value_dim,
-        deg=deg,
-        device=Q.device,
-    )
     if call.on_cuda:
-        out, state, new_sum_of_keys, raw, saved = cuda.power_retention_cuda(
+        out, state, new_sum_of_keys, saved = cuda.power_retention_cuda(
             call.Q, call.K, call.V, log_G, initial_state, sum_of_keys, cu_seqlens, call.chunk_size, return_final_state
         )
         if initial_state is not None and return_final_state:
             state, new_sum_of_keys = state.to(initial_state.dtype), new_sum_of_keys.to(initial_state.dtype)
-        return out, lambda: cuda.public_normalizer(raw, saved, call.scale, call.Q, Hk), state, new_sum_of_keys
-    assert call.chunk_size is not None
+        return out, state, new_sum_of_keys, saved, call
     out, normalizer, state, new_sum_of_keys, _ = power_retention_op(
         call.Q,
         call.K,
@@ -227,7 +292,7 @@ def _power_retention(
         call.chunk_size,
         return_final_state,
     )
-    return out, lambda: normalizer, state, new_sum_of_keys
+    return out, state, new_sum_of_keys, normalizer, call
 
 
 def linear_attention(

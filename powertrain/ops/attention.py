@@ -88,6 +88,7 @@ def _checked(
         )
     validation.check_log_gates(log_G, K)
     validation.check_cu_seqlens(cu_seqlens, K)
+    validation.check_values(log_G, cu_seqlens, K)
     validation.check_scale(scale)
     return Q, K, V
 

@@ -25,7 +25,12 @@ from powertrain.ops.api import PowerCall, resolve_call
 from powertrain.ops.attention import softmax_attention, window_attention
 from powertrain.ops.boundary_states import final_state, initial_state_grad
 from powertrain.ops.context_shard import ContextShard
-from powertrain.ops.cuda_boundary import final_state_cuda, initial_state_grad_cuda
+from powertrain.ops.cuda_ops import (
+    final_state_cuda_op,
+    initial_state_grad_cuda_op,
+    power_retention_cuda_bwd_op,
+    power_retention_cuda_op,
+)
 from powertrain.ops.library import power_retention_bwd_op, power_retention_op
 
 Saved = Sequence[Any]  # tensors and None
@@ -230,7 +235,6 @@ class _TorchStages:
     """`_Stages` in PyTorch, on any device."""
 
     def __init__(self, call: PowerCall, shard: ContextShard) -> None:
-        assert call.chunk_size is not None
         self.deg, self.scale, self.chunk_size = call.deg, call.scale, call.chunk_size
         self.cu_seqlens = shard.cu_seqlens
 
@@ -267,30 +271,28 @@ class _CudaStages:
 
     def __init__(self, call: PowerCall, shard: ContextShard, has_gates: bool) -> None:
         self.has_gates, self.scale, self.key_heads = has_gates, call.scale, call.K.shape[2]
-        self.options = cuda.resolve_chunk_size(call.Q, call.K, call.chunk_size, has_state=True), cuda._arch
+        self.options = call.chunk_size, cuda.forced_arch()
         self.cu_seqlens = None if shard.cu_seqlens is None else shard.cu_seqlens.int()
 
     def final_state(self, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None) -> State:
         log_g = None if log_g is None else log_g.float()
-        return final_state_cuda(q, k, v, log_g, self.cu_seqlens, *self.options)
+        return final_state_cuda_op(q, k, v, log_g, self.cu_seqlens, *self.options)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, state: State
     ) -> tuple[Tensor, Tensor, Saved]:
         log_g = None if log_g is None else log_g.float()
         chunk_size, arch = self.options
-        out, raw, _, _, saved = cuda.power_retention_cuda_op(
-            q, k, v, log_g, *state, self.cu_seqlens, chunk_size, False, arch
-        )
-        return out, cuda.public_normalizer(raw, saved, self.scale, q, self.key_heads), (out, raw, saved)
+        out, _, _, saved = power_retention_cuda_op(q, k, v, log_g, *state, self.cu_seqlens, chunk_size, False, arch)
+        return out, cuda.public_normalizer(saved, self.scale, q, self.key_heads), (out, saved)
 
     def initial_state_grad(self, grad_out: Tensor, saved: Saved) -> State:
-        return initial_state_grad_cuda(grad_out, *saved, self.key_heads, *self.options)
+        return initial_state_grad_cuda_op(grad_out, *saved, self.key_heads, *self.options)
 
     def backward(
         self, grad_out: Tensor, grad_leaving: State, saved: Saved
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        grad_q, grad_k, grad_v, grad_log_g, _, _ = cuda.power_retention_cuda_bwd_op(
+        grad_q, grad_k, grad_v, grad_log_g, _, _ = power_retention_cuda_bwd_op(
             grad_out, *grad_leaving, *saved, self.cu_seqlens, self.key_heads, self.has_gates, True, *self.options
         )
         return grad_q, grad_k, grad_v, grad_log_g if self.has_gates else None

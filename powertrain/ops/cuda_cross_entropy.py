@@ -22,7 +22,7 @@ def takes(logits_like: Tensor) -> bool:
 def empty_logits(rows: int, columns: int, like: Tensor) -> Tensor:
     """Return uninitialised logits `(rows, columns)` whose rows begin at aligned addresses."""
     stride = -(-columns // _ALIGNMENT) * _ALIGNMENT
-    return cuda.allocate((rows, stride), dtype=like.dtype, device=like.device)[:, :columns]
+    return torch.empty((rows, stride), dtype=like.dtype, device=like.device)[:, :columns]
 
 
 def cross_entropy_(

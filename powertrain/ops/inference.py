@@ -119,6 +119,7 @@ def _check(
                 f"Q has {Q.shape[1]} tokens, K {K.shape[1]}; queries are the last tokens of the keys: K needs as many"
             )
         validation.check_log_gates(log_G, K)
+        validation.check_values(log_G, None, K)
     validation.check_state(
         initial_state,
         sum_of_keys,

@@ -60,9 +60,7 @@ def check_qkv(Q: Tensor, K: Tensor, V: Tensor, *, same_length: bool = True) -> N
 
 
 def check_log_gates(log_G: Tensor | None, K: Tensor) -> None:
-    """Raise `ValueError` unless log_G is fp32 (or fp64) `(B, T, Hk)` on K's device and, where values are checked, at
-    most 0 and not NaN.
-    """
+    """Raise `ValueError` unless log_G is fp32 (or fp64) `(B, T, Hk)` on K's device."""
     if log_G is None:
         return
     if log_G.shape != K.shape[:3]:
@@ -73,10 +71,6 @@ def check_log_gates(log_G: Tensor | None, K: Tensor) -> None:
         )
     if log_G.device != K.device:
         raise ValueError(f"log_G is on {log_G.device}, Q, K and V on {K.device}; they must be on one device")
-    if checks_values(log_G):
-        largest = log_G.detach().max().item()  # NaN where there is any
-        if not largest <= 0:
-            raise ValueError(f"log_G must be at most 0 (gates in [0, 1]); its maximum is {largest}")
 
 
 def check_deg(deg: int) -> None:
@@ -143,9 +137,7 @@ def check_state(
 
 
 def check_cu_seqlens(cu_seqlens: Tensor | None, K: Tensor) -> None:
-    """Raise `ValueError` unless cu_seqlens `(M,)` int32 or int64 runs from 0 to B*T without decreasing and contains
-    every row start.
-    """
+    """Raise `ValueError` unless cu_seqlens is `(M,)`, int32 or int64, on K's device."""
     if cu_seqlens is None:
         return
     B, T = K.shape[:2]
@@ -158,16 +150,30 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, K: Tensor) -> None:
         raise ValueError(f"cu_seqlens has dtype {cu_seqlens.dtype}; allowed are int32 and int64")
     if cu_seqlens.device != K.device:
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, K on {K.device}; they must be on one device")
-    if checks_values(cu_seqlens):
-        offsets = cu_seqlens.tolist()
-        if offsets[0] != 0 or offsets[-1] != B * T:
-            raise ValueError(f"cu_seqlens runs from {offsets[0]} to {offsets[-1]}; it must run from 0 to B*T = {B * T}")
-        for before, after in itertools.pairwise(offsets):
-            if after < before:
-                raise ValueError(f"cu_seqlens decreases from {before} to {after}; offsets must not decrease")
-        missing = sorted(set(range(0, B * T, T)) - set(offsets))
-        if missing:
-            raise ValueError(
-                f"cu_seqlens lacks the row start {missing[0]}; with B={B} rows of T={T} tokens "
-                "every multiple of T must be an offset"
-            )
+
+
+def check_values(log_G: Tensor | None, cu_seqlens: Tensor | None, K: Tensor) -> None:
+    """Raise `ValueError`, where values are checked, unless log_G is at most 0 and not NaN, and cu_seqlens runs from 0
+    to B*T without decreasing and contains every row start.
+    """
+    if (log_G is None and cu_seqlens is None) or not checks_values(K):
+        return
+    if log_G is not None:
+        largest = log_G.detach().max().item()  # NaN where there is any
+        if not largest <= 0:
+            raise ValueError(f"log_G must be at most 0 (gates in [0, 1]); its maximum is {largest}")
+    if cu_seqlens is None:
+        return
+    B, T = K.shape[:2]
+    offsets = cu_seqlens.tolist()
+    if offsets[0] != 0 or offsets[-1] != B * T:
+        raise ValueError(f"cu_seqlens runs from {offsets[0]} to {offsets[-1]}; it must run from 0 to B*T = {B * T}")
+    for before, after in itertools.pairwise(offsets):
+        if after < before:
+            raise ValueError(f"cu_seqlens decreases from {before} to {after}; offsets must not decrease")
+    missing = sorted(set(range(0, B * T, T)) - set(offsets))
+    if missing:
+        raise ValueError(
+            f"cu_seqlens lacks the row start {missing[0]}; with B={B} rows of T={T} tokens "
+            "every multiple of T must be an offset"
+        )

@@ -133,8 +133,7 @@ def on_gpus(overrides):
 
 def test_kernels_are_built_at_submission_where_there_is_a_compiler(on_gpus, slurm_stubs, tmp_path, monkeypatch):
     built = []
-    monkeypatch.setattr("powertrain.native.find_library", lambda: None)
-    monkeypatch.setattr("powertrain.native.build_library", lambda: built.append(1))
+    monkeypatch.setattr("powertrain.native.build_missing", lambda: built.append(1))
     assert main(["train", *on_gpus]) == 0
     assert built == [1]
     script = (tmp_path / "runs" / "r" / "slurm" / "job.sh").read_text()
@@ -146,8 +145,7 @@ def test_kernels_are_built_once_in_the_job_where_there_is_none_here(on_gpus, slu
     def unavailable():
         raise KernelsUnavailable("no nvcc")
 
-    monkeypatch.setattr("powertrain.native.find_library", lambda: None)
-    monkeypatch.setattr("powertrain.native.build_library", unavailable)
+    monkeypatch.setattr("powertrain.native.build_missing", unavailable)
     assert main(["train", *on_gpus]) == 0
     script = (tmp_path / "runs" / "r" / "slurm" / "job.sh").read_text()
     assert script.count("-m powertrain kernels build ||") == 1
@@ -157,8 +155,7 @@ def test_kernels_that_do_not_compile_end_the_submission(on_gpus, slurm_stubs, mo
     def broken():
         raise KernelBuildError("error: expected a ;")
 
-    monkeypatch.setattr("powertrain.native.find_library", lambda: None)
-    monkeypatch.setattr("powertrain.native.build_library", broken)
+    monkeypatch.setattr("powertrain.native.build_missing", broken)
     assert main(["train", *on_gpus]) == 2
     assert "nothing was submitted: error: expected a ;" in capsys.readouterr().err
     assert not slurm_stubs.exists()
@@ -166,7 +163,7 @@ def test_kernels_that_do_not_compile_end_the_submission(on_gpus, slurm_stubs, mo
 
 def test_slurm_is_asked_before_minutes_of_compilation(on_gpus, slurm_stubs, stub, monkeypatch, capsys):
     stub("scontrol", code=1, error="slurm_load: Unable to contact slurm controller")
-    monkeypatch.setattr("powertrain.native.find_library", lambda: pytest.fail("compiled first"))
+    monkeypatch.setattr("powertrain.native.build_missing", lambda: pytest.fail("compiled first"))
     assert main(["train", *on_gpus]) == 2
     assert "Unable to contact slurm controller" in capsys.readouterr().err
 

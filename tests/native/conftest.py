@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from powertrain.native import build, loader, toolchain
+from powertrain.native import binding, build, loader, toolchain
 
 KERNEL = """
 #include "powertrain_kernels.h"
@@ -17,6 +17,18 @@ extern "C" __attribute__((visibility("default"))) int launch(float* x) {
 }
 """
 
+BINDING = """
+#include "powertrain_kernels.h"
+extern "C" __attribute__((visibility("default"))) int version() { return PT_ABI_VERSION; }
+"""
+
+
+def tiny_binding(tree: Path) -> Path:
+    """A source in place of the real binding's, which takes seconds to compile."""
+    source = tree.parent / "torch_binding.cpp"
+    source.write_text(BINDING)
+    return source
+
 
 @pytest.fixture
 def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -28,6 +40,6 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (root / "src" / "common" / "scale.h").write_text("#define SCALE 2.f\n")
     (root / "src" / "common" / "scale.cu").write_text(KERNEL)
     monkeypatch.setenv("POWERTRAIN_CACHE", str(tmp_path / "cache"))
-    for module in (toolchain, build):
+    for module in (toolchain, build, binding):
         monkeypatch.setattr(module, "kernel_sources", lambda: root)
     return root

@@ -11,12 +11,9 @@ from kernels import check_stages
 from powertrain.native import abi, toolchain
 
 STRUCTS: dict[str, type[ctypes.Structure]] = {
-    "pt_tensor": abi.StridedTensor,
-    "pt_problem": abi.Problem,
-    "pt_pass_sizes": abi.PassSizes,
+    "pt_tensor": check_stages.Strided,
+    "pt_problem": check_stages.Problem,
     "pt_kernel_attributes": abi.KernelAttributes,
-    "pt_forward_params": abi.Forward,
-    "pt_backward_params": abi.Backward,
     "pt_sizes": check_stages.Sizes,
     "pt_chunk_state_params": check_stages.ChunkState,
     "pt_chunk_scan_params": check_stages.ChunkScan,

@@ -3,12 +3,14 @@ from pathlib import Path
 
 import pytest
 
-from powertrain.native import build, cli
+from powertrain.native import binding, build, cli
+from tests.native.conftest import tiny_binding
 
 
 @pytest.fixture
 def cli_tree(tree: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(cli, "kernel_sources", lambda: tree)
+    monkeypatch.setattr(binding, "_SOURCE", tiny_binding(tree))
     return tree
 
 
@@ -16,7 +18,8 @@ def test_info_without_a_library_says_what_to_do(cli_tree: Path, capsys: pytest.C
     assert cli.main(["info"]) == 0
     output = capsys.readouterr().out
     assert str(cli_tree) in output
-    assert "none for these sources" in output
+    assert "none for these sources;" in output
+    assert "none for these sources and this torch;" in output
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
@@ -28,7 +31,20 @@ def test_build_check_fails_on_a_warning(cli_tree: Path, capfd: pytest.CaptureFix
     assert cli.main(["build", "--check"]) == 1
     assert "unused_function" in capfd.readouterr().err
     assert cli.main(["info"]) == 0
-    assert str(build.find_library()) in capfd.readouterr().out
+    output = capfd.readouterr().out
+    assert str(build.find_library()) in output
+    assert str(binding.find_binding()) in output
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_build_check_fails_on_a_warning_in_the_binding(
+    cli_tree: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "torch_binding.cpp"
+    source.write_text(source.read_text() + "static int unused_function() { return 1; }\n")
+    assert cli.main(["build", "--check"]) == 1
+    assert "torch_binding.cpp" in (complaint := capfd.readouterr().err)
+    assert "unused_function" in complaint
 
 
 def test_check_fails_on_a_spill(

@@ -1,11 +1,12 @@
 """The CUDA path against fp64 on the same inputs: no result may err more than twice what the plain formula errs in the
 same 16-bit type.
 
-Every output and workspace starts as NaN here (`nan_filled`), so an element that a kernel forgets to write, or reads
-before it is written, shows. On a GPU each case runs on the kernels that the device would choose and on the sm80 ones;
-without one, the sm80 kernels run emulated, on fewer and smaller cases.
+Every output and workspace starts as NaN here (torch fills what it allocates), so an element that a kernel forgets to
+write, or reads before it is written, shows. On a GPU each case runs on the kernels that the device would choose and on
+the sm80 ones; without one, the sm80 kernels run emulated, on fewer and smaller cases.
 """
 
+import ctypes
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,9 +16,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.check_stages import Problem
+from powertrain import native
 from powertrain.native import loader
-from powertrain.ops import cuda, cuda_plan, power_retention, power_retention_with_normalizer
-from powertrain.ops.cuda_boundary import final_state_cuda, initial_state_grad_cuda
+from powertrain.ops import api, cuda, cuda_plan, power_retention, power_retention_with_normalizer
+from powertrain.ops.cuda_ops import final_state_cuda_op, initial_state_grad_cuda_op
 from powertrain.ops.cuda_plan import BLOCK, choose_chunk_size, saved_bytes
 from powertrain.ops.reference import power_retention_quadratic
 from powertrain.ops.sympow import phi_dimension
@@ -32,14 +35,12 @@ FACTOR = 2.0
 SMALL = 64 if ON_GPU else 32  # head dim of tests that are not about it
 
 
-def nan_filled(*size: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-    # All ones in every bit is a NaN in bf16, fp16 and fp32 alike, and so also in the opaque byte buffers.
-    return torch.empty(*size, dtype=dtype, device=device).view(torch.uint8).fill_(255).view(dtype)
-
-
 @pytest.fixture(autouse=True)
-def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "allocate", nan_filled)
+def _poisoned_memory() -> Iterator[None]:
+    # In this mode torch fills new memory with NaN, and bytes with 255: a NaN again in bf16, fp16 and fp32 alike.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -51,13 +52,15 @@ def _library() -> Iterator[None]:
         patch.setenv("POWERTRAIN_KERNELS_LIBRARY", str(emulated_library(without=("sm90",))))
         patch.setattr(cuda_plan, "DEVICE_TYPES", ["cpu"])
         _forget_library()
+        native.load_kernels()
         yield
     _forget_library()
 
 
 def _forget_library() -> None:
-    for cached in (loader._load_once, cuda._plan, cuda._load_library):
+    for cached in (loader._load_once, cuda._load_library):
         cached.cache_clear()
+    api.forget_decisions()
 
 
 @pytest.fixture(params=[0, 80] if ON_GPU else [80], ids=["chosen", "sm80"] if ON_GPU else ["emulated"], autouse=True)
@@ -322,12 +325,12 @@ def test_states_at_the_ends_without_outputs(chunk_size: int, dtype: torch.dtype)
             1:
         ]
     )
-    found = [*final_state_cuda(q, k, v, log_g, cu_seqlens, chunk_size, cuda._arch)]
+    found = [*final_state_cuda_op(q, k, v, log_g, cu_seqlens, chunk_size, cuda.forced_arch())]
 
-    out, _, _, normalizer, saved = cuda.power_retention_cuda(q, k, v, log_g, *leaves, cu_seqlens, chunk_size, False)
+    out, _, _, saved = cuda.power_retention_cuda(q, k, v, log_g, *leaves, cu_seqlens, chunk_size, False)
     grad_out = torch.randn(out.shape, generator=torch.Generator(DEVICE).manual_seed(1), device=DEVICE).to(dtype)
     expected += torch.autograd.grad(out, leaves, grad_out)
-    found += initial_state_grad_cuda(grad_out, out.detach(), normalizer, saved, 2, chunk_size, cuda._arch)
+    found += initial_state_grad_cuda_op(grad_out, out.detach(), saved, 2, chunk_size, cuda.forced_arch())
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.equal(ours, theirs)
 
@@ -407,13 +410,15 @@ def test_normalizer(dtype: torch.dtype) -> None:
 )
 def test_size_in_python_agrees_with_the_library(head_dim: int, T: int, chunk_size: int, state: bool) -> None:
     for dtype in (BF16, FP16):
-        plan = cuda._Plan(dtype, 0, 3, T, 4, 2, head_dim, chunk_size, state, False)
+        sizes = (ctypes.c_int64 * 4)()  # pt_pass_sizes: saved, two workspaces, the offset of the scales
+        problem = Problem(int(dtype == FP16), 0, 3, 4, 2, head_dim, chunk_size, 1.0, T)
+        native.call("pt_pass_sizes_of", ctypes.byref(problem), int(state), 0, ctypes.byref(sizes))
         size = saved_bytes(
             batch=3, tokens=T, query_heads=4, key_heads=2, head_dim=head_dim, chunk_size=chunk_size, has_state=state,
             scaled=dtype == FP16,
         )  # fmt: skip
-        assert plan.saved == size
-        assert plan.scales == size - (4 * 3 * (4 + 2 * 2) if dtype == FP16 else 0)
+        assert sizes[0] == size
+        assert sizes[3] == size - (4 * 3 * (4 + 2 * 2) if dtype == FP16 else 0)
 
 
 @needs_gpu

@@ -14,7 +14,11 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from powertrain import native
-from powertrain.ops import cuda, cuda_plan, power_retention
+from powertrain.ops import api, cuda, cuda_plan, power_retention
+from powertrain.ops.cuda_ops import (
+    power_retention_cuda_bwd_op,
+    power_retention_cuda_op,
+)
 from powertrain.ops.flops import power_retention_flops
 from tests.ops.test_cuda import BF16, DEVICE, FP16, SMALL, Case, _arch, _library, evaluate, needs_gpu  # noqa: F401
 
@@ -43,13 +47,13 @@ def test_opcheck(kind: str) -> None:
         dtype=FP16 if kind == "fp16" else BF16,
     )
     arguments = op_arguments(case, final_state=kind == "state")
-    torch.library.opcheck(cuda.power_retention_cuda_op, arguments)
+    torch.library.opcheck(power_retention_cuda_op, arguments)
     with torch.no_grad():
-        out, normalizer, state, total, saved = cuda.power_retention_cuda_op(*arguments)
+        out, state, total, saved = power_retention_cuda_op(*arguments)
     final = (torch.randn_like(state), torch.randn_like(total)) if kind == "state" else (None, None)
     flags = 1, kind != "ungated", kind == "state", 64, 80
-    backward = torch.randn_like(out), *final, out, normalizer, saved, arguments[6], *flags
-    torch.library.opcheck(cuda.power_retention_cuda_bwd_op, backward)
+    backward = torch.randn_like(out), *final, out, saved, arguments[6], *flags
+    torch.library.opcheck(power_retention_cuda_bwd_op, backward)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -136,6 +140,7 @@ def test_forcing_cuda_on_what_it_cannot_do_says_why(change: dict[str, Any], mess
 def test_unsupported_head_dim_warns_once_and_takes_the_torch_path() -> None:
     tensors = Case(T=20, D=48, Hq=1, Hk=1).tensors()
     cuda._warned.clear()
+    api.forget_decisions()
     if DEVICE == "cuda":
         with pytest.warns(UserWarning, match=r"PyTorch path.*48"):
             power_retention(**tensors)
@@ -150,11 +155,13 @@ def _without_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def missing() -> None:
         raise native.KernelsUnavailable("nvcc was not found: install it.")
 
-    monkeypatch.setattr(native, "library", missing)
+    monkeypatch.setattr(native, "load_kernels", missing)
     cuda._load_library.cache_clear()
     cuda._warned.clear()
+    api.forget_decisions()
     yield
     cuda._load_library.cache_clear()
+    api.forget_decisions()
 
 
 @pytest.mark.usefixtures("_without_library")
@@ -168,9 +175,9 @@ def test_without_a_library_one_warning_and_the_torch_path() -> None:
 
 
 def test_a_refused_call_raises_with_the_librarys_words() -> None:
-    plan = cuda._Plan(BF16, 80, 1, 10, 1, 1, 32, 64, False, False)
-    with pytest.raises(native.KernelLaunchError, match=r"pt_forward: .*does not hold"):
-        plan.run(plan.forward, native.abi.Forward(), 0)
+    q = torch.randn(1, 10, 1, 32, device=DEVICE).to(BF16)
+    with pytest.raises(RuntimeError, match="pt_pass_sizes_of: chunk_size 63: a positive multiple of 64"):
+        power_retention_cuda_op(q, q, q, None, None, None, None, 63, False, 80)
 
 
 def test_capability_and_devices_are_checked() -> None:

@@ -1,0 +1,131 @@
+"""Where built libraries live: one folder per content key, written whole or not at all, checked before it is loaded."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from powertrain.native.errors import KernelsUnavailable
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is written beside a built library (`manifest.json`)."""
+
+    key: str  # content key of sources and flags
+    sha256: str  # of the library file
+    size: int  # bytes
+    compiler: str  # name and release
+    targets: dict[str, list[str]]  # the kernels' -gencode values by source folder; of the binding the torch release
+    seconds: float  # time the build took, objects taken from the cache not counted
+
+    @staticmethod
+    def read(path: Path) -> "Manifest":
+        return Manifest(**json.loads(path.read_text()))
+
+
+def cache_root() -> Path:
+    """`$POWERTRAIN_CACHE`, else the user's cache directory; the kernels live in its `kernels/`."""
+    if os.environ.get("POWERTRAIN_CACHE"):
+        root = Path(os.environ["POWERTRAIN_CACHE"])
+    elif os.environ.get("XDG_CACHE_HOME"):
+        root = Path(os.environ["XDG_CACHE_HOME"]) / "powertrain"
+    else:
+        root = Path.home() / ".cache" / "powertrain"
+    return root / "kernels"
+
+
+def find(name: str, key: str, folders: tuple[Path, ...]) -> Path | None:
+    """The library `name` of content `key` in the first of `folders` that holds it with its manifest; None without."""
+    for folder in folders:
+        if (folder / name).is_file() and _manifest_matches(folder, key):
+            return folder / name
+    return None
+
+
+def publish(
+    content: bytes, folder: Path, name: str, *, key: str, compiler: str, targets: dict[str, list[str]], seconds: float
+) -> None:
+    """Writes a built library and its manifest into `folder`."""
+    manifest = Manifest(
+        key=key,
+        sha256=hashlib.sha256(content).hexdigest(),
+        size=len(content),
+        compiler=compiler,
+        targets=targets,
+        seconds=round(seconds, 1),
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    # The manifest goes first: a crash between the two leaves a library that fails its check, never one unchecked.
+    _write_atomically(folder / "manifest.json", json.dumps(asdict(manifest), indent=2).encode())
+    _write_atomically(folder / name, content)
+    say(f"built {folder / name} in {manifest.seconds:.0f} s")
+
+
+def copy_out(library: Path, output: Path) -> None:
+    """Copies a built library and its manifest into the folder `output`."""
+    output.mkdir(parents=True, exist_ok=True)
+    for name in (library.name, "manifest.json"):
+        _write_atomically(output / name, (library.parent / name).read_bytes())
+
+
+def verify_library(library: Path) -> Manifest:
+    """Checks a library against the digest in its manifest.
+
+    Raises:
+        KernelsUnavailable: the file is not what was built (truncated, or written over).
+    """
+    manifest = Manifest.read(library.parent / "manifest.json")
+    content = library.read_bytes()
+    if len(content) != manifest.size or hashlib.sha256(content).hexdigest() != manifest.sha256:
+        raise KernelsUnavailable(
+            f"{library} is damaged ({len(content)} bytes where {manifest.size} were built, or other content): "
+            "`powertrain kernels build --force` builds it anew."
+        )
+    return manifest
+
+
+@contextlib.contextmanager
+def building() -> Iterator[None]:
+    """Only one process builds at a time; the others wait, and find what it built."""
+    path = cache_root() / "lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("another process builds the CUDA kernels; waiting for it")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def say(line: str) -> None:
+    """Reports progress on stderr."""
+    print(f"[powertrain kernels] {line}", file=sys.stderr, flush=True)
+
+
+def _manifest_matches(folder: Path, key: str) -> bool:
+    try:
+        return Manifest.read(folder / "manifest.json").key == key
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as handle:
+            handle.write(content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
