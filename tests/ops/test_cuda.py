@@ -35,6 +35,11 @@ FACTOR = 2.0
 SMALL = 64 if ON_GPU else 32  # head dim of tests that are not about it
 
 
+def nan_filled(*size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What a test itself allocates for a kernel to write."""
+    return torch.full(size, torch.nan, dtype=dtype, device=device)
+
+
 @pytest.fixture(autouse=True)
 def _poisoned_memory() -> Iterator[None]:
     # In this mode torch fills new memory with NaN, and bytes with 255: a NaN again in bf16, fp16 and fp32 alike.

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from powertrain.ops import cuda_cross_entropy, linear_cross_entropy
 from tests.ops.accuracy import relative_error
-from tests.ops.test_cuda import BF16, DEVICE, FP16, _library, _poisoned_memory, needs_gpu  # noqa: F401
+from tests.ops.test_cuda import BF16, DEVICE, FP16, _library, _poisoned_memory, nan_filled, needs_gpu  # noqa: F401
 from tests.ops.test_linear_cross_entropy import plain, problem
 
 
@@ -56,13 +56,13 @@ def test_rows_at_any_address(columns: int, stride: int, offset: int, dtype: torc
     """Prefixes, words and tails of rows: every element is read once and written once, and none beside them."""
     rows = 3
     generator = torch.Generator().manual_seed(0)
-    buffer = torch.empty(offset + rows * stride + 8, dtype=dtype, device=DEVICE)
+    buffer = nan_filled(offset + rows * stride + 8, dtype=dtype, device=torch.device(DEVICE))
     logits = buffer[offset:].as_strided((rows, columns), (stride, 1), offset)
     logits.copy_(5 * torch.randn(rows, columns, generator=generator))
     labels = torch.tensor([0, -1, columns - 1], device=DEVICE)
     exact = logits.double()
     log_sum_exp = exact.logsumexp(-1)
-    losses, lse = (torch.empty(rows, dtype=torch.float32, device=DEVICE) for _ in range(2))
+    losses, lse = (nan_filled(rows, dtype=torch.float32, device=torch.device(DEVICE)) for _ in range(2))
     factors = torch.tensor([1.0, 2.0, -3.0], device=DEVICE)
     cuda_cross_entropy.cross_entropy_(
         logits, labels, -1, losses=losses, log_sum_exp=lse, write_gradients=True, factors=factors
@@ -85,7 +85,7 @@ def test_rows_at_any_address(columns: int, stride: int, offset: int, dtype: torc
 
 def test_hostile_logits() -> None:
     logits = torch.tensor([[3e38, -3e38, 0.0], [float("-inf"), 0.0, 1.0], [0.0, 0.0, 0.0]], dtype=BF16, device=DEVICE)
-    losses = torch.empty(3, dtype=torch.float32, device=DEVICE)
+    losses = nan_filled(3, dtype=torch.float32, device=torch.device(DEVICE))
     cuda_cross_entropy.cross_entropy_(
         logits, torch.tensor([0, 2, 3], device=DEVICE), -100, losses=losses, write_gradients=True
     )
