@@ -11,9 +11,9 @@ from torch import Tensor
 from powertrain.ops.chunked import chunk_state
 from powertrain.ops.decay import factor
 from powertrain.ops.layout import compute_dtype, query_rows, tokens_last, without_autocast
+from powertrain.ops.monomials import public_state
 from powertrain.ops.normalized import decay_by_sequence, through_division, with_ones
 from powertrain.ops.plan import make_plan
-from powertrain.ops.sympow import phi_weights
 
 
 @without_autocast
@@ -78,5 +78,5 @@ def _boundary_state(x: Tensor, y: Tensor, deg: int, B: int) -> tuple[Tensor, Ten
         chunk_size=L,
         device_type=x.device.type,
     )
-    joined = (chunk_state(x, y, deg=deg, plan=plan) / phi_weights(K, deg, x)).unflatten(0, (B, -1))
+    joined = public_state(chunk_state(x, y, deg=deg, plan=plan), K, deg).unflatten(0, (B, -1))
     return joined[:, :, :-1].mT.contiguous(), joined[:, :, -1].contiguous()

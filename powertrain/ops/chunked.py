@@ -32,8 +32,9 @@ from powertrain.ops.carry import carried_sums
 from powertrain.ops.decay import Decay, scan_documents_from_end
 from powertrain.ops.intra_chunk import intra_chunk_bwd, intra_chunk_fwd
 from powertrain.ops.layout import cut, join
+from powertrain.ops.monomials import Monomials, internal_state, multinomials, public_state
 from powertrain.ops.plan import Plan, Segment
-from powertrain.ops.sympow import Monomials, phi_dimension, phi_weights
+from powertrain.ops.sympow import phi_dimension
 
 
 def chunk_state(x: Tensor, y: Tensor, *, deg: int, plan: Plan) -> Tensor:
@@ -41,16 +42,16 @@ def chunk_state(x: Tensor, y: Tensor, *, deg: int, plan: Plan) -> Tensor:
     M, K, _ = x.shape
     state = y.new_zeros(M, y.shape[1], phi_dimension(K, deg))
     for tokens in _token_blocks(x, plan):
-        for rows, tile in Monomials(x[..., tokens], deg, plan.phi_elements).tiles():
+        for rows, tile in Monomials.of(x[..., tokens], deg, plan.phi_elements).tiles():
             state[..., rows].baddbmm_(y[..., tokens], tile.mT)
-    return state.mul_(phi_weights(K, deg, x) ** 2)
+    return state.mul_(multinomials(K, deg, x))
 
 
 def chunk_scan(x: Tensor, state: Tensor, *, deg: int, plan: Plan) -> Tensor:
     """Return state monomials(x), `(M, W, L)`, for x `(M, K, L)` and state `(M, W, F)`."""
     out = x.new_zeros(x.shape[0], state.shape[1], x.shape[2])
     for tokens in _token_blocks(x, plan):
-        for rows, tile in Monomials(x[..., tokens], deg, plan.phi_elements).tiles():
+        for rows, tile in Monomials.of(x[..., tokens], deg, plan.phi_elements).tiles():
             out[..., tokens].baddbmm_(state[..., rows], tile)
     return out
 
@@ -59,7 +60,7 @@ def chunk_scan_grad(x: Tensor, state: Tensor, y: Tensor, *, deg: int, plan: Plan
     """Return the gradient of x through `chunk_scan(x, state)` for the gradient y `(M, W, L)` of its result."""
     grad = x.new_empty(x.shape)
     for tokens in _token_blocks(x, plan):
-        monomials, y_tokens = Monomials(x[..., tokens], deg, plan.phi_elements), y[..., tokens]
+        monomials, y_tokens = Monomials.of(x[..., tokens], deg, plan.phi_elements), y[..., tokens]
 
         def write_grad(rows: slice, out: Tensor, y_tokens: Tensor = y_tokens) -> None:
             torch.bmm(state[..., rows].mT, y_tokens, out=out)
@@ -151,9 +152,8 @@ def chunked_fwd(
     """
     N, K, R, _ = q.shape
     W, segments = u.shape[1], plan.segments()
-    weight = phi_weights(K, deg, q)
     out = u.new_empty(N, W, R, plan.tokens)
-    carried = None if state is None else state * weight
+    carried = None if state is None else internal_state(state, K, deg)
     for index, segment in enumerate(segments):
         if index > 0:
             assert carried is not None
@@ -187,7 +187,7 @@ def chunked_fwd(
     final = None
     if final_state:
         assert carried is not None
-        final = carried / weight
+        final = public_state(carried, K, deg)
     return ChunkedForward(out, final)
 
 
@@ -220,18 +220,19 @@ def chunked_bwd(
     output.
     """
     segments = plan.segments()
-    weight = phi_weights(q.shape[1], deg, q)
+    K = q.shape[1]
+    weight = multinomials(K, deg, q)
     grad_q, grad_k, grad_u = torch.empty_like(q), torch.empty_like(k), torch.empty_like(u)
     grad_log_g = None if decay.G is None else q.new_empty(q.shape[0], plan.tokens, dtype=torch.float64)
     # Like a state, its gradient is kept with the whole multinomial weight: d(internal state) * weight^2.
-    carried_grad = None if grad_final_state is None else grad_final_state * weight
+    carried_grad = None if grad_final_state is None else internal_state(grad_final_state, K, deg)
     for index in reversed(range(len(segments))):
         segment = segments[index]
         G, C = segment.chunks, segment.chunk_size
         if index > 0:
             carried: Tensor | None = saved_states[:, index - 1]
         else:
-            carried = None if state is None else state * weight
+            carried = None if state is None else internal_state(state, K, deg)
         inputs = _SegmentInputs.cut(
             q,
             k,
@@ -287,7 +288,7 @@ def chunked_bwd(
                 boundary = (into_u * inputs.u[:, :end]).sum((-2, -1), dtype=torch.float64)
                 if first < end:
                     assert states is not None
-                    carried_over = after[:, first:] * states[:, : end - first] / weight**2
+                    carried_over = after[:, first:] * states[:, : end - first] / weight
                     boundary[:, first:] += (carried_over * inputs.across[:, first:end]).sum(
                         (-2, -1), dtype=torch.float64
                     )
@@ -300,7 +301,7 @@ def chunked_bwd(
         carried_grad = grads_before[:, 0] if grads_before is not None and first == 0 else None
     grad_state = None
     if state is not None:
-        grad_state = torch.zeros_like(state) if carried_grad is None else carried_grad / weight
+        grad_state = torch.zeros_like(state) if carried_grad is None else public_state(carried_grad, K, deg)
     return ChunkedBackward(grad_q, grad_k, grad_u, grad_log_g, grad_state)
 
 

@@ -23,6 +23,7 @@ from powertrain.ops.layout import (
     query_rows,
     tokens_last,
 )
+from powertrain.ops.parallel import for_each
 from powertrain.ops.plan import Group, Plan, make_plan
 from powertrain.ops.sympow import phi_dimension
 
@@ -172,7 +173,7 @@ def normalized_fwd(
     new_state = q.new_empty((B, Hk, F, V) if final_state else 0, dtype=state_dtype)
     new_sum = q.new_empty((B, Hk, F) if final_state else 0, dtype=state_dtype)
     saved_states = q.new_empty(B * Hk, len(x.plan.segments()) - 1, V + 1, F, dtype=x.dtype)
-    for group in x.plan.groups():
+    def run_group(group: Group) -> None:
         inputs = x.sequences(group)
         result = chunked_fwd(
             inputs.q, inputs.k, inputs.u, x.decay[group.sequences], inputs.state, saved_states[group.sequences],
@@ -183,6 +184,7 @@ def normalized_fwd(
         x.of_queries(normalizer, group).copy_(from_query_rows(d[:, None], rows)[..., 0])
         if result.final_state is not None:
             _write_state(result.final_state, new_state, new_sum, group)
+    for_each(run_group, x.plan.groups())
     return out, normalizer, new_state, new_sum, saved_states
 
 
@@ -214,7 +216,7 @@ def normalized_bwd(
         q.new_empty(0) if given is None else given.new_empty(given.shape) for given in (log_g, state, sum_of_keys)
     )
     grad_y_dot_y = (grad_out.to(x.dtype) * out.to(x.dtype)).sum(-1, keepdim=True)
-    for group in x.plan.groups():
+    def run_group(group: Group) -> None:
         inputs = x.sequences(group)
         grad_o, grad_o_dot_o = through_division(
             *(x.query_rows(rows, group) for rows in (grad_out, grad_y_dot_y, normalizer[..., None]))
@@ -234,6 +236,7 @@ def normalized_bwd(
             x.of_keys(grad_log_g, group).copy_(from_sequence(grads.log_g, rows))
         if grads.state is not None:
             _write_state(grads.state, grad_initial, grad_initial_sum, group)
+    for_each(run_group, x.plan.groups())
     if log_g is not None:
         # A gate at the start of a sequence or document discounts nothing: exactly zero rather than the rounding of a
         # sum that cancels.
