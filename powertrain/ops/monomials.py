@@ -123,22 +123,9 @@ class _CyclicPairs(Monomials):
             yield slice(first + whole, first + whole + 1), tile[:, None, whole * K :]
 
 
-@functools.cache
-def _tiles(dim: int, deg: int, rows: int) -> list[tuple[slice, list[Block]]]:
-    """Group consecutive blocks into tiles of at most `rows` rows, but of at least one block."""
-    tiles: list[tuple[slice, list[Block]]] = []
-    for block in lexicographic_blocks(dim, deg):
-        if tiles and block[1].stop - tiles[-1][0].start <= rows:
-            tiles[-1] = (slice(tiles[-1][0].start, block[1].stop), [*tiles[-1][1], block])
-        else:
-            tiles.append((block[1], [block]))
-    return tiles
-
-
-
 class _Suffixes(Monomials):
-    """The degree-`deg` monomials `(M, F, C)` of `x (M, K, C)` in phi's order, without multinomial weights, formed a
-    tile of rows at a time in one buffer of about `tile_elements`: written and multiplied while it is in the cache.
+    """Any degree, in phi's order: K products of x[i] with a suffix of the monomials of the degree below, which are held
+    whole; the gradient is the same walk backwards.
     """
 
     def __init__(self, x: Tensor, deg: int, tile_elements: int) -> None:
@@ -153,7 +140,6 @@ class _Suffixes(Monomials):
         self._buffer = x.new_empty(M, rows, C)
 
     def tiles(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield (rows, the monomials `(M, rows, C)`); the next tile overwrites them."""
         x, lower = self._by_degree[0], self._by_degree[-1]
         if self._deg == 1:
             yield slice(0, x.shape[1]), x
@@ -164,9 +150,6 @@ class _Suffixes(Monomials):
             yield rows, tile
 
     def backward(self, write_grad: Callable[[slice, Tensor], object]) -> Tensor:
-        """Return the gradient `(M, K, C)` of x, where `write_grad(rows, out)` writes the gradient of the monomials
-        `rows` to `out (M, rows, C)`.
-        """
         x, lower = self._by_degree[0], self._by_degree[-1]
         if self._deg == 1:
             write_grad(slice(0, x.shape[1]), self._buffer)
@@ -181,6 +164,18 @@ class _Suffixes(Monomials):
             grad_lower = torch.zeros_like(lower)
             _multiply_backward(x, lower, grad, lexicographic_blocks(x.shape[1], degree), grad_x, grad_lower)
         return grad_x.add_(grad_lower)
+
+
+@functools.cache
+def _tiles(dim: int, deg: int, rows: int) -> list[tuple[slice, list[Block]]]:
+    """Group consecutive blocks into tiles of at most `rows` rows, but of at least one block."""
+    tiles: list[tuple[slice, list[Block]]] = []
+    for block in lexicographic_blocks(dim, deg):
+        if tiles and block[1].stop - tiles[-1][0].start <= rows:
+            tiles[-1] = (slice(tiles[-1][0].start, block[1].stop), [*tiles[-1][1], block])
+        else:
+            tiles.append((block[1], [block]))
+    return tiles
 
 
 def _multiply(x: Tensor, lower: Tensor, out: Tensor, blocks: list[Block]) -> None:

@@ -173,6 +173,7 @@ def normalized_fwd(
     new_state = q.new_empty((B, Hk, F, V) if final_state else 0, dtype=state_dtype)
     new_sum = q.new_empty((B, Hk, F) if final_state else 0, dtype=state_dtype)
     saved_states = q.new_empty(B * Hk, len(x.plan.segments()) - 1, V + 1, F, dtype=x.dtype)
+
     def run_group(group: Group) -> None:
         inputs = x.sequences(group)
         result = chunked_fwd(
@@ -184,7 +185,8 @@ def normalized_fwd(
         x.of_queries(normalizer, group).copy_(from_query_rows(d[:, None], rows)[..., 0])
         if result.final_state is not None:
             _write_state(result.final_state, new_state, new_sum, group)
-    for_each(run_group, x.plan.groups())
+
+    for_each(run_group, x.plan.groups(), q.device.type)
     return out, normalizer, new_state, new_sum, saved_states
 
 
@@ -216,6 +218,7 @@ def normalized_bwd(
         q.new_empty(0) if given is None else given.new_empty(given.shape) for given in (log_g, state, sum_of_keys)
     )
     grad_y_dot_y = (grad_out.to(x.dtype) * out.to(x.dtype)).sum(-1, keepdim=True)
+
     def run_group(group: Group) -> None:
         inputs = x.sequences(group)
         grad_o, grad_o_dot_o = through_division(
@@ -236,7 +239,8 @@ def normalized_bwd(
             x.of_keys(grad_log_g, group).copy_(from_sequence(grads.log_g, rows))
         if grads.state is not None:
             _write_state(grads.state, grad_initial, grad_initial_sum, group)
-    for_each(run_group, x.plan.groups())
+
+    for_each(run_group, x.plan.groups(), q.device.type)
     if log_g is not None:
         # A gate at the start of a sequence or document discounts nothing: exactly zero rather than the rounding of a
         # sum that cancels.

@@ -33,6 +33,7 @@ Block = tuple[int, slice, slice]
 
 @functools.cache
 def lexicographic_blocks(dim: int, deg: int) -> list[Block]:
+    """Return the blocks of phi's order, one for each first index."""
     total, lower_total = phi_dimension(dim, deg), phi_dimension(dim, deg - 1)
     blocks = []
     for i in range(dim):
@@ -44,7 +45,7 @@ def lexicographic_blocks(dim: int, deg: int) -> list[Block]:
 # The caches hold NumPy arrays: a tensor would remember the mode (inference, fake, device) under which it happened to be
 # made first.
 @functools.cache
-def sorted_indices(dim: int, deg: int) -> np.ndarray:
+def _sorted_indices(dim: int, deg: int) -> np.ndarray:
     """Return the `(deg, F)` index multisets i1 <= ... <= ip in phi's order."""
     indices = np.arange(dim)[None]
     for degree in range(2, deg + 1):
@@ -59,7 +60,7 @@ def sorted_indices(dim: int, deg: int) -> np.ndarray:
 @functools.cache
 def _root_multinomials(dim: int, deg: int) -> np.ndarray:
     """Return the `(F,)` square roots of p! / prod(multiplicities!), the number of orderings of each multiset."""
-    indices = sorted_indices(dim, deg)
+    indices = _sorted_indices(dim, deg)
     run = np.ones(indices.shape[1])
     coefficients = np.full(indices.shape[1], float(math.factorial(deg)))
     for previous, current in itertools.pairwise(indices):
@@ -77,5 +78,5 @@ def phi(x: Tensor, deg: int) -> Tensor:
     """Map `x (..., K)` to its symmetric power embedding `(..., F)`, so that phi(q) . phi(k) = (q . k)^deg;
     differentiable, in x's dtype.
     """
-    indices = torch.tensor(sorted_indices(x.shape[-1], deg), device=x.device)
+    indices = torch.tensor(_sorted_indices(x.shape[-1], deg), device=x.device)
     return functools.reduce(torch.mul, [x[..., row] for row in indices]) * phi_weights(x.shape[-1], deg, x)
