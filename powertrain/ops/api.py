@@ -70,7 +70,7 @@ def power_retention(
     Raises:
         ValueError: for inputs that do not fit together. Values (log_G > 0, offsets of cu_seqlens) are checked on CPU
             tensors, and on CUDA tensors, where the check waits for the device, only if the environment variable
-            POWERTRAIN_CHECK_VALUES is 1.
+            POWERTRAIN_CHECK_VALUES is 1 when powertrain is imported.
 
     Source: Buckman, Gelada and Zhang, "Symmetric Power Transformers", 2024; Gelada, Buckman, Zhang and Bach, "Scaling
     Context Requires Rethinking Attention", 2025, arXiv:2507.04239. docs/op.md has the mathematics.

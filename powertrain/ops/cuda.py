@@ -82,7 +82,7 @@ def _load_library() -> str | None:
 def _warn_once(message: str) -> None:
     if not torch.compiler.is_compiling() and message not in _warned:
         _warned.add(message)
-        warnings.warn(message, stacklevel=5)  # the caller of the public function
+        warnings.warn(message, stacklevel=7)  # the caller of the public function
 
 
 def power_retention_cuda(

@@ -2,9 +2,11 @@
 several devices, dispatch and its errors.
 """
 
+import ctypes
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from powertrain import native
+from powertrain.native import binding
 from powertrain.ops import api, cuda, cuda_plan, power_retention
 from powertrain.ops.cuda_ops import (
     power_retention_cuda_bwd_op,
@@ -96,6 +99,101 @@ def test_activation_checkpointing_gives_the_same_gradients(use_reentrant: bool) 
     out.backward(cotangents[0])
     for name, leaf in leaves.items():
         assert torch.equal(leaf.grad, expected[f"grad_{name}"]), name
+
+
+def test_torch_func_gives_the_same_gradients() -> None:
+    """(On a CPU the public function looks at log_G's values, which torch.func refuses.)"""
+    q, k, v, log_g = CASE.tensors().values()
+
+    def loss(*arguments: Tensor) -> Tensor:
+        return cuda.power_retention_cuda(*arguments, None, None, None, 64, False)[0].float().square().sum()
+
+    expected = torch.func.grad(loss, argnums=(0, 1, 2, 3))(q, k, v, log_g)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v, log_g)]
+    for found, grad in zip(torch.autograd.grad(loss(*leaves), leaves), expected, strict=True):
+        assert torch.equal(found, grad)
+
+
+def test_derivatives_that_there_are_not_say_so() -> None:
+    arguments = op_arguments(CASE)
+    out = power_retention_cuda_op(*arguments)[0]
+    (grad,) = torch.autograd.grad(out.float().square().sum(), arguments[0], create_graph=True)
+    assert torch.isfinite(grad).all()
+    with pytest.raises(RuntimeError, match=r"derivative for the gradient of power_retention.*not implemented"):
+        grad.float().sum().backward()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(arguments[0], torch.ones_like(arguments[0]))
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            power_retention_cuda_op(dual, *arguments[1:])
+
+
+def test_gradients_of_some_outputs_alone() -> None:
+    """The final state's gradient may come without the output's, or that of sum_of_keys without the state's."""
+    case = replace(CASE, state=True)
+    arguments = op_arguments(case, final_state=True)
+    out, state, total, _ = power_retention_cuda_op(*arguments)
+    leaves = [x for x in arguments if isinstance(x, Tensor)]
+    cotangents = [torch.randn(x.shape, device=DEVICE).to(x.dtype) for x in (out, state, total)]
+    for chosen in ((1,), (2,), (0, 2), (1, 2)):
+        some = [torch.zeros_like(c) if i not in chosen else c for i, c in enumerate(cotangents)]
+        expected = torch.autograd.grad((out, state, total), leaves, some, retain_graph=True)
+        outputs = [(out, state, total)[i] for i in chosen]
+        found = torch.autograd.grad(outputs, leaves, [cotangents[i] for i in chosen], retain_graph=True)
+        for a, b in zip(found, expected, strict=True):
+            assert torch.equal(a, b), chosen
+
+
+def test_saved_tensors_are_guarded_and_freed() -> None:
+    arguments = op_arguments(CASE)
+    out = power_retention_cuda_op(*arguments)[0]
+    out.sum().backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        out.sum().backward()
+    out = power_retention_cuda_op(*arguments)[0]
+    with torch.no_grad():
+        out.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_tensors_of_the_wrong_dtype_are_refused_by_the_op() -> None:
+    q, k, v, log_g = CASE.tensors().values()
+    with pytest.raises(ValueError, match="log_g must be Float; got Double"):
+        power_retention_cuda_op(q, k, v, log_g.double(), None, None, None, 64, False, 80)
+    offsets = torch.tensor([0, q.shape[1]], device=DEVICE)
+    with pytest.raises(ValueError, match="cu_seqlens must be Int; got Long"):
+        power_retention_cuda_op(q, k, v, log_g, None, None, offsets, 64, False, 80)
+    with pytest.raises(ValueError, match="take bfloat16 and float16; got Float"):
+        power_retention_cuda_op(q.float(), k.float(), v.float(), log_g, None, None, None, 64, False, 80)
+
+
+def test_a_library_for_gpus_takes_no_cpu_tensors() -> None:
+    q = torch.randn(1, 10, 1, 32).to(BF16)
+    library = native.library()
+    functions = (library.pt_forward, library.pt_backward, library.pt_pass_sizes_of, library.pt_last_error)
+    attach = binding._load(binding.find_binding()).powertrain_attach  # type: ignore[arg-type]
+    try:
+        attach(*(ctypes.cast(function, ctypes.c_void_p) for function in functions), 0)
+        with pytest.raises(ValueError, match="need a CUDA device; the tensors are on cpu"):
+            power_retention_cuda_op(q, q, q, None, None, None, None, 64, False, 80)
+    finally:
+        native.load_kernels()
+
+
+def test_what_passed_once_is_validated_by_its_description() -> None:
+    """Arguments that equal others, but not in type, and values are looked at all the same."""
+    tensors = CASE.tensors()
+    power_retention(**tensors, chunk_size=64)
+    with pytest.raises(ValueError, match=r"deg=2\.0 must be an integer"):
+        power_retention(**tensors, chunk_size=64, deg=2.0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"chunk_size=64\.0 must be None or an integer"):
+        power_retention(**tensors, chunk_size=64.0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="V has 3 dimensions"):
+        power_retention(**{**tensors, "V": tensors["V"][0]}, chunk_size=64)
+    if DEVICE == "cpu":
+        tensors["log_G"][0, 0, 0] = 1
+        with pytest.raises(ValueError, match="log_G must be at most 0"):
+            power_retention(**tensors, chunk_size=64)
 
 
 def test_vmap_takes_the_op() -> None:
