@@ -233,6 +233,19 @@ def test_output_and_gradients_are_as_accurate_as_the_formula(name: str, head_dim
     assert_accurate(replace(CASES[name], D=head_dim, dtype=dtype))
 
 
+@pytest.mark.skipif(ON_GPU, reason="the seeds are of the CPU's generator")
+@pytest.mark.parametrize("seed", [0, 4])
+def test_gate_gradients_do_not_drift_along_a_chunk(seed: int) -> None:
+    # A pair of tokens adds one number to its query's sum and subtracts it from its key's. Where both sides round it
+    # differently, the gradients of a chunk's first gates collect the errors of all its pairs: 3 and 9 eps here.
+    case = Case(T=1000, chunk_size=1024, Hq=1, Hk=1, D=SMALL, dtype=FP16)
+    tensors = case.tensors(seed)
+    ours, cotangents = evaluate(power_retention, tensors, None, chunk_size=case.chunk_size, impl="cuda")
+    exact, _ = evaluate(oracle(False), {name: x.double() for name, x in tensors.items()}, cotangents)
+    wrong = (ours["grad_log_G"].double() - exact["grad_log_G"])[0, 1:129].mean()
+    assert wrong.abs() <= torch.finfo(FP16).eps * exact["grad_log_G"].square().mean().sqrt()
+
+
 @needs_gpu
 @pytest.mark.parametrize("seed", range(3))
 def test_fresh_inputs(seed: int) -> None:

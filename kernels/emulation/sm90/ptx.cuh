@@ -10,11 +10,12 @@ inline void barrier_init_fence() {}
 inline void barrier_expect(uint32_t barrier, uint32_t bytes) { emulate::barrier_expect(barrier, bytes); }
 inline void barrier_arrive(uint32_t barrier) { emulate::barrier_arrive(barrier); }
 inline void barrier_wait(uint32_t barrier, uint32_t parity) { emulate::barrier_wait(barrier, parity); }
-inline void named_barrier(int id, int threads) { emulate::named_barrier(id, threads); }
 inline void bulk_load(uint32_t destination, const void* source, uint32_t bytes, uint32_t barrier) {
   emulate::bulk_load(destination, source, bytes, barrier);
 }
-constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+constexpr int kProducerRegisters = 24;
+template <int kConsumers>
+constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 112;
 template <int kRegisters>
 void give_registers() {}
 template <int kRegisters>

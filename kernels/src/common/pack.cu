@@ -51,61 +51,88 @@ __device__ __forceinline__ uint32_t high_and_low(float x) {
 struct BlockIndex {
   int b, h;
   int64_t block;
-  __device__ BlockIndex(int64_t index, int heads, int64_t blocks)
-      : b((int)(index / blocks / heads)), h((int)(index / blocks % heads)), block(index % blocks) {}
+  __device__ BlockIndex(uint32_t index, uint32_t heads, uint32_t blocks) {  // 32 bits: a grid has no more, and they divide fast
+    const uint32_t row = index / blocks;
+    block = index % blocks, b = (int)(row / heads), h = (int)(row % heads);
+  }
 };
 
-// Features: 64 tokens x D are transposed through shared memory; the pad of 16 bytes keeps ldmatrix free of bank conflicts.
+// Packed blocks that a thread block takes, so that each of its threads has four loads of 16 bytes in flight.
+template <int D>
+constexpr int kPacks = 128 / D;
+
+// Features: 64 tokens x D are transposed through shared memory; the pad of 16 bytes keeps ldmatrix free of bank conflicts. `scale`, per (b, h), or
+// null. Blocks `first` to `first + kPacks`, of `total`.
 template <typename T, int D>
-__device__ void pack_features(const Strided<T>& x, const BlockIndex& at, int64_t seq_len, const float* scale, T* packed, bool vector) {
-  constexpr int kRow = D * 2 + 16;
-  __shared__ __align__(16) uint8_t tile[kBlock * kRow];
-  for (int e = threadIdx.x; e < kBlock * D / 8; e += kThreads) {
-    const int token = e / (D / 8), group = e % (D / 8);
+__device__ void pack_features(const Strided<T>& x, uint32_t first, uint32_t total, int heads, int64_t blocks, int64_t seq_len, const float* scale,
+                              T* packed, bool vector) {
+  constexpr int kRow = D * 2 + 16, kPieces = kBlock * D / 8, kLoads = kPacks<D> * kPieces / kThreads;
+  __shared__ __align__(16) uint8_t tile[kPacks<D> * kBlock * kRow];
+  const int count = (int)min(total - first, (uint32_t)kPacks<D>);
+  uint4 v[kLoads];
+#pragma unroll
+  for (int l = 0; l < kLoads; l++) {
+    const int e = threadIdx.x + l * kThreads, pack = e / kPieces, token = e % kPieces / (D / 8), group = e % (D / 8);
+    v[l] = make_uint4(0, 0, 0, 0);
+    if (pack >= count) continue;
+    const BlockIndex at(first + pack, heads, (uint32_t)blocks);
     const int64_t t = at.block * kBlock + token;
-    uint4 v = make_uint4(0, 0, 0, 0);
-    if (t < seq_len) v = load8(x.row(at.b, t, at.h) + group * 8, vector);
-    if (scale) v = scaled<T>(v, *scale);
-    *(uint4*)(tile + token * kRow + group * 16) = v;
+    if (t < seq_len) v[l] = load8(x.row(at.b, t, at.h) + group * 8, vector);
+    if (scale) v[l] = scaled<T>(v[l], scale[at.b * heads + at.h]);
+  }
+#pragma unroll
+  for (int l = 0; l < kLoads; l++) {
+    const int e = threadIdx.x + l * kThreads;
+    *(uint4*)(tile + e / (D / 8) * kRow + e % (D / 8) * 16) = v[l];
   }
   __syncthreads();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  uint32_t* out = (uint32_t*)packed;
-  for (int core = warp * 4; core < D; core += kThreads / 8) {  // D / 8 feature groups x 8 token groups, four a time
-    const int feature_group = core / 8, token_group = core % 8 + lane / 8;
-    const uint32_t address = (uint32_t)__cvta_generic_to_shared(tile + (token_group * 8 + lane % 8) * kRow + feature_group * 16);
+  uint32_t* out = (uint32_t*)(packed + (int64_t)first * feature_block_elements(D));
+#pragma unroll
+  for (int core = warp * 4; core < kPacks<D> * D; core += kThreads / 8) {  // D / 8 feature groups x 8 token groups of each, four a time
+    const int pack = core / D, feature_group = core % D / 8, token_group = core % 8 + lane / 8;
+    const uint32_t address = (uint32_t)__cvta_generic_to_shared(tile + (pack * kBlock + token_group * 8 + lane % 8) * kRow + feature_group * 16);
     uint32_t r[4];
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"(address));
+    if (pack >= count) continue;
 #pragma unroll
     for (int i = 0; i < 4; i++) out[(core + i) * 32 + lane] = r[i];
   }
 }
 
-// `decay`: of this block's tokens, or null without `decayed`.
+// `decay`: of all tokens, (b, h, Tp), or null without `decayed`. Lanes are two column groups of sixteen tokens: whole sectors are read and written.
 template <typename T, int D>
-__device__ void pack_values(const Strided<T>& x, const BlockIndex& at, int64_t seq_len, const float* scale, T* packed, const float* decay, T* decayed,
-                            bool vector) {
-  constexpr int kGroups = D / 8 + 1;
-  for (int e = threadIdx.x; e < kBlock * kGroups; e += kThreads) {
-    const int token = e / kGroups, group = e % kGroups;
+__device__ void pack_values(const Strided<T>& x, uint32_t first, uint32_t total, int heads, int64_t blocks, int64_t seq_len, const float* scale,
+                            T* packed, const float* decay, T* decayed, bool vector) {
+  constexpr int kPieces = kBlock * D / 8, kLoads = kPacks<D> * kPieces / kThreads;
+  const int count = (int)min(total - first, (uint32_t)kPacks<D>);
+  uint4 v[kLoads];
+#pragma unroll
+  for (int l = 0; l < kLoads; l++) {
+    const int e = threadIdx.x + l * kThreads, pack = e / kPieces, token = e / D % 8 * 8 + e / 2 % 8, group = e / 16 % (D / 16) * 2 + e % 2;
+    v[l] = make_uint4(0, 0, 0, 0);
+    if (pack >= count) continue;
+    const BlockIndex at(first + pack, heads, (uint32_t)blocks);
     const int64_t t = at.block * kBlock + token;
-    uint4 v = make_uint4(0, 0, 0, 0);
-    if (t < seq_len) {
-      if (group < D / 8) {
-        v = load8(x.row(at.b, t, at.h) + group * 8, vector);
-        if (scale) v = scaled<T>(v, *scale);
-      } else {
-        v.x = Numeric<T>::pack(1.f, 0.f);
-      }
-    }
-    *(uint4*)(packed + value_index(group * 8, token)) = v;
-    if (decayed) {
-      const float by = decay[token];
-      v = group < D / 8 ? scaled<T>(v, by) : t < seq_len ? make_uint4(high_and_low<T>(by), 0, 0, 0) : v;
-      *(uint4*)(decayed + value_index(group * 8, token)) = v;
-    }
+    if (t < seq_len) v[l] = load8(x.row(at.b, t, at.h) + group * 8, vector);
+    if (scale) v[l] = scaled<T>(v[l], scale[at.b * heads + at.h]);
+  }
+#pragma unroll
+  for (int l = 0; l < kLoads; l++) {
+    const int e = threadIdx.x + l * kThreads, pack = e / kPieces, token = e / D % 8 * 8 + e / 2 % 8, group = e / 16 % (D / 16) * 2 + e % 2;
+    if (pack >= count) continue;
+    const int64_t to = (int64_t)(first + pack) * value_block_elements(D) + value_index(group * 8, token);
+    *(uint4*)(packed + to) = v[l];
+    if (decayed) *(uint4*)(decayed + to) = scaled<T>(v[l], decay[(int64_t)(first + pack) * kBlock + token]);
+  }
+  for (int e = threadIdx.x; e < count * kBlock; e += kThreads) {  // the normaliser's columns
+    const uint32_t block = first + e / kBlock, token = e % kBlock;
+    const bool exists = (int64_t)(block % (uint32_t)blocks) * kBlock + token < seq_len;
+    const int64_t to = (int64_t)block * value_block_elements(D) + value_index(D, token);
+    *(uint4*)(packed + to) = make_uint4(exists ? Numeric<T>::pack(1.f, 0.f) : 0, 0, 0, 0);
+    if (decayed) *(uint4*)(decayed + to) = make_uint4(exists ? high_and_low<T>(decay[(int64_t)block * kBlock + token]) : 0, 0, 0, 0);
   }
 }
 
@@ -119,25 +146,18 @@ struct PackArguments {
   int64_t seq_len, blocks, query_blocks, key_blocks;  // the last two of all (b, h)
 };
 
-// One thread block per packed block: those of q, then of k, then of v.
+// Thread blocks of q, then of k, then of v.
 template <typename T, int D>
 __global__ void __launch_bounds__(kThreads) pack_inputs(const __grid_constant__ PackArguments<T> a) {
-  const int64_t index = blockIdx.x;
-  if (index < a.query_blocks) {
-    const BlockIndex at(index, a.query_heads, a.blocks);
-    const float* scale = a.query_scale ? a.query_scale + at.b * a.query_heads + at.h : nullptr;
-    pack_features<T, D>(a.q, at, a.seq_len, scale, a.packed_q + index * feature_block_elements(D), a.vector_q);
-  } else if (index < a.query_blocks + a.key_blocks) {
-    const BlockIndex at(index - a.query_blocks, a.key_heads, a.blocks);
-    const float* scale = a.key_scale ? a.key_scale + at.b * a.key_heads + at.h : nullptr;
-    pack_features<T, D>(a.k, at, a.seq_len, scale, a.packed_k + (index - a.query_blocks) * feature_block_elements(D), a.vector_k);
-  } else {
-    const int64_t mine = index - a.query_blocks - a.key_blocks, offset = mine * value_block_elements(D);
-    const BlockIndex at(mine, a.key_heads, a.blocks);
-    const float* scale = a.value_scale ? a.value_scale + at.b * a.key_heads + at.h : nullptr;
-    pack_values<T, D>(a.v, at, a.seq_len, scale, a.packed_v + offset, a.decayed_v ? a.decay + mine * kBlock : nullptr,
-                      a.decayed_v ? a.decayed_v + offset : nullptr, a.vector_v);
-  }
+  const uint32_t queries = (uint32_t)a.query_blocks, keys = (uint32_t)a.key_blocks;
+  const uint32_t query_grid = (queries + kPacks<D> - 1) / kPacks<D>, key_grid = (keys + kPacks<D> - 1) / kPacks<D>, index = blockIdx.x;
+  if (index < query_grid)
+    pack_features<T, D>(a.q, index * kPacks<D>, queries, a.query_heads, a.blocks, a.seq_len, a.query_scale, a.packed_q, a.vector_q);
+  else if (index < query_grid + key_grid)
+    pack_features<T, D>(a.k, (index - query_grid) * kPacks<D>, keys, a.key_heads, a.blocks, a.seq_len, a.key_scale, a.packed_k, a.vector_k);
+  else
+    pack_values<T, D>(a.v, (index - query_grid - key_grid) * kPacks<D>, keys, a.key_heads, a.blocks, a.seq_len, a.value_scale, a.packed_v, a.decay,
+                      a.decayed_v, a.vector_v);
 }
 
 // A group of D / 8 lanes holds one row of dn' = scale * [dy / d, -(dy . y) / d].
@@ -173,7 +193,7 @@ __global__ void __launch_bounds__(kThreads) pack_grad(Strided<T> dy, Strided<T> 
                                                       const float* value_scale, float* dn_scale, int query_heads, int key_heads,
                                                       int64_t seq_len, int64_t blocks, T* packed, const float* decay, T* decayed) {
   constexpr int kLanes = D / 8, kRows = kThreads / kLanes;
-  const BlockIndex at(blockIdx.x, query_heads, blocks);
+  const BlockIndex at(blockIdx.x, query_heads, (uint32_t)blocks);
   const int group = at.h / (query_heads / key_heads), lane = threadIdx.x % kLanes;
   const float vs = value_scale ? value_scale[at.b * key_heads + group] : 1.f;
   const float scale = !kOnlyMaximum && dn_scale ? dn_scale[at.b * key_heads + group] : 1.f;
@@ -216,7 +236,7 @@ __global__ void __launch_bounds__(kThreads) pack_grad(Strided<T> dy, Strided<T> 
 template <typename T, int D>
 __global__ void __launch_bounds__(kThreads) largest_magnitude(Strided<T> x, int heads, int groups, int64_t seq_len, int64_t blocks,
                                                               float* scale, bool vector) {
-  const BlockIndex at(blockIdx.x, heads, blocks);
+  const BlockIndex at(blockIdx.x, heads, (uint32_t)blocks);
   float largest = 0.f;
   for (int e = threadIdx.x; e < kBlock * D / 8; e += kThreads) {
     const int64_t t = at.block * kBlock + e / (D / 8);
@@ -299,8 +319,8 @@ int run_pack(const pt_problem& p, const pt_pack_params& a, cudaStream_t stream) 
   k.packed_q = (T*)a.packed_q, k.packed_k = (T*)a.packed_k, k.packed_v = (T*)a.packed_v, k.decayed_v = (T*)a.decayed_v;
   k.query_heads = p.query_heads, k.key_heads = p.key_heads;
   k.seq_len = p.seq_len, k.blocks = blocks, k.query_blocks = blocks * p.batch * p.query_heads, k.key_blocks = blocks * p.batch * p.key_heads;
-  const int64_t grid = k.query_blocks + 2 * k.key_blocks;
-  if (grid > INT32_MAX) return fail(PT_UNSUPPORTED, "pt_pack: batch * heads * seq_len is too large for one launch");
+  const int64_t grid = ceil_div(k.query_blocks, kPacks<D>) + 2 * ceil_div(k.key_blocks, kPacks<D>);
+  if (k.query_blocks + 2 * k.key_blocks > INT32_MAX) return fail(PT_UNSUPPORTED, "pt_pack: batch * heads * seq_len is too large for one launch");
   pack_inputs<T, D><<<(unsigned)grid, kThreads, 0, stream>>>(k);
   return check_cuda(cudaGetLastError(), "pt_pack");
 }

@@ -226,6 +226,20 @@ __global__ void __launch_bounds__(ChunkScanGradConfig<D>::kThreads, 1) chunk_sca
 #pragma unroll
   for (int s = 0; s < kStages - 1; s++) load(s);
   const int64_t key_block = p.key_bh * a.blocks + p.first_block;  // of the chunk's first block
+  // The rows' factors enter here before the gradients of the scores are rounded, and the state's part at once: then a pair's is rounded to the same
+  // number for its query and for its key, and cancels where the gates' gradient adds up the difference of both over a chunk.
+  float of_row[kM][2];
+  if (active) {
+    const float* row_factors = (kReverse ? a.gates.block_out : a.gates.block_in) + (key_block + row_block) * kBlock + row;
+#pragma unroll
+    for (int m = 0; m < kM; m++)
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+        of_row[m][r] = row_factors[m * 16 + r * 8 + g];
+#pragma unroll
+        for (int c = 0; c < D / 8; c++) acc[m][c][2 * r] *= of_row[m][r], acc[m][c][2 * r + 1] *= of_row[m][r];
+      }
+  }
   uint32_t x[kM][D / 16][4];
   for (int step = 0; step < walk.count; step++) {
     cp_async_wait<kStages - 2>();
@@ -238,17 +252,14 @@ __global__ void __launch_bounds__(ChunkScanGradConfig<D>::kThreads, 1) chunk_sca
     const bool diagonal = block == row_block;
     const uint32_t columns = ring + step % kStages * Config::kColumnBytes, values = columns + Config::kFeatureBytes;
     const float2* factors = (const float2*)(shared + (values + Config::kValueBytes - base));
-    if (walk.head(step) == 0) {
-      const float across = diagonal ? 0.f : a.gates.block_decay[key_block + block];
-      const float* row_factors = (kReverse ? a.gates.block_out : a.gates.block_in) + (key_block + block) * kBlock + row;
+    if (walk.head(step) == 0 && !diagonal) {
+      const float across = a.gates.block_decay[key_block + block];
 #pragma unroll
       for (int m = 0; m < kM; m++)
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
-          const float f = diagonal ? row_factors[m * 16 + r * 8 + g] : across;
+        for (int c = 0; c < D / 8; c++)
 #pragma unroll
-          for (int c = 0; c < D / 8; c++) acc[m][c][2 * r] *= f, acc[m][c][2 * r + 1] *= f;
-        }
+          for (int i = 0; i < 4; i++) acc[m][c][i] *= across;
     }
 #pragma unroll 1
     for (int sub = 0; sub < 4; sub++) {
@@ -275,7 +286,8 @@ __global__ void __launch_bounds__(ChunkScanGradConfig<D>::kThreads, 1) chunk_sca
         for (int c = 0; c < 2; c++)
 #pragma unroll
           for (int r = 0; r < 2; r++)
-            z[m][2 * c + r] = N::pack(2.f * s[m][c][2 * r] * d[m][c][2 * r], 2.f * s[m][c][2 * r + 1] * d[m][c][2 * r + 1]);
+            z[m][2 * c + r] = N::pack(2.f * s[m][c][2 * r] * d[m][c][2 * r] * (diagonal ? 1.f : of_row[m][r]),
+                                      2.f * s[m][c][2 * r + 1] * d[m][c][2 * r + 1] * (diagonal ? 1.f : of_row[m][r]));
 #pragma unroll
       for (int c = 0; c < D / 8; c += 2) {
         uint32_t y[4];

@@ -1,6 +1,7 @@
 // chunk_scan on Hopper: phi(x) S plus the causal attention within the chunk, in one accumulator; then y = n / d, or dv.
 //
-// A block of threads owns 256 rows (tokens) of one chunk, a warpgroup two blocks of 64. Phase 1 streams the chunk's state past them, two phi
+// A block of threads owns 256 rows (tokens) of one chunk, a warpgroup two blocks of 64 (K = 32: one, and there are four, because one alone waits
+// for most of its time). Phase 1 streams the chunk's state past them, two phi
 // tiles a stage, and forms phi(x) in registers: the fragment of x_J times x_i, which one ldmatrix delivers to every thread of a row. Phase 2
 // streams blocks of keys and values (reverse: queries and dn') from the diagonal away, so that decays between blocks are a running product.
 // Row tiles are taken in turns by a persistent grid: the producing warpgroup runs ahead into the next one.
@@ -31,8 +32,8 @@ template <int kHeadDim, typename T, bool kReverse>
 struct ChunkScan {
   static constexpr int kColumns = kHeadDim + kNormColumns, kColumnGroups = kColumns / 8;
   static constexpr int kFeatureBlocks = feature_blocks(kHeadDim), kHalf = kFeatureBlocks / 2, kPhiTiles = phi_tiles(kHeadDim);
-  static constexpr int kWarpgroups = 2, kThreads = (kWarpgroups + 1) * 128;
-  static constexpr int kM = 2, kRowBlocks = kWarpgroups * kM;  // 64-row accumulators of a warpgroup, blocks of a row tile
+  static constexpr int kWarpgroups = kHeadDim == 32 ? 4 : 2, kThreads = (kWarpgroups + 1) * 128;
+  static constexpr int kM = kHeadDim == 32 ? 1 : 2, kRowBlocks = kWarpgroups * kM;  // 64-row accumulators of a warpgroup, blocks of a row tile
   static constexpr int kXBytes = feature_block_elements(kHeadDim) * 2, kUBytes = value_block_elements(kHeadDim) * 2;
   static constexpr int kTileBytes = state_tile_elements(kHeadDim) * 2;
   static constexpr int kVectorBytes = kBlock * 4;
@@ -98,14 +99,21 @@ struct ChunkScan {
     const int lane, warp, warpgroup;
     Ring<kStages> ring;
     uint32_t stages;
-    const int row_stride;  // bytes from the packed rows of this warpgroup's first block to those of its second
+    int blocks[kM];  // of the row tile, that this warpgroup takes
     float acc[kM][kColumns / 2];
 
     __device__ Consumer(const ChunkScanParams& p, uint32_t stages, uint32_t barriers)
-        : p(p), lane(threadIdx.x % 32), warp(threadIdx.x / 32 % 4), warpgroup(threadIdx.x / 128), ring(barriers), stages(stages),
-          row_stride((block(kM - 1) - block(0)) * kXBytes) {}
+        : p(p), lane(threadIdx.x % 32), warp(threadIdx.x / 32 % 4), warpgroup(threadIdx.x / 128), ring(barriers), stages(stages) {
+      start_turn(0);
+    }
 
-    __device__ __forceinline__ int block(int m) const { return row_block_of<kM>(warpgroup, m); }
+    __device__ __forceinline__ void start_turn(uint32_t turn) {
+#pragma unroll
+      for (int m = 0; m < kM; m++) blocks[m] = row_block_of<kWarpgroups, kM>(warpgroup, m, turn);
+    }
+    __device__ __forceinline__ int block(int m) const { return blocks[m]; }
+    // Bytes from the packed rows of the first block to those of the last.
+    __device__ __forceinline__ int row_stride() const { return (blocks[kM - 1] - blocks[0]) * kXBytes; }
 
     __device__ void release(int stage) {
       __syncwarp();  // lane 0 speaks for what all lanes have read
@@ -120,7 +128,7 @@ struct ChunkScan {
 #pragma unroll
       for (int m = 0; m < kM; m++)
 #pragma unroll
-        for (int half = 0; half < 2; half++) load_matrices_transposed(pairs[m][half], at + m * row_stride + half * 128);
+        for (int half = 0; half < 2; half++) load_matrices_transposed(pairs[m][half], at + m * row_stride() + half * 128);
     }
     // The same, each x_i in both halves of a register, where registers allow it; there the next block's pairs are loaded ahead, too.
     using Scalars = uint32_t[kM][2][kExpanded ? 8 : 4];
@@ -142,10 +150,10 @@ struct ChunkScan {
       return i % 2 ? both_high(xi[i / 2]) : both_low(xi[i / 2]);
     }
 
-    // acc += phi tile (I, J) of the rows times the tile of the state at `tile`; then xj becomes that of the block at `next_xj`.
-    __device__ __forceinline__ void multiply_tile(const Scalars& xi, uint32_t (&xj)[4], uint32_t (&a)[2][kM][kSlices][4], uint32_t tile, uint32_t next_xj,
-                                                  bool release_previous) {
-      const CoreMatrices state(tile, 128, 1024);
+    // acc += phi tile (I, J) of the rows times tile `which` (0 or 1) of the stage; then xj becomes that of the block at `next_xj`.
+    __device__ __forceinline__ void multiply_tile(const Scalars& xi, uint32_t (&xj)[2 * kM], uint32_t (&a)[2][kM][kSlices][4], int which,
+                                                  uint32_t next_xj, bool release_previous) {
+      const CoreMatrices state(stages + ring.stage() * kStageBytes + which * kTileBytes, 128, 1024);
 #pragma unroll
       for (int group = 0; group < 4 / kSlices; group++) {
         wgmma_wait<1>();  // the products that read a[group % 2] are done
@@ -174,14 +182,13 @@ struct ChunkScan {
     // before this one's products, and addresses are sums of few terms: between two tiles the tensor cores wait for nothing else.
     __device__ __forceinline__ void scan_state(uint32_t rows) {
       // ldmatrix of x_J: (block m, rows + 0 or 8) = matrices 2 m + half.
-      const uint32_t xj_at = rows + (lane >> 4) * row_stride + ((2 * warp + (lane >> 3 & 1)) * 64 + (lane & 7) * 8) * 2;
+      const uint32_t xj_at = rows + (lane >> 4) * row_stride() + ((2 * warp + (lane >> 3 & 1)) * 64 + (lane & 7) * 8) * 2;
       const auto j_address = [&](int block) { return xj_at + block % kFeatureBlocks * 1024; };
       Scalars xi;
       Pairs pairs;
-      uint32_t a[2][kM][kSlices][4], xj[4];
+      uint32_t a[2][kM][kSlices][4], xj[2 * kM];
       if constexpr (kExpanded) load_pairs(pairs, rows, 0);
       load_matrices_transposed(xj, j_address(0));
-      bool started = false;
 #pragma unroll 1
       for (int i = 0; i < kFeatureBlocks; i++) {
         if constexpr (!kExpanded) load_pairs(pairs, rows, i);
@@ -192,9 +199,8 @@ struct ChunkScan {
           if (kExpanded && distance == kHalf - 1) load_pairs(pairs, rows, (i + 1) % kFeatureBlocks);
           // After the last of an I comes (I + 1, I + 1), and after the last of all (0, NB/2).
           const int next = distance + 1 < kHalf ? i + distance + 1 : i + 1 < kFeatureBlocks ? i + 1 : kHalf;
-          multiply_tile(xi, xj, a, stages + ring.stage() * kStageBytes + distance % 2 * kTileBytes, j_address(next), started && distance % 2 == 0);
+          multiply_tile(xi, xj, a, distance % 2, j_address(next), distance % 2 == 0 && i + distance > 0);
           if (distance % 2 == 1) ring.advance();
-          started = true;
         }
       }
 #pragma unroll
@@ -203,7 +209,7 @@ struct ChunkScan {
         if constexpr (!kExpanded) load_pairs(pairs, rows, i);
         expand(xi, pairs);
         if (kExpanded && i + 1 < kHalf) load_pairs(pairs, rows, i + 1);
-        multiply_tile(xi, xj, a, stages + ring.stage() * kStageBytes + i % 2 * kTileBytes, j_address(i + 1 + kHalf), i % 2 == 0);
+        multiply_tile(xi, xj, a, i % 2, j_address(i + 1 + kHalf), i % 2 == 0);
         if (i % 2 == 1) ring.advance();
       }
       wgmma_wait<0>();
@@ -220,7 +226,7 @@ struct ChunkScan {
 #pragma unroll
         for (int k = 0; k < kScoreSteps; k++)
           load_matrices_transposed(
-              xa[k], rows + m * row_stride + (((2 * (first + k) + (lane >> 4)) * 8 + 2 * warp + (lane >> 3 & 1)) * 64 + (lane & 7) * 8) * 2);
+              xa[k], rows + m * row_stride() + (((2 * (first + k) + (lane >> 4)) * 8 + 2 * warp + (lane >> 3 & 1)) * 64 + (lane & 7) * 8) * 2);
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < kScoreSteps; k++) wgmma<T, true>(s, xa[k], CoreMatrices(x, 1024, 128).at((first + k) * 2048), first + k > 0);
@@ -272,10 +278,22 @@ struct ChunkScan {
       wgmma_wait<0>();  // the other warpgroup fills the gap; products in flight across the branches above would be serialised by ptxas
     }
 
+    // Decays of this thread's rows of block m. They are loaded long before they are needed where registers allow it.
+    __device__ __forceinline__ void load_row_decay(float (&decay)[2], const float* from, const Tile& tile, int m) const {
+      const int64_t at = ((int64_t)tile.key_head * p.blocks + min(tile.row_block + block(m), p.blocks - 1)) * kBlock + 16 * warp + lane / 4;
+      decay[0] = from[at], decay[1] = from[at + 8];
+    }
+
     __device__ __forceinline__ void scan_columns(const Tile& tile, uint32_t rows) {
+      float row_decay[kM][2];
+      if constexpr (kExpanded)
+#pragma unroll
+        for (int m = 0; m < kM; m++) load_row_decay(row_decay[m], p.row_block_decay, tile, m);
 #pragma unroll 1
       for (int g = 0; g < Tile::column_heads(p); g++) {
-        float between[kM] = {1.f, 1.f};  // decay across the blocks between these rows and the columns
+        float between[kM];  // decay across the blocks between these rows and the columns
+#pragma unroll
+        for (int m = 0; m < kM; m++) between[m] = 1.f;
         const int end = tile.column_block(tile.column_count);
 #pragma unroll 1
         for (int column = tile.column_block(0); column != end; column += kReverse ? 1 : -1) {
@@ -289,8 +307,8 @@ struct ChunkScan {
             const bool diagonal = column == mine;
             if (!diagonal && (kReverse ? column < mine : column > mine)) continue;
             if (diagonal || between[m] > 0.f) {
-              const float* row_decay = p.row_block_decay + ((int64_t)tile.key_head * p.blocks + mine) * kBlock + 16 * warp + lane / 4;
-              const float decay[2] = {row_decay[0] * between[m], row_decay[8] * between[m]};
+              if constexpr (!kExpanded) load_row_decay(row_decay[m], p.row_block_decay, tile, m);
+              const float decay[2] = {row_decay[m][0] * between[m], row_decay[m][1] * between[m]};
               attend(diagonal, m, rows, x, decay);
             }
             if (!diagonal) between[m] *= across;
@@ -302,6 +320,10 @@ struct ChunkScan {
     }
 
     __device__ __forceinline__ void run(const Tile& tile, uint32_t rows) {
+      float chunk_decay[kM][2];
+      if constexpr (kExpanded)
+#pragma unroll
+        for (int m = 0; m < kM; m++) load_row_decay(chunk_decay[m], p.row_chunk_decay, tile, m);
 #pragma unroll
       for (int m = 0; m < kM; m++)
 #pragma unroll
@@ -310,11 +332,9 @@ struct ChunkScan {
         scan_state(rows);
 #pragma unroll
         for (int m = 0; m < kM; m++) {
-          const int at = min(tile.row_block + block(m), p.blocks - 1);
-          const float* decay = p.row_chunk_decay + ((int64_t)tile.key_head * p.blocks + at) * kBlock + 16 * warp + lane / 4;
-          const float top = decay[0] * p.inverse_state_scale, bottom = decay[8] * p.inverse_state_scale;
+          if constexpr (!kExpanded) load_row_decay(chunk_decay[m], p.row_chunk_decay, tile, m);
 #pragma unroll
-          for (int c = 0; c < kColumns / 2; c++) acc[m][c] *= c % 4 < 2 ? top : bottom;
+          for (int c = 0; c < kColumns / 2; c++) acc[m][c] *= chunk_decay[m][c % 4 / 2] * p.inverse_state_scale;
         }
       }
       scan_columns(tile, rows);
@@ -355,8 +375,10 @@ struct ChunkScan {
 #pragma unroll 1
     for (; (int)(blockIdx.x + row_ring.count * gridDim.x) < p.tiles; row_ring.advance()) {
       const Tile tile(p, blockIdx.x + row_ring.count * gridDim.x);
+      consumer.start_turn(row_ring.count);
       row_ring.wait_full();
       if (tile.row_blocks > 0) consumer.run(tile, rows + row_ring.stage() * kRowBytes + consumer.block(0) * kXBytes);
+      __syncwarp();  // lane 0 speaks for what all lanes have read
       if (consumer.lane == 0) row_ring.release(row_ring.stage());
       if (tile.row_blocks > 0) consumer.store(tile);
     }
@@ -379,7 +401,7 @@ __global__ void __launch_bounds__(ChunkScan<kHeadDim, T, kReverse>::kThreads, 1)
     give_registers<kProducerRegisters>();
     if (threadIdx.x % 128 == 0) Kernel::produce(p, rows, stages, ring_barriers, row_barriers);
   } else {
-    take_registers<kConsumerRegisters>();
+    take_registers<kConsumerRegisters<Kernel::kWarpgroups>>();
     Kernel::consume(p, rows, stages, ring_barriers, row_barriers);
   }
 }

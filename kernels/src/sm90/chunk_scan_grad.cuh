@@ -117,7 +117,7 @@ struct ChunkScanGrad {
           xj_at(rows_x + ((2 * warp + (lane >> 3 & 1)) * 64 + (lane & 7) * 8) * 2),
           dx(dx + warpgroup * (kDxBytes / kWarpgroups) + threadIdx.x % 128 * 8) {}
 
-    __device__ __forceinline__ int block(int m) const { return row_block_of<kM>(warpgroup, m); }
+    __device__ __forceinline__ int block(int m) const { return row_block_of<kWarpgroups, kM>(warpgroup, m, 0); }
 
     __device__ void release(int stage) {
       __syncwarp();  // lane 0 speaks for what all lanes have read
@@ -456,6 +456,7 @@ struct ChunkScanGrad {
       const Tile tile(p, blockIdx.x + row_ring.count * gridDim.x);
       row_ring.wait_full();
       if (tile.row_blocks > 0) consumer.run(tile);
+      __syncwarp();  // lane 0 speaks for what all lanes have read
       if (consumer.lane == 0) row_ring.release(0);
       if (tile.row_blocks > 0) consumer.store(tile);
     }
@@ -478,7 +479,7 @@ __global__ void __launch_bounds__(ChunkScanGrad<kHeadDim, T, kReverse>::kThreads
     give_registers<kProducerRegisters>();
     if (threadIdx.x % 128 == 0) Kernel::produce(p, rows, stages, ring_barriers, row_barriers);
   } else {
-    take_registers<kConsumerRegisters>();
+    take_registers<kConsumerRegisters<Kernel::kWarpgroups>>();
     Kernel::consume(p, rows, dx, stages, ring_barriers, row_barriers);
   }
 }

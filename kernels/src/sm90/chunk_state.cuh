@@ -110,6 +110,12 @@ struct ChunkState {
     });
   }
 
+  // Releases the stage before the current one.
+  __device__ static __forceinline__ void release(const Ring<kStages>& ring, bool speaks) {
+    __syncwarp();  // one lane speaks for what all lanes have read
+    if (speaks) ring.release(ring.previous());
+  }
+
   template <class Group>
   __device__ static void consume(const ChunkStateParams& p, int group, uint32_t shared, uint32_t barriers) {
     constexpr int kTiles = Group::kTiles, kPairs = Group::kJ / 2;
@@ -152,10 +158,18 @@ struct ChunkState {
     }
 
     Ring<kStages> ring(barriers);
-    // Fragments of phi in turn, each a group of its own: as many as registers allow run while the next one is formed.
-    constexpr int kAhead = kHeadDim == 32 ? 10 : 4;
-    static_assert(kBlock / 16 * kTiles % kAhead == 0 && kBlock / 16 * kTiles > kAhead, "a block of tokens ends with the last fragment");
-    uint32_t a[kAhead][4];
+    // The products of 16 tokens are one or two wgmma groups, with fragments of phi of their own: one group runs while the next one's are formed.
+    constexpr int kGroups = kHeadDim == 64 ? 2 : 1, kFirst = kGroups == 1 ? kTiles : (kTiles + 1) / 2;  // products of the first group
+    uint32_t a[3 - kGroups][kTiles][4], xi[Group::kI][4], xj[Group::kJ][2];
+    // Fragments of x of the stage's k-th 16 tokens. They are loaded before the products that come before theirs are issued.
+    const auto load_x = [&](int k) {
+      const uint32_t x = shared + ring.stage() * kStageBytes + k * 256;
+#pragma unroll
+      for (int i = 0; i < Group::kI; i++) load_matrices(xi[i], x + i_offset[i]);
+#pragma unroll
+      for (int j = 0; j < kPairs; j++) load_matrices(xj[2 * j], xj[2 * j + 1], x + j_offset[j]);
+      if constexpr (Group::kJ % 2) load_matrices(xj[Group::kJ - 1], x + j_offset[kPairs]);
+    };
     for_each_chunk(p, [&](int64_t n, int64_t, int count) {
       if (p.states) write_state<Group>(p, acc, group, n, warp, lane);
       const float across = p.chunk_decay[head * p.chunks + n];
@@ -168,34 +182,31 @@ struct ChunkState {
 #pragma unroll 1
       for (int step = 0; step < steps; step++) {
         ring.wait_full();
-        const uint32_t x = shared + ring.stage() * kStageBytes, u = x + kXBytes;
-        const CoreMatrices columns(u, 128, 1024);
+        load_x(0);
+        const CoreMatrices columns(shared + ring.stage() * kStageBytes + kXBytes, 128, 1024);
 #pragma unroll
         for (int k = 0; k < kBlock / 16; k++) {
-          uint32_t xi[Group::kI][4], xj[Group::kJ][2];
 #pragma unroll
-          for (int i = 0; i < Group::kI; i++) load_matrices(xi[i], x + i_offset[i] + k * 256);
+          for (int group = 0; group < kGroups; group++) {
+            const int first = group * kFirst, end = group == 0 ? kFirst : kTiles, turn = k * kGroups + group;
+            uint32_t(&fragments)[kTiles][4] = a[turn % (3 - kGroups)];
+            wgmma_wait<1>();  // the products that read these fragments are done
+            if (turn == 1) release(ring, step > 0 && lane == 0);
 #pragma unroll
-          for (int m = 0; m < kTiles; m++) {
-            const int j = Group::j_slot(m), product = k * kTiles + m;
-            if (m == 0 || j != Group::j_slot(m - 1)) {
-              if (j % 2 == 0 && j + 1 < Group::kJ) load_matrices(xj[j], xj[j + 1], x + j_offset[j / 2] + k * 256);
-              if (j % 2 == 0 && j + 1 == Group::kJ) load_matrices(xj[j], x + j_offset[j / 2] + k * 256);
-            }
-            wgmma_wait<kAhead - 1>();  // the product that read this fragment is done
-            if (product == kAhead && step > 0 && lane == 0) ring.release(ring.previous());
-            uint32_t(&fragment)[4] = a[product % kAhead];
+            for (int m = first; m < end; m++)
 #pragma unroll
-            for (int r = 0; r < 4; r++) fragment[r] = Pair<T>::multiply(xj[j][r / 2], xi[Group::i_slot(m)][r]);
+              for (int r = 0; r < 4; r++) fragments[m][r] = Pair<T>::multiply(xj[Group::j_slot(m)][r / 2], xi[Group::i_slot(m)][r]);
+            if (group == kGroups - 1 && k + 1 < kBlock / 16) load_x(k + 1);
             wgmma_fence();
-            wgmma<T, true>(acc[m], fragment, columns.at(k * 256), true);
+#pragma unroll
+            for (int m = first; m < end; m++) wgmma<T, true>(acc[m], fragments[m], columns.at(k * 256), true);
             wgmma_commit();
           }
         }
         ring.advance();
       }
       wgmma_wait<0>();
-      if (steps > 0 && lane == 0) ring.release(ring.previous());
+      release(ring, steps > 0 && lane == 0);
     });
 
     float* out = p.segments > 1 ? p.locals + blockIdx.y * p.boundary_stride : p.final_state;
@@ -257,7 +268,7 @@ __global__ void __launch_bounds__(ChunkState<kHeadDim, T>::kThreads, 1) chunk_st
     give_registers<kProducerRegisters>();
     if (threadIdx.x % 128 == 0) Kernel::produce(p, shared, barriers);
   } else {
-    take_registers<kConsumerRegisters>();
+    take_registers<kConsumerRegisters<Kernel::kWarpgroups>>();
     const int group = kHeadDim == 64 ? blockIdx.x + kStateBlocks<64> * warpgroup : blockIdx.x * Kernel::kWarpgroups + warpgroup;
     const bool second_kind = kHeadDim == 64 ? warpgroup == 1 : kHeadDim == 128 && group >= 64;
     if (second_kind) {

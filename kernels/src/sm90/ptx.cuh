@@ -30,8 +30,11 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       "r"(parity)
       : "memory");
 }
-// Registers move from the producing warpgroup to two consuming ones: 24 + 2 * 240 <= 3 * 168, the cap of a block of 384 threads.
-constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+// Registers move from the producing warpgroup to the consuming ones: 24 + 2 * 240 <= 3 * 168, the cap of a block of 384 threads, and
+// 24 + 4 * 112 <= 5 * 96, that of 640.
+constexpr int kProducerRegisters = 24;
+template <int kConsumers>
+constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 112;
 template <int kRegisters>
 __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
@@ -40,9 +43,6 @@ template <int kRegisters>
 __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
-
-// A barrier among `threads` threads of the block, so that one warpgroup can synchronise without the others.
-__device__ __forceinline__ void named_barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
 // Contiguous global -> shared copy that completes on an mbarrier. Addresses and bytes are multiples of 16.
 __device__ __forceinline__ void bulk_load(uint32_t destination, const void* source, uint32_t bytes, uint32_t barrier) {

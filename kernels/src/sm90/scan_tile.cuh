@@ -54,11 +54,11 @@ struct ScanTile {
   __device__ int column_block(int index) const { return kReverse ? row_block + index : row_block + row_blocks - 1 - index; }
 };
 
-// Blocks of 64 rows that a warpgroup takes from a row tile of two (kM = 1) or four (kM = 2): 0 and 3, or 1 and 2, so that both have the same
-// number of pairs within the chunk.
-template <int kM>
-__device__ __forceinline__ int row_block_of(int warpgroup, int m) {
-  return m == 0 ? warpgroup : 2 * kM - 1 - warpgroup;
+// The m-th block of 64 rows that a warpgroup takes from a row tile, so that all warpgroups have about as many pairs within the chunk: with two
+// of four it is 0 and 3, or 1 and 2; with one each the order is turned around every other row tile.
+template <int kWarpgroups, int kM>
+__device__ __forceinline__ int row_block_of(int warpgroup, int m, uint32_t turn) {
+  return (kM == 1 ? turn % 2 == 0 : m == 0) ? warpgroup : kWarpgroups * kM - 1 - warpgroup;
 }
 
 // Writes this thread's part (columns 2 (lane % 4) and + 1) of two neighbouring groups of 8 columns of one row. Neighbouring threads exchange
