@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from kernels import check_stages
+from kernels import stage_calls
 from powertrain.native import abi, toolchain
 
 STRUCTS: dict[str, type[ctypes.Structure]] = {
-    "pt_tensor": check_stages.Strided,
-    "pt_problem": check_stages.Problem,
+    "pt_tensor": stage_calls.Strided,
+    "pt_problem": stage_calls.Problem,
     "pt_kernel_attributes": abi.KernelAttributes,
-    "pt_sizes": check_stages.Sizes,
-    "pt_chunk_state_params": check_stages.ChunkState,
-    "pt_chunk_scan_params": check_stages.ChunkScan,
-    "pt_chunk_scan_grad_params": check_stages.ChunkScanGrad,
+    "pt_sizes": stage_calls.Sizes,
+    "pt_chunk_state_params": stage_calls.ChunkState,
+    "pt_chunk_scan_params": stage_calls.ChunkScan,
+    "pt_chunk_scan_grad_params": stage_calls.ChunkScanGrad,
     "pt_cross_entropy_params": abi.CrossEntropy,
 }
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.check_stages import Problem
+from kernels.stage_calls import Problem
 from powertrain import native
 from powertrain.native import loader
 from powertrain.ops import api, cuda, cuda_plan, power_retention, power_retention_with_normalizer
