@@ -11,6 +11,7 @@
 #include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -274,6 +275,17 @@ struct PowerRetentionBackward final : Node {
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
     out.reset_data(), saved.reset_data(), cu_seqlens.reset_data();
+  }
+  // Compiled autograd traces apply() with stand-ins for what the node keeps.
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
+    args.collect(out, true), args.collect(saved, false), args.collect(cu_seqlens, false), args.collect(key_heads), args.collect(chunk_size);
+    args.collect(arch), args.collect(has_gates), args.collect(has_state), args.collect(final_state);
+  }
+  variable_list apply_with_saved(const variable_list& grads, torch::dynamo::autograd::SwapSavedVariables& swap) override {
+    swap.before(out), swap.before(saved), swap.before(cu_seqlens), swap.before(key_heads), swap.before(chunk_size);
+    variable_list result = apply(variable_list(grads));
+    swap.after(out), swap.after(saved), swap.after(cu_seqlens), swap.after(key_heads), swap.after(chunk_size);
+    return result;
   }
 
   SavedVariable out, saved, cu_seqlens;

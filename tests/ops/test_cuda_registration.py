@@ -74,6 +74,23 @@ def test_compile_gives_the_same_values(dynamic: bool) -> None:
             assert torch.equal(value, expected[name]), name
 
 
+def test_compiled_autograd_gives_the_same_gradients() -> None:
+    case = replace(CASE, documents=True)
+    leaves = list({name: x.requires_grad_() for name, x in case.tensors().items()}.values())
+
+    def gradients() -> tuple[Tensor, ...]:
+        for leaf in leaves:
+            leaf.grad = None
+        power_retention(*leaves, chunk_size=64, impl="cuda", **case.keywords()).float().square().sum().backward()
+        return tuple(leaf.grad for leaf in leaves)  # type: ignore[misc]
+
+    expected = gradients()
+    torch._dynamo.reset()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        found = gradients()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_autocast_runs_the_kernels_on_fp32_parameters() -> None:
     tensors = {name: x.float() for name, x in CASE.tensors().items()}
     with torch.autocast(DEVICE, dtype=BF16):
