@@ -51,6 +51,7 @@ def _poisoned_memory() -> Iterator[None]:
 @pytest.fixture(scope="module", autouse=True)
 def _library() -> Iterator[None]:
     if ON_GPU:
+        native.load_kernels()
         yield
         return
     with pytest.MonkeyPatch.context() as patch:
