@@ -72,7 +72,10 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("POWERTRAIN_TRACEBACK", "0") not in ("", "0"):
             raise
         print(f"powertrain {name}: {error}", file=sys.stderr)
-        print("(POWERTRAIN_TRACEBACK=1 shows where this arose)", file=sys.stderr)
+        from powertrain.schema import ConfigError
+
+        if not isinstance(error, ConfigError):  # which is about what was typed, and arose nowhere else
+            print("(POWERTRAIN_TRACEBACK=1 shows where this arose)", file=sys.stderr)
         return 2
 
 

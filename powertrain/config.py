@@ -277,12 +277,21 @@ def checked_overrides(overrides: list[str], directories: list[Path]) -> list[str
                 f"brackets twice, as in 'key=\"a, b\"'"
             ) from error
         if override.is_sweep_override():
-            raise ConfigError(f"{text!r} gives several values: one run takes one; sweeps are `powertrain sweep RECIPE`")
+            name, _, value = text.partition("=")
+            if not (name.endswith("mixer.kind") and override.is_choice_sweep()):
+                raise ConfigError(
+                    f"{text!r} gives several values: one run takes one; sweeps are `powertrain sweep plan RECIPE`"
+                )
+            # A pattern of layers, which a shell has taken the quotes off.
+            text = f'{name}="{value}"'
+            override = OverridesParser.create().parse_override(text)
         key = override.key_or_group
         if key in GROUPS and not isinstance(override.value(), dict):
             allowed = options(key, directories)
             if override.value() is not None and str(override.value()) not in allowed:
-                raise ConfigError(f"unknown option {key}={override.value()}: {nearest(str(override.value()), allowed)}")
+                hint = nearest(str(override.value()), allowed)
+                hint += "" if hint.startswith("allowed") else f" allowed: {', '.join(allowed)}"
+                raise ConfigError(f"unknown option {key}={override.value()}: {hint}")
         elif key in known or key.rpartition(".")[0] in mappings:
             text = "++" + text.lstrip("+") if not override.is_delete() else text
         elif key not in sections:

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -128,16 +129,16 @@ def _train_here(config: RunConfig, arguments: argparse.Namespace, argv: list[str
     if devices.per_node > 1 and launcher() is None:
         again = [sys.executable, "-m", "powertrain", "train", *argv]
         return launch(again, devices.per_node, num_nodes=devices.num_nodes)
-    command = shlex.join(["powertrain", "train", *argv])
+    command, again_as = (shlex.join([program, "train", *argv]) for program in ("powertrain", _program()))
     end_with_launcher()
     try:
         result = run(config, command=command, signals=signals)
         if result.fit.interrupted_by is not None:
             saved = f"Everything is saved at step {result.fit.counters.step}"
-            return _interrupted(config, result.fit.interrupted_by, saved, command)
+            return _interrupted(config, result.fit.interrupted_by, saved, again_as)
         _report(config, result, arguments.overrides if arguments.config is None else None)
     except Stopped as stop:
-        return _interrupted(config, stop.signum, "No step was under way", command)
+        return _interrupted(config, stop.signum, "No step was under way", again_as)
     except Exception as error:
         if devices.world_size > 1:
             _end_rank(error)
@@ -397,6 +398,14 @@ def _introduce(
     )
 
 
+def _program() -> str:
+    """Return how this command is called from here: by its name where the shell finds it, else by its path."""
+    called = Path(sys.argv[0])
+    if shutil.which("powertrain") is not None or called.name != "powertrain":
+        return "powertrain"
+    return os.path.relpath(called) if called.is_relative_to(Path.cwd()) else str(called)
+
+
 def _report(config: RunConfig, result: RunResult, overrides: list[str] | None) -> None:
     """Show what came out: losses, the curve, a sample, and how to go on."""
     if not _is_main_process():
@@ -430,11 +439,14 @@ def _report(config: RunConfig, result: RunResult, overrides: list[str] | None) -
         _say(f"\nA sample of {config.sample.max_new_tokens} tokens:\n{rule}\n{text}\n{rule}")
     _say()
     if overrides is not None:
-        kept = [o for o in overrides if not o.startswith((*EXTENDABLE, "budget=", "run_id=", "model="))]
+        kept = [o for o in overrides if not o.startswith((*EXTENDABLE, "budget=", "run_id="))]
         further = f"run_id={result.run_id} trainer.max_tokens={2 * result.length.tokens}"
         if config.trainer.max_steps is not None:
             further += " trainer.max_steps=null"
         if config.budget.value is not None:
             further += " budget.value=null"
-        _say(f"Train it twice as long:  {shlex.join(['powertrain', 'train', *kept])} {further}")
-    _say(f"Generate from it:        {shlex.join(['powertrain', 'generate', str(result.run_dir)])} --prompt 'class '")
+        _say(f"Train it twice as long:  {shlex.join([_program(), 'train', *kept])} {further}")
+        if config.schedule.kind != "constant":
+            _say("                         (its learning rate rises again, and the loss with it at first)")
+    prompt = shlex.quote(config.sample.prompt)
+    _say(f"Generate from it:        {shlex.join([_program(), 'generate', str(result.run_dir)])} --prompt {prompt}")

@@ -83,6 +83,11 @@ def test_each_mistake_is_one_clear_sentence(overrides, message, capsys):
     assert rest in ([], ["(POWERTRAIN_TRACEBACK=1 shows where this arose)"])
 
 
+def test_a_pattern_of_layers_needs_no_quotes():
+    kinds = compose(["mixer.kind=power,power,softmax"]).model.mixer.kinds
+    assert kinds == compose(['mixer.kind="power,power,softmax"']).model.mixer.kinds == ("power", "power", "softmax")
+
+
 def test_a_key_that_its_yaml_leaves_at_the_default_can_be_set():
     assert compose(["data.split=tail", "trainer.compile=true"]).data.split == "tail"
 

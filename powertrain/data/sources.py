@@ -208,6 +208,8 @@ def _expand(patterns: tuple[str, ...]) -> list[str]:
             continue
         matches = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
         found = [os.path.abspath(match) for match in matches if os.path.isfile(match)]
+        if matches and not found:
+            raise ValueError(f"data.files={pattern!r} is a directory; give its files, such as '{pattern}/*.txt'")
         if not found:
             raise ValueError(f"no file matches data.files={pattern!r} (looked from {os.getcwd()})")
         files.update(dict.fromkeys(found))

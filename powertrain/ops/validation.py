@@ -27,6 +27,9 @@ def shape_text(x: Tensor) -> str:
 
 def autocast(Q: Tensor, K: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return Q, K and V in the autocast dtype under autocast, as they are otherwise."""
+    for name, x in (("Q", Q), ("K", K), ("V", V)):
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} is a {type(x).__module__}.{type(x).__name__}; expected a torch.Tensor")
     device_type = "cuda" if Q.is_cuda else Q.device.type  # is_cuda takes a fifth of the time
     if not torch.is_autocast_enabled(device_type):
         return Q, K, V

@@ -165,8 +165,8 @@ class TrainerConfig:
             below = self.global_batch_tokens // self.context_length * self.context_length
             raise ValueError(
                 f"trainer.global_batch_tokens is {self.global_batch_tokens}, which is not a multiple of"
-                f" trainer.context_length {self.context_length}; the nearest are"
-                f" {' and '.join(str(n) for n in (below, below + self.context_length) if n)}."
+                f" trainer.context_length {self.context_length}; allowed are"
+                f" {' and '.join(str(n) for n in (below, below + self.context_length) if n)}, for example."
             )
         if self.context_parallel > self.context_length:
             raise ValueError(
@@ -183,7 +183,7 @@ class TrainerConfig:
         if self.max_steps is not None and self.max_tokens is not None:
             raise ValueError(
                 f"trainer.max_steps {self.max_steps} and trainer.max_tokens {self.max_tokens} are both given;"
-                " give one budget."
+                " give one budget, and set the other to null where an experiment gives it."
             )
 
 

@@ -57,6 +57,21 @@ class RunLockedError(RuntimeError):
     """Another process trains in this run directory."""
 
 
+_locks: set[int] = set()  # descriptors of the run directories' locks that this process holds
+
+
+def _leave_locks_to_the_parent() -> None:
+    # Data workers outlive a killed parent by some seconds, and must not hold its lock for it.
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for descriptor in _locks:
+        os.dup2(nothing, descriptor)
+    os.close(nothing)
+    _locks.clear()
+
+
+os.register_at_fork(after_in_child=_leave_locks_to_the_parent)
+
+
 @contextlib.contextmanager
 def sole_writer(run_dir: Path, ranks: Ranks = ALONE) -> Iterator[None]:
     """Hold the run directory's lock on rank 0, for all; the operating system frees it however the process ends.
@@ -80,6 +95,8 @@ def sole_writer(run_dir: Path, ranks: Ranks = ALONE) -> Iterator[None]:
                 file.truncate(0)
                 file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
                 file.flush()
+                _locks.add(file.fileno())
+                stack.callback(_locks.discard, file.fileno())
         fault = ranks.broadcast(fault)
         if fault is not None:
             raise RunLockedError(fault)

@@ -134,6 +134,8 @@ def test_undecodable_text_file_is_named(tmp_path: Path) -> None:
 def test_no_file_matches(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no file matches data\.files='.*\*\.txt' \(looked from "):
         documents(source="text", files=f"{tmp_path}/*.txt")
+    with pytest.raises(ValueError, match="is a directory; give its files"):
+        documents(source="text", files=str(tmp_path))
 
 
 @pytest.mark.parametrize("streaming", [True, False])

@@ -14,6 +14,7 @@ def z(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 CASES = {
+    "type": ({"K": z(B, T, HK, DIM).numpy()}, "K is a numpy.ndarray; expected a torch.Tensor"),
     "rank of Q": ({"Q": z(T, HQ, DIM)}, r"Q has 3 dimensions, shape \(6, 4, 4\); expected 4: \(B, T, Hq, K\)"),
     "rank of V": ({"V": z(B, T, HK)}, r"V has 3 dimensions"),
     "integer": ({"Q": z(B, T, HQ, DIM, dtype=torch.int64)}, "Q has dtype torch.int64; allowed are"),

@@ -64,7 +64,7 @@ def test_whole_floats_become_counts():
         (ScheduleConfig, {"final": 1.5}, r"schedule\.final is 1\.5; .* at least 0 and at most 1"),
         (TrainerConfig, {"max_steps": 2.5}, r"trainer\.max_steps is 2\.5; .* whole number"),
         (TrainerConfig, {"max_steps": 1, "max_tokens": 2}, r"both given"),
-        (TrainerConfig, {"global_batch_tokens": 5000}, r"5000, .* multiple of .*1024; the nearest are 4096 and 5120"),
+        (TrainerConfig, {"global_batch_tokens": 5000}, r"5000, .* multiple of .*1024; allowed are 4096 and 5120"),
         (TrainerConfig, {"global_batch_tokens": 8192, "micro_batch_size": 3}, r"is 3, .* allowed are 1, 2, 4, 8"),
         (TrainerConfig, {"devices": "all"}, r"trainer\.devices is 'all'"),
         (TrainerConfig, {"devices": 0}, r"trainer\.devices is 0"),

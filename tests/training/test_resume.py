@@ -203,6 +203,33 @@ def test_two_processes_do_not_train_one_run(tmp_path):
         run_tiny(tmp_path / "run", steps=1)
 
 
+def test_children_of_a_killed_run_do_not_hold_its_lock(tmp_path):
+    """As data workers that have not yet seen that their parent is gone."""
+    script = f"""
+import os, signal, time
+from pathlib import Path
+from powertrain.training.fit import sole_writer
+with sole_writer(Path({str(tmp_path)!r})):
+    if os.fork() == 0:
+        os.setsid()
+        print(os.getpid(), flush=True)
+        time.sleep(60)
+    time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        child = int(process.stdout.readline())
+        try:
+            with pytest.raises(RunLockedError), sole_writer(tmp_path):
+                pass
+            process.kill()
+            process.wait()
+            with sole_writer(tmp_path):
+                os.kill(child, 0)  # is still there
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
 def test_compiled_runs_keep_the_models_own_keys_and_resume_uncompiled(tmp_path, monkeypatch):
     original = torch.compile
     calls = []
