@@ -143,23 +143,28 @@ def main(argv: list[str]) -> int:
     console = Console()
     cases = _cases(args)
     results: dict[str, Result] = {}
+    code = 0
     with tempfile.TemporaryDirectory() as directory:
         for processes in sorted({case.processes for case in cases}):
             here = [case for case in cases if case.processes == processes]
             command = [sys.executable, "-m", "powertrain", "bench", "distributed", "--output", directory, "--worker"]
             code = launch([*command, json.dumps([asdict(case) for case in here])], processes)
-            if code:
-                return code
             for case in here:
-                results[case.name] = Result(**json.loads((Path(directory) / f"{case.name}.json").read_text()))
-    rows = [_row(case, results) for case in cases]
+                written = Path(directory) / f"{case.name}.json"
+                if written.is_file():
+                    results[case.name] = Result(**json.loads(written.read_text()))
+            if code:
+                console.print(f"Ended early: {', '.join(c.name for c in cases if c.name not in results)} not measured")
+                break
+    # Of a run that was cut short, what it has measured.
+    rows = [_row(case, results) for case in cases if {case.name, case.baseline} <= results.keys()]
     record = {**_environment(args, argv), "seconds": round(time.monotonic() - started, 1), "rows": rows}
     path = Path(args.output)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
     console.print(_table(rows, record))
     console.print(f"Written to {path}")
-    return 0
+    return code
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -174,6 +179,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=24, help="steps of a run (default: 24)")
     parser.add_argument(
         "--long-context-length", type=int, default=131072, help="of the cases for context parallelism (default: 131072)"
+    )
+    parser.add_argument(
+        "--cases", nargs="+", choices=["ddp", "fsdp", "context"], help="only these, and what they are compared with"
     )
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
     parser.add_argument("--cpu", action="store_true", help="a tiny model on CPUs, to see that it works")
@@ -219,7 +227,7 @@ def _cases(args: argparse.Namespace) -> list[Case]:
         sequences=1,
         activation_checkpointing=True,
     )
-    return [
+    cases = [
         one,
         dataclasses.replace(several, name="ddp", strategy="ddp"),
         dataclasses.replace(several, name="fsdp", strategy="fsdp"),
@@ -228,6 +236,8 @@ def _cases(args: argparse.Namespace) -> list[Case]:
             long, name="context", processes=args.processes, strategy="ddp", context_parallel=args.processes
         ),
     ]
+    kept = [case for case in cases if args.cases is None or case.name in args.cases]
+    return [case for case in cases if case.name in {name for c in kept for name in (c.name, c.baseline)}]
 
 
 def _run(case: Case, output: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from powertrain.bench import distributed
 from powertrain.bench.distributed import main
 
 
@@ -25,6 +26,17 @@ def test_writes_rows_ratios_and_versions(tmp_path: Path, capsys: pytest.CaptureF
     assert record["torch"] == torch.__version__
     assert record["command"].startswith("powertrain bench distributed --cpu")
     assert "tokens/s" in capsys.readouterr().out
+
+
+def test_a_run_that_is_cut_short_writes_what_it_has_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = distributed.launch
+    monkeypatch.setattr(distributed, "launch", lambda command, n: real(command, n) if n == 1 else 143)
+    output = tmp_path / "distributed.json"
+    assert main(["--cpu", "--cases", "context", "--output", str(output)]) == 143
+    assert [row["name"] for row in json.loads(output.read_text())["rows"]] == ["long"]
+    assert "context not measured" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(torch.cuda.device_count() >= 64, reason="needs a machine with fewer GPUs")
