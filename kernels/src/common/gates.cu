@@ -22,21 +22,24 @@ __device__ __forceinline__ int64_t document_begin(const int32_t* cu_seqlens, int
   return cu_seqlens[low];
 }
 
-// One warp per block of 64 tokens, two tokens a lane.
-__global__ void __launch_bounds__(kThreads) block_gates(const float* log_G, int64_t stride_b, int64_t stride_t, int64_t stride_h,
-                                                        const int32_t* cu_seqlens, int num_cu_seqlens, int heads, int64_t seq_len,
-                                                        int64_t blocks, int64_t total, Gates gates) {
-  const int64_t index = (int64_t)blockIdx.x * (kThreads / 32) + threadIdx.x / 32;  // (b, h, block)
-  if (index >= total) return;
+struct GateInputs {
+  const float* log_G;
+  int64_t stride_b, stride_t, stride_h, seq_len;
+  const int32_t* cu_seqlens;
+  int num_cu_seqlens, heads;
+};
+
+// The gates of one block of 64 tokens by one warp, two tokens a lane.
+__device__ __forceinline__ void block_gates(const GateInputs& a, int64_t bh, int64_t block, int64_t blocks, const Gates& gates) {
   const int lane = threadIdx.x % 32;
-  const int64_t block = index % blocks, bh = index / blocks, b = bh / heads, h = bh % heads, first = block * kBlock + 2 * lane;
+  const int64_t b = (uint32_t)bh / (uint32_t)a.heads, h = (uint32_t)bh % (uint32_t)a.heads, first = block * kBlock + 2 * lane;
   float gate[2], closed[2];
   int32_t start[2];
 #pragma unroll
   for (int i = 0; i < 2; i++) {
-    const int64_t t = first + i, last = min(t, seq_len - 1);
-    gate[i] = log_G && t < seq_len ? fmaxf(log_G[b * stride_b + t * stride_t + h * stride_h] * kLog2E, kClosedGate) : 0.f;
-    start[i] = cu_seqlens ? (int32_t)max((int64_t)0, document_begin(cu_seqlens, num_cu_seqlens, b * seq_len + last) - b * seq_len) : 0;
+    const int64_t t = first + i, row = b * a.seq_len, last = min(t, a.seq_len - 1);
+    gate[i] = a.log_G && t < a.seq_len ? fmaxf(a.log_G[b * a.stride_b + t * a.stride_t + h * a.stride_h] * kLog2E, kClosedGate) : 0.f;
+    start[i] = a.cu_seqlens ? (int32_t)max((int64_t)0, document_begin(a.cu_seqlens, a.num_cu_seqlens, row + last) - row) : 0;
     closed[i] = start[i] == t && t > 0 ? 0.f : 1.f;
   }
   // Inclusive sums of the gates and products of the closed ones, over the block.
@@ -67,7 +70,7 @@ __global__ void __launch_bounds__(kThreads) block_gates(const float* log_G, int6
     gates.block_out[at + i] = open_out[i] * exp2f(total_sum - inclusive[i]);
     if (h == 0) gates.document_start[b * blocks * kBlock + first + i] = start[i];
   }
-  if (lane == 31) gates.block_decay[index] = open * exp2f(total_sum);
+  if (lane == 31) gates.block_decay[bh * blocks + block] = open * exp2f(total_sum);
 }
 
 // Inclusive products over the 256 threads of a block; the returned total is that of all of them.
@@ -91,12 +94,16 @@ __device__ __forceinline__ float scan_products(float x, float* shared, float* to
   return x * before;
 }
 
-// One thread block per chunk; 256 blocks of tokens at a time, from the left for chunk_in and from the right for chunk_out.
-__global__ void __launch_bounds__(kThreads) chunk_gates(int64_t blocks, int64_t chunk_count, int blocks_per_chunk, Gates gates) {
+// One thread block per chunk: first each warp its blocks of tokens, then 256 blocks at a time, from the left for chunk_in and from the right for
+// chunk_out. One launch for both: a chunk long enough to make this slow costs the other stages far more.
+__global__ void __launch_bounds__(kThreads) chunk_gates(const __grid_constant__ GateInputs a, int64_t blocks, int64_t chunk_count, int blocks_per_chunk,
+                                                        Gates gates) {
   __shared__ float outside[kThreads], partial[kThreads / 32];
-  const int64_t bh = blockIdx.x / chunk_count, n = blockIdx.x % chunk_count;
+  const int64_t bh = blockIdx.x / (uint32_t)chunk_count, n = blockIdx.x % (uint32_t)chunk_count;
   const int64_t begin = n * blocks_per_chunk, end = min(begin + blocks_per_chunk, blocks);
   const int count = (int)(end - begin);
+  for (int i = threadIdx.x / 32; i < count; i += kThreads / 32) block_gates(a, bh, begin + i, blocks, gates);
+  __syncthreads();
 #pragma unroll
   for (int direction = 0; direction < 2; direction++) {
     float carried = 1.f;
@@ -123,7 +130,7 @@ __global__ void __launch_bounds__(kThreads) chunk_gates(int64_t blocks, int64_t 
   }
   // The pads of the arrays, so that the same inputs give the same bytes.
   if (blockIdx.x == 0 && threadIdx.x < 64) {
-    const int64_t heads = gridDim.x / chunk_count, decays = heads * blocks + threadIdx.x, of_chunks = (int64_t)gridDim.x + threadIdx.x;
+    const int64_t heads = gridDim.x / (uint32_t)chunk_count, decays = heads * blocks + threadIdx.x, of_chunks = (int64_t)gridDim.x + threadIdx.x;
     if (decays < ceil_div(heads * blocks, 64) * 64) gates.block_decay[decays] = 0.f;
     if (of_chunks < ceil_div((int64_t)gridDim.x, 64) * 64) gates.chunk_decay[of_chunks] = 0.f;
   }
@@ -266,13 +273,9 @@ int pt_gates(const pt_problem* problem, const pt_gates_params* params, void* str
   const pt_problem& p = *problem;
   const pt_gates_params& a = *params;
   const Gates gates = gates_of(p, a.gates);
-  const int64_t blocks = padded_blocks(p.seq_len), heads = (int64_t)p.batch * p.key_heads, total = heads * blocks;
-  const int64_t chunk_count = chunks(p.seq_len, p.chunk_size);
-  block_gates<<<(unsigned)ceil_div(total, kThreads / 32), kThreads, 0, (cudaStream_t)stream>>>(
-      a.log_G, a.log_G_stride_b, a.log_G_stride_t, a.log_G_stride_h, a.cu_seqlens, a.num_cu_seqlens, p.key_heads, p.seq_len, blocks, total,
-      gates);
-  if (int status = check_cuda(cudaGetLastError(), "block_gates")) return status;
-  chunk_gates<<<(unsigned)(heads * chunk_count), kThreads, 0, (cudaStream_t)stream>>>(blocks, chunk_count, p.chunk_size / kBlock, gates);
+  const int64_t blocks = padded_blocks(p.seq_len), heads = (int64_t)p.batch * p.key_heads, chunk_count = chunks(p.seq_len, p.chunk_size);
+  const GateInputs inputs = {a.log_G, a.log_G_stride_b, a.log_G_stride_t, a.log_G_stride_h, p.seq_len, a.cu_seqlens, a.num_cu_seqlens, p.key_heads};
+  chunk_gates<<<(unsigned)(heads * chunk_count), kThreads, 0, (cudaStream_t)stream>>>(inputs, blocks, chunk_count, p.chunk_size / kBlock, gates);
   return check_cuda(cudaGetLastError(), "chunk_gates");
 }
 
