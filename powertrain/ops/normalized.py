@@ -93,6 +93,10 @@ class _Problem:
     def dtype(self) -> torch.dtype:
         return compute_dtype(self.q.dtype)
 
+    @property
+    def groups_at_once(self) -> int:
+        return self.plan.groups_at_once(torch.get_num_threads()) if self.q.device.type == "cpu" else 1
+
     def of_keys(self, x: Tensor, group: Group) -> Tensor:
         """View the group's part of `x (B, T, Hk, ...)`."""
         return x[group.rows, :, group.heads]
@@ -186,7 +190,7 @@ def normalized_fwd(
         if result.final_state is not None:
             _write_state(result.final_state, new_state, new_sum, group)
 
-    for_each(run_group, x.plan.groups(), q.device.type)
+    for_each(run_group, x.plan.groups(), x.groups_at_once)
     return out, normalizer, new_state, new_sum, saved_states
 
 
@@ -240,7 +244,7 @@ def normalized_bwd(
         if grads.state is not None:
             _write_state(grads.state, grad_initial, grad_initial_sum, group)
 
-    for_each(run_group, x.plan.groups(), q.device.type)
+    for_each(run_group, x.plan.groups(), x.groups_at_once)
     if log_g is not None:
         # A gate at the start of a sequence or document discounts nothing: exactly zero rather than the rounding of a
         # sum that cancels.

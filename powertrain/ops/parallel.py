@@ -2,7 +2,8 @@
 
 The chunked form is many operations of 10 to 500 microseconds. Shared out over cores one by one, most of them gain
 little: below PyTorch's grain size not at all. A group of sequences needs nothing of another one, so threads that take
-whole groups keep every core busy. PyTorch releases the interpreter's lock inside its operations.
+whole groups keep every core busy. PyTorch releases the interpreter's lock inside its operations. `Plan.groups_at_once`
+says where that pays.
 
 Every part runs with one thread of PyTorch's own, and so gives the same bits as without any other thread.
 """
@@ -18,16 +19,15 @@ import torch
 Item = TypeVar("Item")
 
 
-def for_each(function: Callable[[Item], object], items: Iterable[Item], device_type: str) -> None:
-    """Call `function` with every item; on CPU at the same time where there are enough items for PyTorch's threads
-    (`torch.get_num_threads()`).
+def for_each(function: Callable[[Item], object], items: Iterable[Item], threads: int) -> None:
+    """Call `function` with every item, `threads` of them at the same time: on CPU, where there are as many items.
 
-    Other threads than the caller's call it, with gradients, autocast and dispatch modes off: it must not depend on
-    them, and write its results to tensors that exist. The first error is raised when no call is running any more.
+    For more than one thread, others than the caller's call it, with gradients, autocast and dispatch modes off: it must
+    not depend on them, and write its results to tensors that exist. The first error is raised when no call is running
+    any more.
     """
     items = list(items)
-    threads = torch.get_num_threads()
-    if device_type != "cpu" or len(items) < threads or not _can_spread(threads):
+    if len(items) < threads or not _can_spread(threads):
         for item in items:
             function(item)
         return
@@ -57,7 +57,7 @@ def _taken(remaining: Iterator[Item], lock: threading.Lock) -> Iterator[Item]:
 
 
 def _can_spread(threads: int) -> bool:
-    if threads == 1 or not torch.backends.openmp.is_available():
+    if threads <= 1 or not torch.backends.openmp.is_available():
         return False  # without OpenMP the number of threads is one of the process, and cannot be 1 in some threads
     # New threads inherit the cores of the caller, which is bound to a single one under OMP_PROC_BIND.
     return not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) >= threads
@@ -82,6 +82,7 @@ class _Workers:
 
 
 def _start(threads: int) -> ThreadPoolExecutor:
+    of_caller = torch.get_num_threads()
     pool = ThreadPoolExecutor(threads, thread_name_prefix="powertrain-op")
     all_set = threading.Barrier(threads)
 
@@ -94,7 +95,7 @@ def _start(threads: int) -> ThreadPoolExecutor:
     for future in [pool.submit(set_up) for _ in range(threads)]:
         future.result()
     # Setting a thread's number also sets the one that threads yet to come start with: put that back.
-    torch.set_num_threads(threads)
+    torch.set_num_threads(of_caller)
     return pool
 
 
