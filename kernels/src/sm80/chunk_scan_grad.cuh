@@ -228,16 +228,15 @@ __global__ void __launch_bounds__(ChunkScanGradConfig<D>::kThreads, 1) chunk_sca
   const int64_t key_block = p.key_bh * a.blocks + p.first_block;  // of the chunk's first block
   // The rows' factors enter here before the gradients of the scores are rounded, and the state's part at once: then a pair's is rounded to the same
   // number for its query and for its key, and cancels where the gates' gradient adds up the difference of both over a chunk.
-  float of_row[kM][2];
+  const float* row_factors = (kReverse ? a.gates.block_out : a.gates.block_in) + (key_block + row_block) * kBlock + row + g;
   if (active) {
-    const float* row_factors = (kReverse ? a.gates.block_out : a.gates.block_in) + (key_block + row_block) * kBlock + row;
 #pragma unroll
     for (int m = 0; m < kM; m++)
 #pragma unroll
       for (int r = 0; r < 2; r++) {
-        of_row[m][r] = row_factors[m * 16 + r * 8 + g];
+        const float f = row_factors[m * 16 + r * 8];
 #pragma unroll
-        for (int c = 0; c < D / 8; c++) acc[m][c][2 * r] *= of_row[m][r], acc[m][c][2 * r + 1] *= of_row[m][r];
+        for (int c = 0; c < D / 8; c++) acc[m][c][2 * r] *= f, acc[m][c][2 * r + 1] *= f;
       }
   }
   uint32_t x[kM][D / 16][4];
@@ -283,11 +282,13 @@ __global__ void __launch_bounds__(ChunkScanGradConfig<D>::kThreads, 1) chunk_sca
 #pragma unroll
       for (int m = 0; m < kM; m++)
 #pragma unroll
-        for (int c = 0; c < 2; c++)
+        for (int r = 0; r < 2; r++) {
+          // Read again rather than kept: registers are what this kernel has least of.
+          const float f = diagonal ? 2.f : 2.f * row_factors[m * 16 + r * 8];
 #pragma unroll
-          for (int r = 0; r < 2; r++)
-            z[m][2 * c + r] = N::pack(2.f * s[m][c][2 * r] * d[m][c][2 * r] * (diagonal ? 1.f : of_row[m][r]),
-                                      2.f * s[m][c][2 * r + 1] * d[m][c][2 * r + 1] * (diagonal ? 1.f : of_row[m][r]));
+          for (int c = 0; c < 2; c++)
+            z[m][2 * c + r] = N::pack(f * s[m][c][2 * r] * d[m][c][2 * r], f * s[m][c][2 * r + 1] * d[m][c][2 * r + 1]);
+        }
 #pragma unroll
       for (int c = 0; c < D / 8; c += 2) {
         uint32_t y[4];
