@@ -126,6 +126,10 @@ def _train_here(config: RunConfig, arguments: argparse.Namespace, argv: list[str
     from powertrain.training.signals import Stopped
 
     devices = resolve_devices(config.trainer)
+    if devices.torch_device.type == "cuda":
+        from powertrain.ops.cuda import library_problem
+
+        library_problem()  # builds the kernels, with progress, before any process waits for another
     if devices.per_node > 1 and launcher() is None:
         again = [sys.executable, "-m", "powertrain", "train", *argv]
         return launch(again, devices.per_node, num_nodes=devices.num_nodes)

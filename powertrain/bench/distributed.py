@@ -157,8 +157,14 @@ def main(argv: list[str]) -> int:
                 console.print(f"Ended early: {', '.join(c.name for c in cases if c.name not in results)} not measured")
                 break
     # Of a run that was cut short, what it has measured.
+    missing = [case.name for case in cases if case.name not in results]
     rows = [_row(case, results) for case in cases if {case.name, case.baseline} <= results.keys()]
-    record = {**_environment(args, argv), "seconds": round(time.monotonic() - started, 1), "rows": rows}
+    record = {
+        **_environment(args, argv),
+        "seconds": round(time.monotonic() - started, 1),
+        "missing": missing,
+        "rows": rows,
+    }
     path = Path(args.output)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")

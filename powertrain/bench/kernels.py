@@ -131,22 +131,19 @@ def main(argv: list[str]) -> int:
     skipped: list[dict[str, str]] = []
     host, path = measure_host(), Path(args.output)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for problem in PROBLEMS:
-        if args.problems and problem.name not in args.problems:
-            continue
+    chosen = [problem for problem in PROBLEMS if not args.problems or problem.name in args.problems]
+    for problem in chosen:
         _measure(problem, args, rates, timings, stages, skipped, console)
         # After each problem: a run that is cut short has measured something.
         record = {
             **_environment(argv),
             "rates": rates,
             "host_us": host,
-            "problems": [
-                {**asdict(problem), "chunk_size": problem.resolved_chunk_size, "flops": asdict(problem.flops)}
-                for problem in PROBLEMS
-            ],
+            "problems": [{**asdict(p), "chunk_size": p.resolved_chunk_size, "flops": asdict(p.flops)} for p in chosen],
             "timings": [asdict(timing) for timing in timings],
             "stages": [{**asdict(stage), "share": stage.share} for stage in stages],
             "skipped": skipped,
+            "complete": problem is chosen[-1],
             "kernels": _kernel_attributes(),
         }
         path.write_text(json.dumps(record, indent=1) + "\n")
@@ -290,6 +287,7 @@ def _measure(
 
         record(contender, softmax, (qt, kt, vt), grad.transpose(1, 2).contiguous())
     if p.name not in args.retention:
+        skipped.append({"problem": p.name, "contender": "retention", "why": "not among --retention"})
         return
     if importlib.util.find_spec("retention") is None:
         skipped.append({"problem": p.name, "contender": "retention", "why": "not installed"})

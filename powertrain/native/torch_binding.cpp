@@ -53,10 +53,6 @@ pt_dtype kernel_dtype(const Tensor& x) {
   return x.scalar_type() == at::kHalf ? PT_FP16 : PT_BF16;
 }
 
-void check_dtype(const char* name, const OptionalTensor& x, at::ScalarType dtype) {
-  TORCH_CHECK_VALUE(!x || x->scalar_type() == dtype, name, " must be ", dtype, "; got ", x->scalar_type());
-}
-
 // fp16: |phi| and |v'| are at most 1 in packed units and a state sums at most T of them; its gradient T Hq / Hk, with queries lengthened up
 // to 4 times where weights are small (few rows: a factor of 4 of the 16 is allowed for). Twice that off the diagonal; half of the largest
 // number is left as headroom.
@@ -73,6 +69,7 @@ class Pass {
       : B(like.size(0)), T(like.size(1)), Hq(like.size(2)), Hk(key_heads), D(like.size(3)), guard_(like.device()), options_(like.options()) {
     TORCH_CHECK(library.forward, "the kernel library is not loaded; powertrain.power_retention loads it");
     const pt_dtype dtype = kernel_dtype(like);
+    TORCH_CHECK_VALUE(Hk > 0, "there are no key heads");
     problem_ = {.dtype = dtype,
                 .arch = (int32_t)arch,
                 .batch = (int32_t)B,
@@ -100,6 +97,21 @@ class Pass {
   // The op's `saved` ends with the normalizer (B, Hq, T), fp32, after the library's own part.
   int64_t saved_bytes() const { return sizes.saved + B * Hq * T * 4; }
   float* normalizer(const Tensor& saved) const { return reinterpret_cast<float*>(static_cast<char*>(saved.data_ptr()) + sizes.saved); }
+
+  // The kernels read what they are told is there.
+  void check_tensor(const char* name, const Tensor& x, at::IntArrayRef shape, at::ScalarType dtype) const {
+    TORCH_CHECK_VALUE(x.scalar_type() == dtype && x.sizes() == shape && x.device() == options_.device(), name, " must be ", dtype, " of shape ", shape,
+                      " on ", options_.device(), "; got ", x.scalar_type(), " of shape ", x.sizes(), " on ", x.device());
+  }
+  void check_state(const char* name, const OptionalTensor& x) const {
+    if (x) check_tensor(name, *x, {B, Hk, phi_dimension(), D}, at::kFloat);
+  }
+  void check_sum(const char* name, const OptionalTensor& x) const {
+    if (x) check_tensor(name, *x, {B, Hk, phi_dimension()}, at::kFloat);
+  }
+  void check_offsets(const OptionalTensor& x) const {
+    if (x) check_tensor("cu_seqlens", *x, {x->numel()}, at::kInt);
+  }
 
   void forward(const pt_forward_params& params) const { check(library.forward(&problem_, &params, stream_), "pt_forward"); }
   void backward(const pt_backward_params& params) const { check(library.backward(&problem_, &params, stream_), "pt_backward"); }
@@ -129,14 +141,16 @@ float* floats(const Tensor& x) { return static_cast<float*>(x.data_ptr()); }
 // The inputs of pt_forward, held while their pointers are in use.
 class ForwardInputs {
  public:
-  ForwardInputs(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& log_g, const OptionalTensor& state,
+  ForwardInputs(const Pass& pass, const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& log_g, const OptionalTensor& state,
                 const OptionalTensor& sum_of_keys, const OptionalTensor& cu_seqlens)
       : q_(with_contiguous_rows(q)), k_(with_contiguous_rows(k)), v_(with_contiguous_rows(v)), log_g_(log_g), state_(contiguous(state)),
         sum_of_keys_(contiguous(sum_of_keys)), cu_seqlens_(contiguous(cu_seqlens)) {
-    check_dtype("log_g", log_g, at::kFloat);
-    check_dtype("state", state, at::kFloat);
-    check_dtype("sum_of_keys", sum_of_keys, at::kFloat);
-    check_dtype("cu_seqlens", cu_seqlens, at::kInt);
+    pass.check_tensor("k", k, {pass.B, pass.T, pass.Hk, pass.D}, q.scalar_type());
+    pass.check_tensor("v", v, {pass.B, pass.T, pass.Hk, pass.D}, q.scalar_type());
+    if (log_g) pass.check_tensor("log_g", *log_g, {pass.B, pass.T, pass.Hk}, at::kFloat);
+    pass.check_state("state", state);
+    pass.check_sum("sum_of_keys", sum_of_keys);
+    pass.check_offsets(cu_seqlens);
   }
 
   pt_forward_params params() const {
@@ -163,7 +177,7 @@ using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 Forward forward(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& log_g, const OptionalTensor& state,
                 const OptionalTensor& sum_of_keys, const OptionalTensor& cu_seqlens, int64_t chunk_size, bool final_state, int64_t arch) {
   const Pass pass(q, k.size(2), chunk_size, arch, state.has_value(), final_state);
-  const ForwardInputs inputs(q, k, v, log_g, state, sum_of_keys, cu_seqlens);
+  const ForwardInputs inputs(pass, q, k, v, log_g, state, sum_of_keys, cu_seqlens);
   Tensor out = pass.empty({pass.B, pass.T, pass.Hq, pass.D}, q.scalar_type());
   Tensor new_state = pass.state(final_state), new_sum = pass.sum_of_keys(final_state);
   Tensor saved = pass.bytes(pass.saved_bytes());
@@ -180,7 +194,7 @@ Forward forward(const Tensor& q, const Tensor& k, const Tensor& v, const Optiona
 std::tuple<Tensor, Tensor> final_state(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& log_g,
                                        const OptionalTensor& cu_seqlens, int64_t chunk_size, int64_t arch) {
   const Pass pass(q, k.size(2), chunk_size, arch, false, true);
-  const ForwardInputs inputs(q, k, v, log_g, std::nullopt, std::nullopt, cu_seqlens);
+  const ForwardInputs inputs(pass, q, k, v, log_g, std::nullopt, std::nullopt, cu_seqlens);
   Tensor state = pass.state(true), sum_of_keys = pass.sum_of_keys(true);
   const Tensor saved = pass.bytes(pass.sizes.saved), workspace = pass.bytes(pass.sizes.forward_workspace);
   pt_forward_params params = inputs.params();
@@ -194,6 +208,11 @@ Backward backward(const Tensor& grad_out, const OptionalTensor& grad_state, cons
                   const Tensor& saved, const OptionalTensor& cu_seqlens, int64_t key_heads, bool has_gates, bool has_state, int64_t chunk_size,
                   int64_t arch) {
   const Pass pass(out, key_heads, chunk_size, arch, has_state, grad_state.has_value());
+  pass.check_tensor("grad_out", grad_out, out.sizes(), out.scalar_type());
+  pass.check_tensor("saved", saved, {pass.saved_bytes()}, at::kByte);
+  pass.check_state("grad_state", grad_state);
+  pass.check_sum("grad_sum_of_keys", grad_sum);
+  pass.check_offsets(cu_seqlens);
   const Tensor rows = with_contiguous_rows(grad_out);
   const OptionalTensor state_rows = contiguous(grad_state), sum_rows = contiguous(grad_sum), offsets = contiguous(cu_seqlens);
   Tensor dq = pass.empty({pass.B, pass.T, pass.Hq, pass.D}, out.scalar_type());
@@ -222,6 +241,8 @@ Backward backward(const Tensor& grad_out, const OptionalTensor& grad_state, cons
 std::tuple<Tensor, Tensor> initial_state_grad(const Tensor& grad_out, const Tensor& out, const Tensor& saved, int64_t key_heads,
                                               int64_t chunk_size, int64_t arch) {
   const Pass pass(out, key_heads, chunk_size, arch, true, false);
+  pass.check_tensor("grad_out", grad_out, out.sizes(), out.scalar_type());
+  pass.check_tensor("saved", saved, {pass.saved_bytes()}, at::kByte);
   const Tensor rows = with_contiguous_rows(grad_out);
   Tensor dstate = pass.state(true), dsum = pass.sum_of_keys(true);
   const Tensor workspace = pass.bytes(pass.sizes.backward_workspace);

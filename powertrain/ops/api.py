@@ -143,7 +143,14 @@ def forget_decisions() -> None:
 
 
 def _description(x: Tensor | None) -> tuple[Any, ...] | None:
-    return None if x is None else (x.shape, x.dtype, x.device)
+    if x is None:
+        return None
+    if not isinstance(x, Tensor):
+        raise ValueError(
+            "log_G, cu_seqlens, initial_state and sum_of_keys must be torch.Tensor or None; got a "
+            f"{type(x).__module__}.{type(x).__name__}"
+        )
+    return (x.shape, x.dtype, x.device)
 
 
 def resolve_call(
@@ -174,7 +181,7 @@ def resolve_call(
         key = (
             Q.shape, K.shape, V.shape, Q.dtype, K.dtype, V.dtype, Q.device, K.device, V.device, _description(log_G),
             _description(cu_seqlens), _description(initial_state), _description(sum_of_keys), has_state,
-            deg, type(deg), scale if scale is None else float(scale), chunk_size, type(chunk_size),
+            deg, type(deg), scale, type(scale), chunk_size, type(chunk_size),
             switch_over_seq_len, type(switch_over_seq_len), impl,
         )  # fmt: skip
         try:

@@ -76,6 +76,8 @@ def _load_library() -> str | None:
         native.load_kernels()
     except (native.KernelsUnavailable, native.KernelBuildError) as error:
         return str(error)
+    except OSError as error:  # a cache that cannot be written
+        return f"The kernels cannot be built: {error}; set POWERTRAIN_CACHE to a directory that can be written."
     return None
 
 

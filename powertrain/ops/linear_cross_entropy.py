@@ -89,6 +89,10 @@ def _check(
         )
     if hidden.dtype != weight.dtype or not hidden.is_floating_point():
         raise ValueError(f"hidden and weight must share a floating-point dtype; got {hidden.dtype} and {weight.dtype}")
+    if not hidden.device == weight.device == labels.device:
+        raise ValueError(
+            f"hidden, weight and labels must be on one device; got {hidden.device}, {weight.device} and {labels.device}"
+        )
     if labels.dtype != torch.int64:
         raise ValueError(f"labels have dtype {labels.dtype}; expected int64")
     if reduction not in ("mean", "sum", "none"):
@@ -105,7 +109,7 @@ def _check(
 
 
 def _chunk_elements(hidden: Tensor) -> int:
-    if hidden.device.type == "cuda" and hidden.dtype.itemsize == 2:
+    if hidden.device.type == "cuda" and cuda_cross_entropy.takes(hidden):
         return _CHUNK_ELEMENTS_16_BITS
     return _CHUNK_ELEMENTS.get(hidden.device.type, _CHUNK_ELEMENTS["cuda"])
 

@@ -92,8 +92,13 @@ def _start(threads: int) -> ThreadPoolExecutor:
         torch.set_num_threads(1)
         all_set.wait()  # so that each thread of the pool runs this once
 
-    for future in [pool.submit(set_up) for _ in range(threads)]:
-        future.result()
+    try:
+        for future in [pool.submit(set_up) for _ in range(threads)]:
+            future.result()
+    except RuntimeError:  # this process may start no more threads: those that wait for them must end
+        all_set.abort()
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
     # Setting a thread's number also sets the one that threads yet to come start with: put that back.
     torch.set_num_threads(of_caller)
     return pool

@@ -5,8 +5,10 @@ docs/distribution.md says why it is done so.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
+import gc
 import itertools
 import os
 from collections.abc import Iterator
@@ -107,6 +109,17 @@ def process_group(config: TrainerConfig, devices: Devices) -> Iterator[Ranks]:
     # Rank 0 keeps the store: it leaves last. After an error there may be nobody left to wait for.
     ranks.max(0)
     torch.distributed.destroy_process_group()
+    _end_groups_before_python()
+
+
+@functools.cache
+def _end_groups_before_python() -> None:
+    """Have what is left of process groups end before the interpreter does.
+
+    A thread of gloo that lets go of a last tensor while the interpreter is being taken down cannot get its lock, and
+    the process aborts. Models, meshes and groups refer to each other: only the garbage collector ends the threads.
+    """
+    atexit.register(gc.collect)
 
 
 def context_group(ranks: Ranks, size: int) -> ContextGroup | None:

@@ -93,6 +93,7 @@ def test_hostile_logits() -> None:
     assert losses[1].isfinite()
     assert losses[2].isnan(), "a label beyond the columns must not pass for a loss"
     assert logits[:2].isfinite().all()
+    assert logits[2].isnan().all()
 
 
 def test_no_rows() -> None:

@@ -175,10 +175,10 @@ def test_saved_tensors_are_guarded_and_freed() -> None:
 
 def test_tensors_of_the_wrong_dtype_are_refused_by_the_op() -> None:
     q, k, v, log_g = CASE.tensors().values()
-    with pytest.raises(ValueError, match="log_g must be Float; got Double"):
+    with pytest.raises(ValueError, match=r"log_g must be Float of shape .*; got Double"):
         power_retention_cuda_op(q, k, v, log_g.double(), None, None, None, 64, False, 80)
     offsets = torch.tensor([0, q.shape[1]], device=DEVICE)
-    with pytest.raises(ValueError, match="cu_seqlens must be Int; got Long"):
+    with pytest.raises(ValueError, match=r"cu_seqlens must be Int of shape .*; got Long"):
         power_retention_cuda_op(q, k, v, log_g, None, None, offsets, 64, False, 80)
     with pytest.raises(ValueError, match="take bfloat16 and float16; got Float"):
         power_retention_cuda_op(q.float(), k.float(), v.float(), log_g, None, None, None, 64, False, 80)
@@ -356,7 +356,7 @@ def test_tensors_of_another_device() -> None:
 
 
 @needs_gpu
-@pytest.mark.xfail(strict=True, reason="docs/kernels.md, section 4: the goal is 30 us, and Python alone costs more")
+@pytest.mark.xfail(strict=False, reason="docs/kernels.md, section 4: the goal is 30 us, which slow hosts miss")
 def test_host_overhead() -> None:
     tensors = Case(T=512, Hq=8, Hk=8).tensors()
     for _ in range(20):

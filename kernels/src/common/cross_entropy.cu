@@ -1,7 +1,7 @@
 // pt_cross_entropy: the losses of rows of logits, and in place of the logits the gradients of the losses.
 //
-// Bound by bytes: a row is read from device memory once, a second time from L2, and written once. One thread block per row; few large blocks where
-// rows are long, so that all rows in flight stay in L2.
+// Meant to be bound by bytes, and not yet timed alone: a row is read from device memory once, a second time from L2 if it is still there, and written
+// once. One thread block per row; few large blocks where rows are long, so that the rows in flight fit L2.
 #include <float.h>
 
 #include "numeric.cuh"
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kMostThreads) cross_entropy(pt_cross_entropy_p
   }
   if (!a.write_gradients) return;
   __syncthreads();  // the loss has read its logit
-  const float factor = a.factors ? a.factors[index] : 1.f;
+  const float factor = !known ? NAN : a.factors ? a.factors[index] : 1.f;
   auto gradient = [&](float x, int64_t i) { return (exp2f((x - lse) * kLog2E) - (i == label ? 1.f : 0.f)) * factor; };
   for_row(
       row, columns,
