@@ -21,6 +21,8 @@ class Worker(multiprocessing.context.ForkProcess):
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
         try:
             super().start()
+            # At exit, multiprocessing ends what is left by this method of what it keeps, and waits for it.
+            self._popen.terminate = self._popen.kill  # type: ignore[attr-defined]
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
