@@ -195,12 +195,6 @@ void collective(int threads, void* argument, void (*together)(void**, int)) {
   meet(meetings[{threads, index / size}], size < block_threads ? size : block_threads, index % size, argument, together);
 }
 
-void named_barrier(int id, int threads) {
-  Meeting& meeting = meetings[{-1 - id, 0}];
-  const int arrival = meeting.arrived;
-  meet(meeting, threads, arrival, nullptr, [](void**, int) {});
-}
-
 void barrier_init(uint32_t address, uint32_t arrivals) {
   Barrier& b = barriers[address];
   b = Barrier{};

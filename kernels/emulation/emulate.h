@@ -46,7 +46,6 @@ extern Thread* current;
 void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
 // All threads of a warp (32), a warpgroup (128) or the block (0) call this; the last one runs `together` on everybody's arguments.
 void collective(int threads, void* argument, void (*together)(void** arguments, int count));
-void named_barrier(int id, int threads);
 
 void barrier_init(uint32_t address, uint32_t arrivals);
 void barrier_arrive(uint32_t address);
