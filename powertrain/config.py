@@ -289,8 +289,7 @@ def checked_overrides(overrides: list[str], directories: list[Path]) -> list[str
         if key in GROUPS and not isinstance(override.value(), dict):
             allowed = options(key, directories)
             if override.value() is not None and str(override.value()) not in allowed:
-                hint = nearest(str(override.value()), allowed)
-                hint += "" if hint.startswith("allowed") else f" allowed: {', '.join(allowed)}"
+                hint = nearest(str(override.value()), allowed, list_all=True)
                 raise ConfigError(f"unknown option {key}={override.value()}: {hint}")
         elif key in known or key.rpartition(".")[0] in mappings:
             text = "++" + text.lstrip("+") if not override.is_delete() else text

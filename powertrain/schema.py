@@ -16,12 +16,13 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; the message is one sentence for the user."""
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def nearest(word: str, known: Iterable[str], *, list_all: bool = False) -> str:
     """Return a hint that names the known word closest to `word`, or all of them when none is close.
 
     Args:
         word: what was given.
         known: what is allowed.
+        list_all: name all of them after a close one too; for short lists.
     Returns:
         `did you mean 'x'?` or `allowed: a, b, c`.
     """
@@ -31,9 +32,10 @@ def nearest(word: str, known: Iterable[str]) -> str:
     if not close:
         leaf = difflib.get_close_matches(word.rsplit(".", 1)[-1], list(leaves), n=1, cutoff=0.6)
         close = [leaves[leaf[0]]] if leaf else []
+    allowed = "allowed: " + ", ".join(known)
     if close:
-        return f"did you mean '{close[0]}'?"
-    return "allowed: " + ", ".join(known)
+        return f"did you mean '{close[0]}'?" + (f" {allowed}" if list_all else "")
+    return allowed
 
 
 def leaf_keys(cls: type, prefix: str = "") -> dict[str, Any]:

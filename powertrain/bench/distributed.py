@@ -154,10 +154,11 @@ def main(argv: list[str]) -> int:
                 if written.is_file():
                     results[case.name] = Result(**json.loads(written.read_text()))
             if code:
-                console.print(f"Ended early: {', '.join(c.name for c in cases if c.name not in results)} not measured")
                 break
     # Of a run that was cut short, what it has measured.
     missing = [case.name for case in cases if case.name not in results]
+    if missing:
+        console.print(f"Ended early: {', '.join(missing)} not measured")
     rows = [_row(case, results) for case in cases if {case.name, case.baseline} <= results.keys()]
     record = {
         **_environment(args, argv),
