@@ -60,7 +60,8 @@ def run_on_gpus(arguments: Sequence[str], gpus: Sequence[str], logs: Path, per_g
 
     previous = {signum: signal.signal(signum, forward) for signum in _STOP_SIGNALS}
     try:
-        for gpu, number in itertools.product(gpus, range(per_gpu)):
+        # One on every GPU first.
+        for number, gpu in itertools.product(range(per_gpu), gpus):
             if received:
                 break
             name = f"runner-{gpu}" + (f"-{number}" if per_gpu > 1 else "")
