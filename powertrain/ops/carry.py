@@ -5,10 +5,13 @@ Shape legend: N sequences, G chunks.
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 # On a GPU a step from chunk to chunk is two launches, whose time a small state does not fill: below this many elements
-# of one chunk's states, log2(G) passes over all chunks at once are faster, and above it G passes over one chunk.
+# of one chunk's states, products over blocks of chunks are faster, and above it G passes over one chunk.
 _LAUNCH_ELEMENTS = {"cuda": 1 << 20}
+# Chunks of a block: their sums are one matrix product, of 2 * _BLOCK FLOPs for each element.
+_BLOCK = 32
 
 
 def carried_sums(x: Tensor, initial: Tensor | None, factors: Tensor | None, *, from_end: bool = False) -> Tensor:
@@ -21,8 +24,8 @@ def carried_sums(x: Tensor, initial: Tensor | None, factors: Tensor | None, *, f
     """
     if x.shape[1] > 2 and x[:, 0].numel() < _LAUNCH_ELEMENTS.get(x.device.type, 0):
         if from_end:
-            return _by_doubling(x.flip(1), initial, None if factors is None else factors.flip(1)).flip(1)
-        return _by_doubling(x, initial, factors)
+            return _by_blocks(x.flip(1), initial, None if factors is None else factors.flip(1)).flip(1)
+        return _by_blocks(x, initial, factors)
     before = initial
     for chunk in reversed(range(x.shape[1])) if from_end else range(x.shape[1]):
         here = x[:, chunk]
@@ -35,21 +38,30 @@ def carried_sums(x: Tensor, initial: Tensor | None, factors: Tensor | None, *, f
     return x
 
 
-def _step(x: Tensor, before: Tensor, factor: Tensor | None) -> Tensor:
-    return x + before if factor is None else torch.addcmul(x, before, factor)
-
-
-def _by_doubling(x: Tensor, initial: Tensor | None, factors: Tensor | None) -> Tensor:
-    """As `carried_sums` from the start; each pass doubles how far back a sum reaches (Hillis and Steele, 1986)."""
-    sums = x
+def _by_blocks(x: Tensor, initial: Tensor | None, factors: Tensor | None) -> Tensor:
+    """As `carried_sums` from the start, by products over blocks of chunks."""
+    factors = x.new_ones(x.shape[:2]) if factors is None else factors.flatten(1)
+    sums = x.flatten(2)
     if initial is not None:
-        first = _step(x[:, 0], initial, None if factors is None else factors[:, 0])
-        sums = torch.cat([first[:, None], x[:, 1:]], dim=1)
-    reach = 1
-    while reach < x.shape[1]:
-        further = _step(sums[:, reach:], sums[:, :-reach], None if factors is None else factors[:, reach:])
-        sums = torch.cat([sums[:, :reach], further], dim=1)
-        if factors is not None:
-            factors = torch.cat([factors[:, :reach], factors[:, reach:] * factors[:, :-reach]], dim=1)
-        reach *= 2
-    return sums
+        sums[:, 0].addcmul_(initial.flatten(1), factors[:, :1])
+    return _block_sums(sums, factors).view(x.shape)
+
+
+def _block_sums(x: Tensor, factors: Tensor) -> Tensor:
+    """Return S `(N, G, E)` of x `(N, G, E)` and factors `(N, G)`: inside blocks by the triangle of the factors' products
+    between their chunks, and what enters a block in the same way, from the ends of the blocks.
+    """
+    N, G, E = x.shape
+    size = min(G, _BLOCK)
+    if G % size:
+        padding = size - G % size
+        x, factors = pad(x, (0, 0, 0, padding)), pad(factors, (0, padding))
+    x, factors = x.reshape(-1, size, E), factors.reshape(-1, size, 1)
+    later = torch.ones(size, size, dtype=torch.bool, device=x.device).tril(-1)
+    sums = torch.bmm(torch.where(later, factors, 1.0).cumprod(1).tril(), x)
+    if G > size:
+        from_start = factors.cumprod(1)
+        blocks, from_start = sums.unflatten(0, (N, -1)), from_start.unflatten(0, (N, -1))
+        entering = _block_sums(blocks[:, :-1, -1], from_start[:, :-1, -1, 0])
+        blocks[:, 1:].addcmul_(entering[:, :, None], from_start[:, 1:])
+    return sums.view(N, -1, E)[:, :G]

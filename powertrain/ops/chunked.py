@@ -44,7 +44,7 @@ def chunk_state(x: Tensor, y: Tensor, *, deg: int, plan: Plan) -> Tensor:
     for tokens in _token_blocks(x, plan):
         for rows, tile in Monomials.of(x[..., tokens], deg, plan.phi_elements).tiles():
             state[..., rows].baddbmm_(y[..., tokens], tile.mT)
-    return state.mul_(multinomials(K, deg, x))
+    return state if deg == 1 else state.mul_(multinomials(K, deg, x))
 
 
 def chunk_scan(x: Tensor, state: Tensor, *, deg: int, plan: Plan) -> Tensor:

@@ -38,7 +38,12 @@ class Monomials(ABC):
 
 
 def internal_state(state: Tensor, dim: int, deg: int) -> Tensor:
-    """Return what multiplies monomials as `state (..., F)` multiplies phi: in their order, times the weights of phi."""
+    """Return what multiplies monomials as `state (..., F)` multiplies phi: in their order, times the weights of phi.
+
+    Of degree 1, whose weights are 1, that is the state itself.
+    """
+    if deg == 1:
+        return state
     weighted = state * phi_weights(dim, deg, state)
     return weighted if deg != 2 else weighted[..., torch.tensor(_cyclic_order(dim), device=state.device)]
 
@@ -47,6 +52,8 @@ def public_state(internal: Tensor, dim: int, deg: int) -> Tensor:
     """Return the state `(..., F)` that multiplies phi, with one of the two weights that `internal` has: the inverse of
     `internal_state`.
     """
+    if deg == 1:
+        return internal
     if deg == 2:
         internal = internal[..., torch.tensor(np.argsort(_cyclic_order(dim)), device=internal.device)]
     return internal / phi_weights(dim, deg, internal)

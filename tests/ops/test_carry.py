@@ -1,4 +1,4 @@
-"""Sums handed on from chunk to chunk, in as many passes as chunks and in log2 of them."""
+"""Sums handed on from chunk to chunk, in as many passes as chunks and by products over blocks of chunks."""
 
 import pytest
 import torch
@@ -9,17 +9,18 @@ from tests.ops.accuracy import evaluate, make_inputs, relative_error
 
 
 @pytest.fixture
-def doubling(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """What a GPU takes for small states; holds the number of chunks of each call."""
     calls: list[int] = []
-    by_doubling = carry._by_doubling
+    by_blocks = carry._by_blocks
 
     def counted(x, initial, factors):
         calls.append(x.shape[1])
-        return by_doubling(x, initial, factors)
+        return by_blocks(x, initial, factors)
 
     monkeypatch.setattr(carry, "_LAUNCH_ELEMENTS", {"cpu": 1 << 20, "cuda": 1 << 20})
-    monkeypatch.setattr(carry, "_by_doubling", counted)
+    monkeypatch.setattr(carry, "_by_blocks", counted)
+    monkeypatch.setattr(carry, "_BLOCK", 3)  # 13 chunks: a block that is not full, and blocks of blocks
     return calls
 
 
@@ -27,7 +28,7 @@ def doubling(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("given", ["nothing", "initial", "factors", "both"])
 @pytest.mark.parametrize("from_end", [False, True])
 def test_both_ways_agree(
-    doubling: list[int], monkeypatch: pytest.MonkeyPatch, from_end: bool, chunks: int, given: str
+    blocks: list[int], monkeypatch: pytest.MonkeyPatch, from_end: bool, chunks: int, given: str
 ) -> None:
     generator = torch.Generator().manual_seed(chunks)
     x, initial = (torch.randn(2, *shape, 3, 4, generator=generator, dtype=torch.float64) for shape in ((chunks,), ()))
@@ -44,11 +45,11 @@ def test_both_ways_agree(
         monkeypatch.setattr(carry, "_LAUNCH_ELEMENTS", elements)
         sums = carried_sums(x.clone(), initial_, factors_, from_end=from_end)
         torch.testing.assert_close(sums, torch.stack(expected, dim=1), rtol=1e-14, atol=1e-14)
-    assert doubling == ([chunks] if chunks > 2 else [])
+    assert blocks == ([chunks] if chunks > 2 else [])
 
 
 @pytest.mark.parametrize("documents", [True, False])
-def test_the_ops_hand_on_the_same_sums(doubling: list[int], monkeypatch: pytest.MonkeyPatch, documents: bool) -> None:
+def test_the_ops_hand_on_the_same_sums(blocks: list[int], monkeypatch: pytest.MonkeyPatch, documents: bool) -> None:
     """Forward, states formed again and their gradients, on a path that only a GPU takes."""
     inputs = make_inputs(1, 200, 2, 1, 4, 4, dtype=torch.float64)
     inputs.keywords["chunk_size"] = 16
@@ -56,11 +57,11 @@ def test_the_ops_hand_on_the_same_sums(doubling: list[int], monkeypatch: pytest.
         inputs.keywords["cu_seqlens"] = torch.tensor([0, 30, 31, 120, 200])
     for op in (linear_attention, power_retention):
         ours, cotangents = evaluate(op, inputs)
-        assert doubling
-        doubling.clear()
+        assert blocks
+        blocks.clear()
         with monkeypatch.context() as patch:
             patch.setattr(carry, "_LAUNCH_ELEMENTS", {})
             theirs, _ = evaluate(op, inputs, cotangents)
-        assert not doubling
+        assert not blocks
         for name, value in theirs.items():
             assert relative_error(ours[name], value) < 1e-12, name
