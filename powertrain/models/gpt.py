@@ -227,8 +227,8 @@ def _check_shard(
 def _draw_normal(parameter: Tensor, std: float, seed: int, name: str) -> None:
     """Fill `parameter` from N(0, std) by a generator that depends on `seed` and `name` only."""
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
-    values = torch.empty(parameter.shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big") >> 1)
+    values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu").normal_(0.0, std, generator=generator)
     if not hasattr(parameter, "device_mesh"):
         parameter.copy_(values)
         return

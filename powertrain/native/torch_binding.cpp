@@ -45,11 +45,22 @@ struct Library {
   bool emulated = false;  // computes on CPU tensors, before a call returns
 } library;
 
-void check(int status, const char* name) { TORCH_CHECK(status == PT_OK, name, ": ", library.last_error()); }
+// Messages are joined as strings, never by a stream: a compiler newer than the process's libstdc++ links parts of its own streams into this
+// library, and theirs crash on a number.
+std::string text(at::IntArrayRef shape) {
+  std::string numbers;
+  for (const int64_t size : shape) numbers += (numbers.empty() ? "" : ", ") + std::to_string(size);
+  return "[" + numbers + "]";
+}
+std::string text(at::ScalarType dtype, at::IntArrayRef shape, at::Device device) {
+  return c10::toString(dtype) + (" of shape " + text(shape) + " on " + device.str());
+}
+
+void check(int status, const char* name) { TORCH_CHECK(status == PT_OK, std::string(name) + ": " + library.last_error()); }
 
 pt_dtype kernel_dtype(const Tensor& x) {
-  TORCH_CHECK_VALUE(x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf, "the kernels take bfloat16 and float16; got ",
-                    x.scalar_type());
+  TORCH_CHECK_VALUE(x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf,
+                    std::string("the kernels take bfloat16 and float16; got ") + c10::toString(x.scalar_type()));
   return x.scalar_type() == at::kHalf ? PT_FP16 : PT_BF16;
 }
 
@@ -84,7 +95,7 @@ class Pass {
       const c10::impl::VirtualGuardImpl device(at::kCUDA);
       stream_ = device.getStreamNativeHandle(device.getStream(like.device()));
     } else {
-      TORCH_CHECK_VALUE(library.emulated, "the kernels need a CUDA device; the tensors are on ", like.device());
+      TORCH_CHECK_VALUE(library.emulated, "the kernels need a CUDA device; the tensors are on " + like.device().str());
     }
   }
 
@@ -100,8 +111,9 @@ class Pass {
 
   // The kernels read what they are told is there.
   void check_tensor(const char* name, const Tensor& x, at::IntArrayRef shape, at::ScalarType dtype) const {
-    TORCH_CHECK_VALUE(x.scalar_type() == dtype && x.sizes() == shape && x.device() == options_.device(), name, " must be ", dtype, " of shape ", shape,
-                      " on ", options_.device(), "; got ", x.scalar_type(), " of shape ", x.sizes(), " on ", x.device());
+    const at::Device device = options_.device();
+    TORCH_CHECK_VALUE(x.scalar_type() == dtype && x.sizes() == shape && x.device() == device,
+                      name + (" must be " + text(dtype, shape, device)) + "; got " + text(x.scalar_type(), x.sizes(), x.device()));
   }
   void check_state(const char* name, const OptionalTensor& x) const {
     if (x) check_tensor(name, *x, {B, Hk, phi_dimension(), D}, at::kFloat);
