@@ -48,8 +48,8 @@ def _by_blocks(x: Tensor, initial: Tensor | None, factors: Tensor | None) -> Ten
 
 
 def _block_sums(x: Tensor, factors: Tensor) -> Tensor:
-    """Return S `(N, G, E)` of x `(N, G, E)` and factors `(N, G)`: inside blocks by the triangle of the factors' products
-    between their chunks, and what enters a block in the same way, from the ends of the blocks.
+    """Return S `(N, G, E)` of x `(N, G, E)` and factors `(N, G)`: inside blocks by the triangle of the products of the
+    factors between chunks, and what enters a block in the same way, from the ends of the blocks.
     """
     N, G, E = x.shape
     size = min(G, _BLOCK)
@@ -59,7 +59,7 @@ def _block_sums(x: Tensor, factors: Tensor) -> Tensor:
     x, factors = x.reshape(-1, size, E), factors.reshape(-1, size, 1)
     later = torch.ones(size, size, dtype=torch.bool, device=x.device).tril(-1)
     sums = torch.bmm(torch.where(later, factors, 1.0).cumprod(1).tril(), x)
-    if G > size:
+    if size < G:
         from_start = factors.cumprod(1)
         blocks, from_start = sums.unflatten(0, (N, -1)), from_start.unflatten(0, (N, -1))
         entering = _block_sums(blocks[:, :-1, -1], from_start[:, :-1, -1, 0])
