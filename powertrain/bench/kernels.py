@@ -246,6 +246,10 @@ def _measure(
     grad = torch.randn(q.shape, generator=generator, device="cuda").bfloat16()
     log_g = torch.full((p.batch, p.tokens, p.key_heads), -1e-3, device="cuda", requires_grad=True)
 
+    def skip(contender: str, why: str) -> None:
+        skipped.append({"problem": p.name, "contender": contender, "why": why})
+        console.print(f"{p.name}: {contender} left out: {why}")
+
     def record(contender: str, forward: Callable[[], Any], leaves: tuple[Tensor, ...], cotangent: Tensor) -> None:
         def both() -> object:
             return torch.autograd.grad(forward(), leaves, cotangent)
@@ -257,8 +261,9 @@ def _measure(
             with torch.no_grad():
                 forward_ms = median_ms(forward, args.repeats)
             timings.append(Timing(p.name, contender, forward_ms, median_ms(both, args.repeats), peak))
-        except (RuntimeError, ValueError) as error:
-            skipped.append({"problem": p.name, "contender": contender, "why": str(error).splitlines()[0]})
+        # A compiler's errors are of any class, and must not cost the other contenders' times.
+        except Exception as error:
+            skip(contender, f"{type(error).__name__}: {error}".splitlines()[0])
             return
         last = timings[-1]
         console.print(
@@ -287,13 +292,13 @@ def _measure(
 
         record(contender, softmax, (qt, kt, vt), grad.transpose(1, 2).contiguous())
     if p.name not in args.retention:
-        skipped.append({"problem": p.name, "contender": "retention", "why": "not among --retention"})
+        skip("retention", "not among --retention")
         return
-    if importlib.util.find_spec("retention") is None:
-        skipped.append({"problem": p.name, "contender": "retention", "why": "not installed"})
+    try:
+        from retention import power_retention as peer
+    except ImportError as error:
+        skip("retention", f"cannot be imported: {error}")
         return
-    from retention import power_retention as peer
-
     record("retention", lambda: peer(q, k, v, log_g, deg=2, chunk_size=p.resolved_chunk_size), leaves, grad)
 
 

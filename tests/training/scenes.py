@@ -39,18 +39,22 @@ class CheckSharded(KeepGradients):
                 assert tensor.dtype == torch.float32
 
 
-class CountReductions(pl.Callback):
-    """Asserts that the last micro-batch of a step, and no other, reduces gradients: each block's, and the rest's."""
+class CountMessages(pl.Callback):
+    """Asserts what each micro-batch of a step sends: the first gathers each block's weights, and the rest's, and the
+    last reduces their gradients.
+    """
 
     def on_train_batch_start(self, trainer, pl_module, *_):
+        self._first = pl_module.at_step_end
         self._mode = CommDebugMode()
         self._mode.__enter__()
 
     def on_train_batch_end(self, trainer, pl_module, *_):
         self._mode.__exit__(None, None, None)
-        reductions = self._mode.get_comm_counts().get(torch.ops.c10d._reduce_scatter_base_, 0)
         assert trainer.accumulate_grad_batches > 1
-        assert reductions == (len(pl_module.model.blocks) + 1 if pl_module.at_step_end else 0)
+        counts, units = self._mode.get_comm_counts(), len(pl_module.model.blocks) + 1
+        assert counts.get(torch.ops.c10d._allgather_base_, 0) == (units if self._first else 0)
+        assert counts.get(torch.ops.c10d._reduce_scatter_base_, 0) == (units if pl_module.at_step_end else 0)
 
 
-SCENES = {"keep": KeepGradients, "sharded": CheckSharded, "count": CountReductions}
+SCENES = {"keep": KeepGradients, "sharded": CheckSharded, "count": CountMessages}
