@@ -53,14 +53,14 @@ def use_cuda(impl: str | None, query: Tensor, value: Tensor, deg: int) -> bool:
         if impl == "cuda":
             raise ValueError(f"impl='cuda' cannot run: {reason}")
         if query.device.type == "cuda" and query.dtype in DTYPES and deg == 2:
-            _warn_once(f"power_retention takes its PyTorch path: {reason}.")
+            warn_once(f"power_retention takes its PyTorch path: {reason}.")
         return False
     problem = library_problem()
     if problem is None:
         return True
     if impl == "cuda":
         raise native.KernelsUnavailable(problem)
-    _warn_once(f"power_retention takes its PyTorch path. {problem}")
+    warn_once(f"power_retention takes its PyTorch path. {problem}")
     return False
 
 
@@ -81,7 +81,8 @@ def _load_library() -> str | None:
     return None
 
 
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
+    """Warn, once in a process, of a path that the caller may not expect."""
     if not torch.compiler.is_compiling() and message not in _warned:
         _warned.add(message)
         warnings.warn(message, stacklevel=7)  # the caller of the public function

@@ -15,14 +15,21 @@ _ALIGNMENT = 64  # elements; rows that begin at whole cache lines are read faste
 
 def takes(logits_like: Tensor) -> bool:
     """Return whether the kernel takes logits of this tensor's dtype and device, and there is a library."""
-    reason = cuda_plan.unsupported_tensor(logits_like)
-    return reason is None and cuda.library_problem() is None
+    if cuda_plan.unsupported_tensor(logits_like) is not None:
+        return False
+    problem = cuda.library_problem()
+    if problem is not None:
+        cuda.warn_once(f"The head's loss takes its PyTorch path. {problem}")
+    return problem is None
 
 
 def empty_logits(rows: int, columns: int, like: Tensor) -> Tensor:
     """Return uninitialised logits `(rows, columns)` whose rows begin at aligned addresses."""
     stride = -(-columns // _ALIGNMENT) * _ALIGNMENT
-    return torch.empty((rows, stride), dtype=like.dtype, device=like.device)[:, :columns]
+    padded = torch.empty((rows, stride), dtype=like.dtype, device=like.device)
+    # A matrix product may read on beyond a row, for factors of 0 (oneDNN's in bf16, on CPUs with AMX), and a NaN stays.
+    padded[:, columns:] = 0.0
+    return padded[:, :columns]
 
 
 def cross_entropy_(

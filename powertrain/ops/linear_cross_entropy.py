@@ -119,21 +119,35 @@ def _chunks(count: int, chunk: int) -> Iterator[slice]:
         yield slice(start, min(start + chunk, count))
 
 
-def _losses(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Return per-token losses and log-sum-exp, both `(n,)`."""
-    lse = logits.logsumexp(-1)
+def _cross_entropy_(
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    *,
+    write_gradients: bool = False,
+    lse: Tensor | None = None,
+    factors: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return losses and log-sum-exp of the rows of `_logits`, both `(n,)`; with `write_gradients`, overwrite the logits
+    with the gradients of factors (1) * loss, 0 for ignored rows. `lse` is not computed where it is given.
+    """
+    if logits.dtype != compute_dtype(logits.dtype):
+        losses = logits.new_empty(logits.shape[0], dtype=compute_dtype(logits.dtype))
+        known, lse = lse is not None, torch.empty_like(losses) if lse is None else lse
+        cuda_cross_entropy.cross_entropy_(
+            logits, labels, ignore_index,
+            losses=losses, log_sum_exp=lse, has_log_sum_exp=known, write_gradients=write_gradients, factors=factors,
+        )  # fmt: skip
+        return losses, lse
+    lse = logits.logsumexp(-1) if lse is None else lse
     counts = labels != ignore_index
-    target = logits.gather(-1, torch.where(counts, labels, 0)[:, None])[:, 0]
-    return torch.where(counts, lse - target, 0.0), lse
-
-
-def _logit_grads_(logits: Tensor, lse: Tensor, labels: Tensor, ignore_index: int, factor: Tensor | None) -> Tensor:
-    """Overwrite fp32 logits with the gradients of factor * loss, 0 for ignored tokens."""
-    grads = logits.sub_(lse[:, None]).exp_()
-    counts = labels != ignore_index
-    grads.scatter_add_(-1, torch.where(counts, labels, 0)[:, None], torch.full_like(lse, -1.0)[:, None])
-    row_factor = counts.to(lse.dtype) if factor is None else torch.where(counts, factor, 0.0)
-    return grads.mul_(row_factor[:, None])
+    targets = torch.where(counts, labels, 0)[:, None]
+    losses = torch.where(counts, lse - logits.gather(-1, targets)[:, 0], 0.0)
+    if write_gradients:
+        grads = logits.sub_(lse[:, None]).exp_()
+        grads.scatter_add_(-1, targets, torch.full_like(lse, -1.0)[:, None])
+        grads.mul_((counts.to(lse.dtype) if factors is None else torch.where(counts, factors, 0.0))[:, None])
+    return losses, lse
 
 
 def _add_grads_(
@@ -151,11 +165,9 @@ def _add_grads_(
 
 
 def _logits(hidden: Tensor, weight: Tensor, rows: slice) -> Tensor:
-    return (hidden[rows] @ weight.T).to(compute_dtype(hidden.dtype))
-
-
-def _narrow_logits(hidden: Tensor, weight: Tensor, rows: slice) -> Tensor:
-    """Logits in the dtype of hidden, in rows that begin at aligned addresses."""
+    """Return logits in the dtype of hidden where the kernel takes them, else in that of the loss."""
+    if not cuda_cross_entropy.takes(hidden):
+        return (hidden[rows] @ weight.T).to(compute_dtype(hidden.dtype))
     logits = cuda_cross_entropy.empty_logits(rows.stop - rows.start, weight.shape[0], hidden)
     return torch.mm(hidden[rows], weight.T, out=logits)
 
@@ -177,22 +189,12 @@ def linear_cross_entropy_sum_op(
     grad_hidden = torch.empty_like(hidden) if grad_for_hidden else None
     grad_weight = torch.zeros_like(weight, dtype=dtype) if grad_for_weight else None
     with_gradients = grad_for_hidden or grad_for_weight
-    fused = cuda_cross_entropy.takes(hidden)
     for rows in _chunks(hidden.shape[0], chunk):
-        if fused:
-            grads = _narrow_logits(hidden, weight, rows)
-            losses = hidden.new_empty(grads.shape[0], dtype=dtype)
-            cuda_cross_entropy.cross_entropy_(
-                grads, labels[rows], ignore_index, losses=losses, write_gradients=with_gradients
-            )
-        else:
-            logits = _logits(hidden, weight, rows)
-            losses, lse = _losses(logits, labels[rows], ignore_index)
-            if with_gradients:
-                grads = _logit_grads_(logits, lse, labels[rows], ignore_index, None)
+        logits = _logits(hidden, weight, rows)
+        losses, _ = _cross_entropy_(logits, labels[rows], ignore_index, write_gradients=with_gradients)
         loss += losses.sum()
         if with_gradients:
-            _add_grads_(grad_hidden, grad_weight, rows, grads, hidden, weight)
+            _add_grads_(grad_hidden, grad_weight, rows, logits, hidden, weight)
     return (
         loss,
         hidden.new_empty(0) if grad_hidden is None else grad_hidden,
@@ -244,15 +246,8 @@ def linear_cross_entropy_per_token_op(
 ) -> tuple[Tensor, Tensor]:
     """Return the loss and the log-sum-exp of each token."""
     losses, lse = (hidden.new_empty(hidden.shape[0], dtype=compute_dtype(hidden.dtype)) for _ in range(2))
-    fused = cuda_cross_entropy.takes(hidden)
     for rows in _chunks(hidden.shape[0], chunk):
-        if fused:
-            cuda_cross_entropy.cross_entropy_(
-                _narrow_logits(hidden, weight, rows), labels[rows], ignore_index,
-                losses=losses[rows], log_sum_exp=lse[rows],
-            )  # fmt: skip
-        else:
-            losses[rows], lse[rows] = _losses(_logits(hidden, weight, rows), labels[rows], ignore_index)
+        losses[rows], lse[rows] = _cross_entropy_(_logits(hidden, weight, rows), labels[rows], ignore_index)
     return losses, lse
 
 
@@ -268,18 +263,12 @@ def linear_cross_entropy_per_token_bwd_op(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of hidden and weight."""
     grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=lse.dtype)
-    fused = cuda_cross_entropy.takes(hidden)
     for rows in _chunks(hidden.shape[0], chunk):
-        if fused:
-            grads = _narrow_logits(hidden, weight, rows)
-            cuda_cross_entropy.cross_entropy_(
-                grads, labels[rows], ignore_index,
-                log_sum_exp=lse[rows], has_log_sum_exp=True, write_gradients=True, factors=grad_losses[rows],
-            )  # fmt: skip
-        else:
-            logits = _logits(hidden, weight, rows)
-            grads = _logit_grads_(logits, lse[rows], labels[rows], ignore_index, grad_losses[rows])
-        _add_grads_(grad_hidden, grad_weight, rows, grads, hidden, weight)
+        logits = _logits(hidden, weight, rows)
+        _cross_entropy_(
+            logits, labels[rows], ignore_index, write_gradients=True, lse=lse[rows], factors=grad_losses[rows]
+        )
+        _add_grads_(grad_hidden, grad_weight, rows, logits, hidden, weight)
     return grad_hidden, grad_weight.to(weight.dtype) if grad_weight.dtype != weight.dtype else grad_weight
 
 
