@@ -56,6 +56,23 @@ class ChunkScanGrad(ctypes.Structure):
     ]  # fmt: skip
 
 
+class ForwardPass(ctypes.Structure):
+    _fields_ = [
+        ("phase", I32), ("q", Strided), ("k", Strided), ("v", Strided), ("log_G", P), ("log_G_stride_b", I64), ("log_G_stride_t", I64),
+        ("log_G_stride_h", I64), ("cu_seqlens", P), ("num_cu_seqlens", I32), ("initial_state", P), ("initial_sum_of_keys", P),
+        ("out", Strided), ("normalizer", P), ("final_state", P), ("final_sum_of_keys", P), ("saved", P), ("workspace", P),
+    ]  # fmt: skip
+
+
+class BackwardPass(ctypes.Structure):
+    _fields_ = [
+        ("phase", I32), ("dy", Strided), ("y", Strided), ("normalizer", P), ("saved", P), ("cu_seqlens", P), ("num_cu_seqlens", I32),
+        ("has_initial_state", I32), ("dfinal_state", P), ("dfinal_sum_of_keys", P), ("dq", Strided), ("dk", Strided), ("dv", Strided),
+        ("dlog_G", P), ("dlog_G_stride_b", I64), ("dlog_G_stride_t", I64), ("dlog_G_stride_h", I64), ("dinitial_state", P),
+        ("dinitial_sum_of_keys", P), ("begun", P), ("workspace", P),
+    ]  # fmt: skip
+
+
 class KernelInfo(ctypes.Structure):
     _fields_ = [
         ("name", ctypes.c_char * 96),

@@ -31,7 +31,7 @@
 extern "C" {
 #endif
 
-#define PT_ABI_VERSION 5
+#define PT_ABI_VERSION 6
 #define PT_API __attribute__((visibility("default")))
 
 typedef enum { PT_OK = 0, PT_INVALID = 1, PT_UNSUPPORTED = 2, PT_CUDA_ERROR = 3 } pt_status;
@@ -250,16 +250,26 @@ PT_API int pt_chunk_scan_grad(const pt_problem* problem, const pt_chunk_scan_gra
 
 /* --- whole passes: the stages above in order (src/common/passes.cu) ------------------------------------------------------------ */
 
-/* What the forward pass leaves for the backward pass, and what each needs while it runs, in bytes. */
+/* A pass may be two calls, where the state that reaches the tokens from outside depends on the one that they send there themselves. Nothing is
+ * computed twice: PT_BEGIN scans the states as if nothing came from outside and gives the one at their end, PT_FINISH adds to them what came and
+ * runs the other stages. bf16 only: in fp16 what comes from outside may lower the scale that everything is packed with. */
+typedef enum { PT_WHOLE = 0, PT_BEGIN = 1, PT_FINISH = 2 } pt_phase;
+
+/* What the forward pass leaves for the backward pass, and what one call of each needs while it runs, in bytes. */
 typedef struct {
   int64_t saved;
   int64_t forward_workspace;
   int64_t backward_workspace;
   int64_t scales; /* offset in `saved` of the powers of two (B, Hq) of q, (B, Hk) of k, (B, Hk) of v, fp32; fp16 only */
+  int64_t begun;  /* what a backward pass in two calls keeps between them; 0 in one call */
 } pt_pass_sizes;
-PT_API int pt_pass_sizes_of(const pt_problem* problem, int32_t has_initial_state, int32_t has_final_state, pt_pass_sizes* sizes);
+/* A pass in two calls has an initial and a final state. */
+PT_API int pt_pass_sizes_of(const pt_problem* problem, int32_t phase, int32_t has_initial_state, int32_t has_final_state, pt_pass_sizes* sizes);
 
+/* PT_BEGIN: final_state is that of the tokens from an empty state; no initial_state, out or normalizer. PT_FINISH: `saved` is as PT_BEGIN wrote it, and
+ * of the inputs only initial_state is read; no final_state. */
 typedef struct {
+  int32_t phase; /* pt_phase */
   pt_tensor q, k, v;
   const float* log_G; /* (B, T, Hk) fp32 <= 0, or null */
   int64_t log_G_stride_b, log_G_stride_t, log_G_stride_h;
@@ -276,7 +286,10 @@ typedef struct {
 } pt_forward_params;
 PT_API int pt_forward(const pt_problem* problem, const pt_forward_params* params, void* stream);
 
+/* PT_BEGIN: dinitial_state is the gradient through the outputs alone; no dfinal_state, and nothing else comes out. PT_FINISH: `begun` is as PT_BEGIN
+ * wrote it, dy, y and normalizer are not read; no dinitial_state. */
 typedef struct {
+  int32_t phase; /* pt_phase */
   pt_tensor dy, y;
   const float* normalizer; /* as pt_forward wrote it */
   const void* saved;       /* as pt_forward wrote it */
@@ -290,6 +303,7 @@ typedef struct {
   int64_t dlog_G_stride_b, dlog_G_stride_t, dlog_G_stride_h;
   float* dinitial_state; /* where has_initial_state, (B, Hk, F, V) contiguous */
   float* dinitial_sum_of_keys;
+  void* begun;           /* pt_pass_sizes.begun bytes, which PT_FINISH changes; null in one call */
   void* workspace;
 } pt_backward_params;
 PT_API int pt_backward(const pt_problem* problem, const pt_backward_params* params, void* stream);

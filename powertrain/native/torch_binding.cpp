@@ -75,8 +75,9 @@ float state_scale(pt_dtype dtype, int64_t tokens, int64_t group) {
 // One call of a pass: the problem, the sizes of its buffers, and the device and stream that it runs on.
 class Pass {
  public:
-  // `like` (B, T, Hq, D) has the shape of the queries.
-  Pass(const Tensor& like, int64_t key_heads, int64_t chunk_size, int64_t arch, bool has_initial_state, bool has_final_state)
+  // `like` (B, T, Hq, D) has the shape of the queries. A pass in two calls has both states.
+  Pass(const Tensor& like, int64_t key_heads, int64_t chunk_size, int64_t arch, bool has_initial_state, bool has_final_state,
+       pt_phase phase = PT_WHOLE)
       : B(like.size(0)), T(like.size(1)), Hq(like.size(2)), Hk(key_heads), D(like.size(3)), guard_(like.device()), options_(like.options()) {
     TORCH_CHECK(library.forward, "the kernel library is not loaded; powertrain.power_retention loads it");
     const pt_dtype dtype = kernel_dtype(like);
@@ -90,7 +91,7 @@ class Pass {
                 .chunk_size = (int32_t)chunk_size,
                 .state_scale = state_scale(dtype, T, Hq / Hk),
                 .seq_len = T};
-    check(library.pass_sizes_of(&problem_, has_initial_state, has_final_state, &sizes), "pt_pass_sizes_of");
+    check(library.pass_sizes_of(&problem_, phase, has_initial_state, has_final_state, &sizes), "pt_pass_sizes_of");
     if (like.is_cuda()) {
       const c10::impl::VirtualGuardImpl device(at::kCUDA);
       stream_ = device.getStreamNativeHandle(device.getStream(like.device()));
@@ -185,6 +186,8 @@ class ForwardInputs {
 
 using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // of q, k, v and log_g
+using States = std::tuple<Tensor, Tensor, Tensor>;  // state, sum_of_keys, and what finishes the pass
 
 Forward forward(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& log_g, const OptionalTensor& state,
                 const OptionalTensor& sum_of_keys, const OptionalTensor& cu_seqlens, int64_t chunk_size, bool final_state, int64_t arch) {
@@ -203,69 +206,131 @@ Forward forward(const Tensor& q, const Tensor& k, const Tensor& v, const Optiona
   return {std::move(out), std::move(new_state), std::move(new_sum), std::move(saved)};
 }
 
-std::tuple<Tensor, Tensor> final_state(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& log_g,
-                                       const OptionalTensor& cu_seqlens, int64_t chunk_size, int64_t arch) {
-  const Pass pass(q, k.size(2), chunk_size, arch, false, true);
+States final_state(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& log_g, const OptionalTensor& cu_seqlens,
+                   int64_t chunk_size, bool keep, int64_t arch) {
+  const pt_phase phase = keep ? PT_BEGIN : PT_WHOLE;
+  const Pass pass(q, k.size(2), chunk_size, arch, keep, true, phase);
   const ForwardInputs inputs(pass, q, k, v, log_g, std::nullopt, std::nullopt, cu_seqlens);
   Tensor state = pass.state(true), sum_of_keys = pass.sum_of_keys(true);
-  const Tensor saved = pass.bytes(pass.sizes.saved), workspace = pass.bytes(pass.sizes.forward_workspace);
+  Tensor saved = pass.bytes(pass.saved_bytes());
+  const Tensor workspace = pass.bytes(pass.sizes.forward_workspace);
   pt_forward_params params = inputs.params();
+  params.phase = phase;
   params.final_state = floats(state), params.final_sum_of_keys = floats(sum_of_keys);
   params.saved = saved.data_ptr(), params.workspace = workspace.data_ptr();
   pass.forward(params);
-  return {std::move(state), std::move(sum_of_keys)};
+  return {std::move(state), std::move(sum_of_keys), keep ? std::move(saved) : pass.bytes(0)};
 }
+
+Tensor finish(const Tensor& q, const Tensor& state, const Tensor& sum_of_keys, const Tensor& begun, int64_t key_heads, int64_t chunk_size,
+              int64_t arch) {
+  const Pass pass(q, key_heads, chunk_size, arch, true, true, PT_FINISH);
+  pass.check_state("state", state);
+  pass.check_sum("sum_of_keys", sum_of_keys);
+  pass.check_tensor("begun", begun, {pass.saved_bytes()}, at::kByte);
+  const Tensor state_rows = state.contiguous(), sum_rows = sum_of_keys.contiguous();
+  Tensor out = pass.empty({pass.B, pass.T, pass.Hq, pass.D}, q.scalar_type());
+  const Tensor workspace = pass.bytes(pass.sizes.forward_workspace);
+  pt_forward_params params{};
+  params.phase = PT_FINISH;
+  params.initial_state = floats(state_rows), params.initial_sum_of_keys = floats(sum_rows);
+  params.out = strided(out), params.normalizer = pass.normalizer(begun);
+  params.saved = begun.data_ptr(), params.workspace = workspace.data_ptr();
+  pass.forward(params);
+  return out;
+}
+
+// The inputs of pt_backward, held while their pointers are in use.
+class BackwardInputs {
+ public:
+  BackwardInputs(const Pass& pass, const OptionalTensor& grad_out, const OptionalTensor& grad_state, const OptionalTensor& grad_sum,
+                 const Tensor& out, const Tensor& saved, const OptionalTensor& cu_seqlens)
+      : grad_out_(grad_out ? OptionalTensor(with_contiguous_rows(*grad_out)) : grad_out), grad_state_(contiguous(grad_state)),
+        grad_sum_(contiguous(grad_sum)), out_(out), saved_(saved), cu_seqlens_(contiguous(cu_seqlens)) {
+    if (grad_out) pass.check_tensor("grad_out", *grad_out, out.sizes(), out.scalar_type());
+    pass.check_tensor("saved", saved, {pass.saved_bytes()}, at::kByte);
+    pass.check_state("grad_state", grad_state);
+    pass.check_sum("grad_sum_of_keys", grad_sum);
+    pass.check_offsets(cu_seqlens);
+    normalizer_ = pass.normalizer(saved);
+  }
+
+  pt_backward_params params() const {
+    pt_backward_params p{};
+    if (grad_out_) p.dy = strided(*grad_out_);
+    p.y = strided(out_), p.normalizer = normalizer_, p.saved = saved_.data_ptr();
+    p.cu_seqlens = pointer<int32_t>(cu_seqlens_), p.num_cu_seqlens = cu_seqlens_ ? (int32_t)cu_seqlens_->size(0) : 0;
+    p.dfinal_state = pointer<float>(grad_state_), p.dfinal_sum_of_keys = pointer<float>(grad_sum_);
+    return p;
+  }
+
+ private:
+  const OptionalTensor grad_out_, grad_state_, grad_sum_;
+  const Tensor out_, saved_;
+  const OptionalTensor cu_seqlens_;
+  const float* normalizer_ = nullptr;
+};
+
+// The gradients of q, k, v and log_g, for pt_backward to write.
+struct InputGradients {
+  InputGradients(const Pass& pass, at::ScalarType dtype, bool has_gates, pt_backward_params& params)
+      : q(pass.empty({pass.B, pass.T, pass.Hq, pass.D}, dtype)), k(pass.empty({pass.B, pass.T, pass.Hk, pass.D}, dtype)),
+        v(pass.empty({pass.B, pass.T, pass.Hk, pass.D}, dtype)),
+        log_g(has_gates ? pass.empty({pass.B, pass.T, pass.Hk}, at::kFloat) : pass.empty({0}, at::kFloat)) {
+    params.dq = strided(q), params.dk = strided(k), params.dv = strided(v);
+    if (!has_gates) return;
+    params.dlog_G = floats(log_g);
+    params.dlog_G_stride_b = log_g.stride(0), params.dlog_G_stride_t = log_g.stride(1), params.dlog_G_stride_h = log_g.stride(2);
+  }
+
+  Tensor q, k, v, log_g;
+};
 
 Backward backward(const Tensor& grad_out, const OptionalTensor& grad_state, const OptionalTensor& grad_sum, const Tensor& out,
                   const Tensor& saved, const OptionalTensor& cu_seqlens, int64_t key_heads, bool has_gates, bool has_state, int64_t chunk_size,
                   int64_t arch) {
   const Pass pass(out, key_heads, chunk_size, arch, has_state, grad_state.has_value());
-  pass.check_tensor("grad_out", grad_out, out.sizes(), out.scalar_type());
-  pass.check_tensor("saved", saved, {pass.saved_bytes()}, at::kByte);
-  pass.check_state("grad_state", grad_state);
-  pass.check_sum("grad_sum_of_keys", grad_sum);
-  pass.check_offsets(cu_seqlens);
-  const Tensor rows = with_contiguous_rows(grad_out);
-  const OptionalTensor state_rows = contiguous(grad_state), sum_rows = contiguous(grad_sum), offsets = contiguous(cu_seqlens);
-  Tensor dq = pass.empty({pass.B, pass.T, pass.Hq, pass.D}, out.scalar_type());
-  Tensor dk = pass.empty({pass.B, pass.T, pass.Hk, pass.D}, out.scalar_type());
-  Tensor dv = pass.empty({pass.B, pass.T, pass.Hk, pass.D}, out.scalar_type());
-  Tensor dlog_g = has_gates ? pass.empty({pass.B, pass.T, pass.Hk}, at::kFloat) : pass.empty({0}, at::kFloat);
+  const BackwardInputs inputs(pass, grad_out, grad_state, grad_sum, out, saved, cu_seqlens);
+  pt_backward_params params = inputs.params();
+  InputGradients grads(pass, out.scalar_type(), has_gates, params);
   Tensor dstate = pass.state(has_state), dsum = pass.sum_of_keys(has_state);
   const Tensor workspace = pass.bytes(pass.sizes.backward_workspace);
-  pt_backward_params params{};
-  params.dy = strided(rows), params.y = strided(out);
-  params.normalizer = pass.normalizer(saved), params.saved = saved.data_ptr();
-  params.cu_seqlens = pointer<int32_t>(offsets), params.num_cu_seqlens = offsets ? (int32_t)offsets->size(0) : 0;
   params.has_initial_state = has_state;
-  params.dfinal_state = pointer<float>(state_rows), params.dfinal_sum_of_keys = pointer<float>(sum_rows);
-  params.dq = strided(dq), params.dk = strided(dk), params.dv = strided(dv);
-  if (has_gates) {
-    params.dlog_G = floats(dlog_g);
-    params.dlog_G_stride_b = dlog_g.stride(0), params.dlog_G_stride_t = dlog_g.stride(1), params.dlog_G_stride_h = dlog_g.stride(2);
-  }
   if (has_state) params.dinitial_state = floats(dstate), params.dinitial_sum_of_keys = floats(dsum);
   params.workspace = workspace.data_ptr();
   pass.backward(params);
-  return {std::move(dq), std::move(dk), std::move(dv), std::move(dlog_g), std::move(dstate), std::move(dsum)};
+  return {std::move(grads.q), std::move(grads.k), std::move(grads.v), std::move(grads.log_g), std::move(dstate), std::move(dsum)};
 }
 
-std::tuple<Tensor, Tensor> initial_state_grad(const Tensor& grad_out, const Tensor& out, const Tensor& saved, int64_t key_heads,
-                                              int64_t chunk_size, int64_t arch) {
-  const Pass pass(out, key_heads, chunk_size, arch, true, false);
-  pass.check_tensor("grad_out", grad_out, out.sizes(), out.scalar_type());
-  pass.check_tensor("saved", saved, {pass.saved_bytes()}, at::kByte);
-  const Tensor rows = with_contiguous_rows(grad_out);
-  Tensor dstate = pass.state(true), dsum = pass.sum_of_keys(true);
+States initial_state_grad(const Tensor& grad_out, const Tensor& out, const Tensor& saved, int64_t key_heads, int64_t chunk_size, bool keep,
+                          int64_t arch) {
+  const pt_phase phase = keep ? PT_BEGIN : PT_WHOLE;
+  const Pass pass(out, key_heads, chunk_size, arch, true, keep, phase);
+  const BackwardInputs inputs(pass, grad_out, std::nullopt, std::nullopt, out, saved, std::nullopt);
+  Tensor dstate = pass.state(true), dsum = pass.sum_of_keys(true), begun = pass.bytes(pass.sizes.begun);
   const Tensor workspace = pass.bytes(pass.sizes.backward_workspace);
-  pt_backward_params params{};
-  params.dy = strided(rows), params.y = strided(out);
-  params.normalizer = pass.normalizer(saved), params.saved = saved.data_ptr();
+  pt_backward_params params = inputs.params();
+  params.phase = phase;
   params.has_initial_state = true;
   params.dinitial_state = floats(dstate), params.dinitial_sum_of_keys = floats(dsum);
-  params.workspace = workspace.data_ptr();
+  params.begun = begun.data_ptr(), params.workspace = workspace.data_ptr();
   pass.backward(params);
-  return {std::move(dstate), std::move(dsum)};
+  return {std::move(dstate), std::move(dsum), std::move(begun)};
+}
+
+Gradients finish_bwd(const Tensor& grad_state, const Tensor& grad_sum, const Tensor& out, const Tensor& saved, const Tensor& begun,
+                     const OptionalTensor& cu_seqlens, int64_t key_heads, bool has_gates, int64_t chunk_size, int64_t arch) {
+  const Pass pass(out, key_heads, chunk_size, arch, true, true, PT_FINISH);
+  const BackwardInputs inputs(pass, std::nullopt, grad_state, grad_sum, out, saved, cu_seqlens);
+  pass.check_tensor("begun", begun, {pass.sizes.begun}, at::kByte);
+  pt_backward_params params = inputs.params();
+  InputGradients grads(pass, out.scalar_type(), has_gates, params);
+  const Tensor workspace = pass.bytes(pass.sizes.backward_workspace);
+  params.phase = PT_FINISH;
+  params.has_initial_state = true;
+  params.begun = begun.data_ptr(), params.workspace = workspace.data_ptr();
+  pass.backward(params);
+  return {std::move(grads.q), std::move(grads.k), std::move(grads.v), std::move(grads.log_g)};
 }
 
 // --- autograd ----------------------------------------------------------------------------------------------------------------------------
@@ -392,7 +457,9 @@ void implement(torch::Library& m) {
   m.impl("power_retention_cuda", forward);
   m.impl("power_retention_cuda_bwd", backward);
   m.impl("power_retention_cuda_final_state", final_state);
+  m.impl("power_retention_cuda_finish", finish);
   m.impl("power_retention_cuda_initial_state_grad", initial_state_grad);
+  m.impl("power_retention_cuda_finish_bwd", finish_bwd);
 }
 
 TORCH_LIBRARY_IMPL(powertrain, CUDA, m) { implement(m); }

@@ -27,6 +27,8 @@ from powertrain.ops.boundary_states import final_state, initial_state_grad
 from powertrain.ops.context_shard import ContextShard
 from powertrain.ops.cuda_ops import (
     final_state_cuda_op,
+    finish_cuda_bwd_op,
+    finish_cuda_op,
     initial_state_grad_cuda_op,
     power_retention_cuda_bwd_op,
     power_retention_cuda_op,
@@ -34,6 +36,7 @@ from powertrain.ops.cuda_ops import (
 from powertrain.ops.library import power_retention_bwd_op, power_retention_op
 
 Saved = Sequence[Any]  # tensors and None
+Begun = Tensor | None  # what a pass in two calls goes on from, if it is one
 State = tuple[Tensor, Tensor]  # (B, Hk, F, V) and the normaliser's part (B, Hk, F)
 
 
@@ -105,24 +108,24 @@ def context_attention(
 class _Stages(Protocol):
     """The parts of power retention on one slice, between which the ranks exchange states."""
 
-    def final_state(self, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None) -> State:
+    def final_state(self, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None) -> tuple[State, Begun]:
         """The state that the slice's tokens leave by themselves."""
         ...
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, state: State
+        self, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, state: State, begun: Begun
     ) -> tuple[Tensor, Tensor, Saved]:
-        """out, normalizer, and what the backward pass needs."""
+        """out, normalizer, and what the backward pass needs; `begun` is that of `final_state`, or None."""
         ...
 
-    def initial_state_grad(self, grad_out: Tensor, saved: Saved) -> State:
+    def initial_state_grad(self, grad_out: Tensor, saved: Saved) -> tuple[State, Begun]:
         """The gradient of the entering state through the slice's outputs."""
         ...
 
     def backward(
-        self, grad_out: Tensor, grad_leaving: State, saved: Saved
+        self, grad_out: Tensor, grad_leaving: State, saved: Saved, begun: Begun
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Gradients of q, k, v and log_g, for that of the leaving state."""
+        """Gradients of q, k, v and log_g, for that of the leaving state; `begun` is that of `initial_state_grad`."""
         ...
 
 
@@ -140,12 +143,14 @@ class _ContextPowerRetention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         memory = shard.entered if layer is not None else None
         known = None if memory is None else memory.pop(layer, None)
+        begun = None
         if known is None:
-            known = _exchange(stages.final_state(q, k, v, log_g), log_g, shard)
+            leaving, begun = stages.final_state(q, k, v, log_g)
+            known = _exchange(leaving, log_g, shard)
             if memory is not None:
                 memory[layer] = known
         state, passes = known
-        out, normalizer, saved = stages.forward(q, k, v, log_g, state)
+        out, normalizer, saved = stages.forward(q, k, v, log_g, state, begun)
         ctx.shard, ctx.stages, ctx.value_dim = shard, stages, v.shape[3]
         ctx.save_for_backward(passes, *saved)
         ctx.mark_non_differentiable(normalizer)
@@ -156,9 +161,9 @@ class _ContextPowerRetention(torch.autograd.Function):
         # Unpacked once: activation checkpointing allows no second time.
         passes, *saved = ctx.saved_tensors
         shard, stages = ctx.shard, ctx.stages
-        gathered = shard.all_gather(_joined(stages.initial_state_grad(grad_out, saved)))
-        leaving = _split(_leaving(gathered, passes, shard), ctx.value_dim)
-        grad_q, grad_k, grad_v, grad_log_g = stages.backward(grad_out, leaving, saved)
+        entering, begun = stages.initial_state_grad(grad_out, saved)
+        leaving = _split(_leaving(shard.all_gather(_joined(entering)), passes, shard), ctx.value_dim)
+        grad_q, grad_k, grad_v, grad_log_g = stages.backward(grad_out, leaving, saved, begun)
         if grad_log_g is not None:
             # Where nothing enters, the first gate discounts nothing: exactly zero rather than rounding.
             rank = shard.ranks.rank
@@ -238,25 +243,26 @@ class _TorchStages:
         self.deg, self.scale, self.chunk_size = call.deg, call.scale, call.chunk_size
         self.cu_seqlens = shard.cu_seqlens
 
-    def final_state(self, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None) -> State:
-        return final_state(k, v, log_g, self.cu_seqlens, self.deg)
+    def final_state(self, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None) -> tuple[State, None]:
+        return final_state(k, v, log_g, self.cu_seqlens, self.deg), None
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, state: State
+        self, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, state: State, begun: Begun
     ) -> tuple[Tensor, Tensor, Saved]:
         out, normalizer, _, _, saved_states = power_retention_op(
             q, k, v, log_g, *state, self.cu_seqlens, self.scale, self.deg, self.chunk_size, False
         )
         return out, normalizer, (q, k, v, log_g, *state, out, normalizer, saved_states)
 
-    def initial_state_grad(self, grad_out: Tensor, saved: Saved) -> State:
+    def initial_state_grad(self, grad_out: Tensor, saved: Saved) -> tuple[State, None]:
         q, k, _, log_g, _, _, out, normalizer, _ = saved
-        return initial_state_grad(
+        grads = initial_state_grad(
             grad_out, q, log_g, self.cu_seqlens, out, normalizer, k.shape[2], self.scale, self.deg
         )
+        return grads, None
 
     def backward(
-        self, grad_out: Tensor, grad_leaving: State, saved: Saved
+        self, grad_out: Tensor, grad_leaving: State, saved: Saved, begun: Begun
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         q, k, v, log_g, *state, out, normalizer, saved_states = saved
         grad_q, grad_k, grad_v, grad_log_g, _, _ = power_retention_bwd_op(
@@ -267,32 +273,50 @@ class _TorchStages:
 
 
 class _CudaStages:
-    """`_Stages` by the CUDA kernels."""
+    """`_Stages` by the CUDA kernels, which go on with what they began: each state is scanned once.
+
+    Not in fp16, where the state that enters may lower the scales of what was packed, and not where activation
+    checkpointing knows the state already: then the pass runs whole.
+    """
 
     def __init__(self, call: PowerCall, shard: ContextShard, has_gates: bool) -> None:
         self.has_gates, self.scale, self.key_heads = has_gates, call.scale, call.K.shape[2]
-        self.options = call.chunk_size, cuda.forced_arch()
+        self.chunk_size, self.arch = call.chunk_size, cuda.forced_arch()
+        self.keep = call.Q.dtype == torch.bfloat16
         self.cu_seqlens = None if shard.cu_seqlens is None else shard.cu_seqlens.int()
 
-    def final_state(self, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None) -> State:
+    def final_state(self, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None) -> tuple[State, Begun]:
         log_g = None if log_g is None else log_g.float()
-        return final_state_cuda_op(q, k, v, log_g, self.cu_seqlens, *self.options)
+        *state, begun = final_state_cuda_op(q, k, v, log_g, self.cu_seqlens, self.chunk_size, self.keep, self.arch)
+        return tuple(state), begun if self.keep else None
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, state: State
+        self, q: Tensor, k: Tensor, v: Tensor, log_g: Tensor | None, state: State, begun: Begun
     ) -> tuple[Tensor, Tensor, Saved]:
-        log_g = None if log_g is None else log_g.float()
-        chunk_size, arch = self.options
-        out, _, _, saved = power_retention_cuda_op(q, k, v, log_g, *state, self.cu_seqlens, chunk_size, False, arch)
+        if begun is None:
+            log_g = None if log_g is None else log_g.float()
+            out, _, _, saved = power_retention_cuda_op(
+                q, k, v, log_g, *state, self.cu_seqlens, self.chunk_size, False, self.arch
+            )
+        else:
+            out, saved = finish_cuda_op(q, *state, begun, self.key_heads, self.chunk_size, self.arch), begun
         return out, cuda.public_normalizer(saved, self.scale, q, self.key_heads), (out, saved)
 
-    def initial_state_grad(self, grad_out: Tensor, saved: Saved) -> State:
-        return initial_state_grad_cuda_op(grad_out, *saved, self.key_heads, *self.options)
+    def initial_state_grad(self, grad_out: Tensor, saved: Saved) -> tuple[State, Begun]:
+        *grads, begun = initial_state_grad_cuda_op(
+            grad_out, *saved, self.key_heads, self.chunk_size, self.keep, self.arch
+        )
+        return tuple(grads), begun if self.keep else None
 
     def backward(
-        self, grad_out: Tensor, grad_leaving: State, saved: Saved
+        self, grad_out: Tensor, grad_leaving: State, saved: Saved, begun: Begun
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        grad_q, grad_k, grad_v, grad_log_g, _, _ = power_retention_cuda_bwd_op(
-            grad_out, *grad_leaving, *saved, self.cu_seqlens, self.key_heads, self.has_gates, True, *self.options
-        )
+        options = self.cu_seqlens, self.key_heads, self.has_gates
+        if begun is None:
+            grads = power_retention_cuda_bwd_op(
+                grad_out, *grad_leaving, *saved, *options, True, self.chunk_size, self.arch
+            )
+        else:
+            grads = finish_cuda_bwd_op(*grad_leaving, *saved, begun, *options, self.chunk_size, self.arch)
+        grad_q, grad_k, grad_v, grad_log_g, *_ = grads
         return grad_q, grad_k, grad_v, grad_log_g if self.has_gates else None

@@ -74,7 +74,7 @@ def choose_chunk_size(*, tokens: int, head_dim: int, query_heads_per_key_head: i
     """
     group = query_heads_per_key_head
     state_flops = 2 * phi_dimension(head_dim, 2) * (head_dim + 1)
-    state_bytes = phi_tiles(head_dim) * BLOCK * (head_dim + NORM_COLUMNS) * 2
+    state_bytes = _state_bytes(head_dim)
 
     def cost(chunk_size: int) -> float:
         chunks = -(-tokens // chunk_size)
@@ -109,8 +109,23 @@ def saved_bytes(
     rows = batch * query_heads * head_dim + heads * head_dim + heads * (head_dim + NORM_COLUMNS)
     total = rows * blocks * BLOCK * 2 + gate_bytes(batch, key_heads, blocks, chunks)
     if has_state or chunk_size < tokens:
-        total += heads * chunks * phi_tiles(head_dim) * BLOCK * (head_dim + NORM_COLUMNS) * 2
+        total += heads * chunks * _state_bytes(head_dim)
     return total + (batch * (query_heads + 2 * key_heads) * 4 if scaled else 0)
+
+
+def begun_bytes(*, batch: Any, tokens: Any, query_heads: Any, key_heads: Any, head_dim: int, chunk_size: Any) -> Any:
+    """Return the bytes of what a backward pass in two calls keeps between them: packed dn' and the states' gradients.
+
+    As `saved_bytes`; bf16 only.
+    """
+    blocks, chunks = (tokens + BLOCK - 1) // BLOCK, (tokens + chunk_size - 1) // chunk_size
+    dn = batch * query_heads * blocks * BLOCK * (head_dim + NORM_COLUMNS) * 2
+    return dn + batch * key_heads * chunks * _state_bytes(head_dim)
+
+
+def _state_bytes(head_dim: int) -> int:
+    """Return the size of one chunk's 16-bit state of one head."""
+    return phi_tiles(head_dim) * BLOCK * (head_dim + NORM_COLUMNS) * 2
 
 
 def gate_bytes(batch: Any, key_heads: Any, blocks: Any, chunks: Any) -> Any:

@@ -18,6 +18,8 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
     "pt_chunk_state_params": stage_calls.ChunkState,
     "pt_chunk_scan_params": stage_calls.ChunkScan,
     "pt_chunk_scan_grad_params": stage_calls.ChunkScanGrad,
+    "pt_forward_params": stage_calls.ForwardPass,
+    "pt_backward_params": stage_calls.BackwardPass,
     "pt_cross_entropy_params": abi.CrossEntropy,
 }
 

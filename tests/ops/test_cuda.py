@@ -16,12 +16,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.stage_calls import Problem
+from kernels.stage_calls import BackwardPass, ForwardPass, Problem, Strided
 from powertrain import native
 from powertrain.native import loader
 from powertrain.ops import api, cuda, cuda_plan, power_retention, power_retention_with_normalizer
-from powertrain.ops.cuda_ops import final_state_cuda_op, initial_state_grad_cuda_op
-from powertrain.ops.cuda_plan import BLOCK, choose_chunk_size, saved_bytes
+from powertrain.ops.cuda_ops import (
+    final_state_cuda_op,
+    finish_cuda_bwd_op,
+    finish_cuda_op,
+    initial_state_grad_cuda_op,
+)
+from powertrain.ops.cuda_plan import BLOCK, begun_bytes, choose_chunk_size, saved_bytes
 from powertrain.ops.reference import power_retention_quadratic
 from powertrain.ops.sympow import phi_dimension
 from tests.ops.emulation import emulated_library
@@ -152,14 +157,24 @@ def relative_error(x: Tensor, exact: Tensor) -> float:
 
 def measure(case: Case, seed: int = 0) -> dict[str, tuple[float, float]]:
     """Errors (ours, plain) of every output and gradient."""
-    tensors, keywords = case.tensors(seed), case.keywords()
-    states = case.state
-    ours, cotangents = evaluate(
-        power_retention, tensors, None, chunk_size=case.chunk_size, return_final_state=states, impl="cuda", **keywords
-    )
-    exact, _ = evaluate(oracle(states), {name: x.double() for name, x in tensors.items()}, cotangents, **keywords)
+    tensors = case.tensors(seed)
+    return errors_of(case, tensors, *in_one_call(case, tensors))
+
+
+def in_one_call(case: Case, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Results by name, and cotangents."""
+    keywords = {"chunk_size": case.chunk_size, "return_final_state": case.state, "impl": "cuda", **case.keywords()}
+    return evaluate(power_retention, tensors, None, **keywords)
+
+
+def errors_of(
+    case: Case, tensors: dict[str, Tensor], ours: dict[str, Tensor], cotangents: list[Tensor]
+) -> dict[str, tuple[float, float]]:
+    """Errors (ours, plain) of the results by name."""
+    function, keywords = oracle(case.state), case.keywords()
+    exact, _ = evaluate(function, {name: x.double() for name, x in tensors.items()}, cotangents, **keywords)
     low = {name: x if name == "log_G" else x.to(case.dtype) for name, x in tensors.items()}
-    plain, _ = evaluate(oracle(states), low, cotangents, **keywords)
+    plain, _ = evaluate(function, low, cotangents, **keywords)
     errors = {}
     for name, value in ours.items():
         assert value.shape == exact[name].shape, name
@@ -169,8 +184,11 @@ def measure(case: Case, seed: int = 0) -> dict[str, tuple[float, float]]:
 
 
 def assert_accurate(case: Case, seed: int = 0) -> None:
+    assert_small(case, measure(case, seed))
+
+
+def assert_small(case: Case, errors: dict[str, tuple[float, float]]) -> None:
     failures = []
-    errors = measure(case, seed)
     # Where the plain formula overflows in fp16, some row's weights nearly all vanish: here subnormal, not exact.
     overflows = not all(math.isfinite(plain) for _, plain in errors.values())
     for name, (error, plain) in errors.items():
@@ -331,9 +349,9 @@ def test_cotangents_of_different_sizes(dtype: torch.dtype, sizes: tuple[float, f
     assert all(torch.isfinite(x).all() for x in ours.values())
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize(("dtype", "keep"), [(BF16, False), (BF16, True), (FP16, False)], ids=["bf16", "kept", "fp16"])
 @pytest.mark.parametrize("chunk_size", [64, 256])
-def test_states_at_the_ends_without_outputs(chunk_size: int, dtype: torch.dtype) -> None:
+def test_states_at_the_ends_without_outputs(chunk_size: int, dtype: torch.dtype, keep: bool) -> None:
     """They are those of the whole op: the final state from an empty one, and the gradient that the outputs give."""
     case = Case(B=2, T=200, Hq=4, Hk=2, D=SMALL, dtype=dtype, documents=True, state=True)
     tensors, cu_seqlens = case.tensors(), case.keywords()["cu_seqlens"]
@@ -344,14 +362,131 @@ def test_states_at_the_ends_without_outputs(chunk_size: int, dtype: torch.dtype)
             1:
         ]
     )
-    found = [*final_state_cuda_op(q, k, v, log_g, cu_seqlens, chunk_size, cuda.forced_arch())]
+    *found, begun = final_state_cuda_op(q, k, v, log_g, cu_seqlens, chunk_size, keep, cuda.forced_arch())
+    assert (begun.numel() > 0) == keep
 
     out, _, _, saved = cuda.power_retention_cuda(q, k, v, log_g, *leaves, cu_seqlens, chunk_size, False)
     grad_out = torch.randn(out.shape, generator=torch.Generator(DEVICE).manual_seed(1), device=DEVICE).to(dtype)
     expected += torch.autograd.grad(out, leaves, grad_out)
-    found += initial_state_grad_cuda_op(grad_out, out.detach(), saved, 2, chunk_size, cuda.forced_arch())
-    for ours, theirs in zip(found, expected, strict=True):
+    *grads, begun = initial_state_grad_cuda_op(grad_out, out.detach(), saved, 2, chunk_size, keep, cuda.forced_arch())
+    assert (begun.numel() > 0) == keep
+    for ours, theirs in zip(found + grads, expected, strict=True):
         assert torch.equal(ours, theirs)
+
+
+def in_two_calls(
+    case: Case, tensors: dict[str, Tensor], cotangents: list[Tensor]
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """out and gradients of passes in two calls, by name; then the states that the first calls give."""
+    q, k, v, state, total = (tensors[name] for name in ("Q", "K", "V", "initial_state", "sum_of_keys"))
+    log_g, cu_seqlens, arch = tensors.get("log_G"), case.keywords().get("cu_seqlens"), cuda.forced_arch()
+    grad_out, *grad_states = cotangents
+    *final, begun = final_state_cuda_op(q, k, v, log_g, cu_seqlens, case.chunk_size, True, arch)
+    out = finish_cuda_op(q, state, total, begun, case.Hk, case.chunk_size, arch)
+    *initial, backward = initial_state_grad_cuda_op(grad_out, out, begun, case.Hk, case.chunk_size, True, arch)
+    grads = finish_cuda_bwd_op(
+        *grad_states, out, begun, backward, cu_seqlens, case.Hk, log_g is not None, case.chunk_size, arch
+    )
+    names = ["Q", "K", "V"] + ([] if log_g is None else ["log_G"])
+    return {"out0": out} | {f"grad_{name}": grads[i] for i, name in enumerate(names)}, [*final, *initial]
+
+
+TWO_CALLS = {
+    "gqa": Case(B=2, T=200, Hq=4, chunk_size=64),
+    "ragged": Case(T=517, chunk_size=192),
+    "ungated": Case(T=257, gate=None),
+    "strong_gates": Case(T=400, gate=3.0),
+    "one_token": Case(T=1),
+    "one_chunk": Case(B=2, T=100),
+    "documents": Case(B=2, T=330, documents=True),
+    "documents_ungated": Case(T=330, gate=None, documents=True),
+}
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize("name", TWO_CALLS)
+def test_two_calls_are_as_accurate_as_the_formula(name: str, head_dim: int) -> None:
+    if not ON_GPU and head_dim > 32 and name not in ("ragged", "one_chunk"):
+        pytest.skip("too slow in the emulation")
+    case = replace(TWO_CALLS[name], D=head_dim, state=True)
+    tensors = case.tensors()
+    whole, cotangents = in_one_call(case, tensors)
+    ours, _ = in_two_calls(case, tensors, cotangents)
+    assert_small(case, errors_of(case, tensors, ours, cotangents))
+    # States are rounded twice, to half of eps each.
+    for result, value in ours.items():
+        assert relative_error(value, whole[result]) <= torch.finfo(BF16).eps, result
+
+
+@pytest.mark.parametrize("T", [100, 300], ids=["one_chunk", "chunks"])
+def test_where_nothing_comes_from_outside_two_calls_give_the_bits_of_one(T: int) -> None:
+    case = Case(B=2, T=T, Hq=4, D=SMALL, state=True)
+    tensors = case.tensors()
+    tensors |= {name: torch.zeros_like(tensors[name]) for name in ("initial_state", "sum_of_keys")}
+    _, cotangents = in_one_call(case, tensors)
+    cotangents[1:] = (torch.zeros_like(x) for x in cotangents[1:])
+    whole, _ = evaluate(
+        power_retention, tensors, cotangents, chunk_size=case.chunk_size, return_final_state=True, impl="cuda"
+    )
+    ours, states = in_two_calls(case, tensors, cotangents)
+    states_of_whole = [whole[name] for name in ("out1", "out2", "grad_initial_state", "grad_sum_of_keys")]
+    for found, expected in zip(
+        [*ours.values(), *states], [whole[name] for name in ours] + states_of_whole, strict=True
+    ):
+        assert torch.equal(found, expected)
+
+
+def test_fp16_has_no_pass_in_two_calls() -> None:
+    case = Case(T=70, D=SMALL, dtype=FP16, state=True, chunk_size=64)
+    tensors = case.tensors()
+    with pytest.raises(RuntimeError, match="a pass in two calls: not in fp16"):
+        in_two_calls(case, tensors, [])
+
+
+def test_what_one_call_left_is_not_taken_for_another_problem() -> None:
+    case = Case(T=70, D=SMALL, chunk_size=64, state=True)
+    tensors = case.tensors()
+    q, k, v, state, total = (tensors[name] for name in ("Q", "K", "V", "initial_state", "sum_of_keys"))
+    *_, begun = final_state_cuda_op(q, k, v, None, None, 64, True, cuda.forced_arch())
+    with pytest.raises(ValueError, match="begun must be Byte of shape"):
+        finish_cuda_op(q, state, total, begun, 2, 128, cuda.forced_arch())
+    out = finish_cuda_op(q, state, total, begun, 2, 64, cuda.forced_arch())
+    with pytest.raises(ValueError, match="begun must be Byte of shape"):
+        finish_cuda_bwd_op(state, total, out, begun, begun, None, 2, False, 64, cuda.forced_arch())
+
+
+@pytest.mark.parametrize(
+    ("function", "phase", "given"),
+    [
+        ("pt_forward", 3, "final_state"),
+        ("pt_forward", 1, "final_state initial_state"),
+        ("pt_forward", 1, "final_state out"),
+        ("pt_forward", 1, "out"),
+        ("pt_forward", 2, "out"),
+        ("pt_forward", 2, "initial_state final_state"),
+        ("pt_forward", 2, "initial_state out final_state"),
+        ("pt_backward", -1, "normalizer dq"),
+        ("pt_backward", 1, "normalizer dinitial_state dinitial_sum_of_keys"),
+        ("pt_backward", 1, "normalizer begun dinitial_state dinitial_sum_of_keys dq"),
+        ("pt_backward", 1, "normalizer begun dinitial_state dinitial_sum_of_keys dfinal_state"),
+        ("pt_backward", 1, "normalizer begun"),
+        ("pt_backward", 2, "begun dfinal_state"),
+        ("pt_backward", 2, "dq dfinal_state"),
+        ("pt_backward", 2, "begun dq"),
+        ("pt_backward", 2, "begun dq dfinal_state dinitial_state dinitial_sum_of_keys"),
+    ],
+)
+def test_wrong_calls_of_a_phase_are_refused(function: str, phase: int, given: str) -> None:
+    params: ForwardPass | BackwardPass = ForwardPass() if function == "pt_forward" else BackwardPass()
+    nowhere = 256  # refused before anything is read
+    params.phase, params.saved, params.workspace = phase, nowhere, nowhere
+    if isinstance(params, BackwardPass):
+        params.has_initial_state = 1
+    for name in given.split():
+        setattr(params, name, Strided(nowhere) if name in ("out", "dq") else nowhere)
+    problem = Problem(0, 80, 1, 1, 1, 32, 64, 1.0, 70)
+    with pytest.raises(RuntimeError, match="does not hold" if phase in (1, 2) else f"phase {phase}: PT_WHOLE"):
+        native.call(function, ctypes.byref(problem), ctypes.byref(params), None)
 
 
 def test_nothing_leaks_across_documents() -> None:
@@ -429,15 +564,29 @@ def test_normalizer(dtype: torch.dtype) -> None:
 )
 def test_size_in_python_agrees_with_the_library(head_dim: int, T: int, chunk_size: int, state: bool) -> None:
     for dtype in (BF16, FP16):
-        sizes = (ctypes.c_int64 * 4)()  # pt_pass_sizes: saved, two workspaces, the offset of the scales
+        sizes = (ctypes.c_int64 * 5)()  # pt_pass_sizes: saved, two workspaces, the offset of the scales, begun
         problem = Problem(int(dtype == FP16), 0, 3, 4, 2, head_dim, chunk_size, 1.0, T)
-        native.call("pt_pass_sizes_of", ctypes.byref(problem), int(state), 0, ctypes.byref(sizes))
+        native.call("pt_pass_sizes_of", ctypes.byref(problem), 0, int(state), 0, ctypes.byref(sizes))
         size = saved_bytes(
             batch=3, tokens=T, query_heads=4, key_heads=2, head_dim=head_dim, chunk_size=chunk_size, has_state=state,
             scaled=dtype == FP16,
         )  # fmt: skip
         assert sizes[0] == size
         assert sizes[3] == size - (4 * 3 * (4 + 2 * 2) if dtype == FP16 else 0)
+        assert sizes[4] == 0
+    problem.dtype = 0
+    for phase in (1, 2):
+        native.call("pt_pass_sizes_of", ctypes.byref(problem), phase, 1, 1, ctypes.byref(sizes))
+        shape = {
+            "batch": 3,
+            "tokens": T,
+            "query_heads": 4,
+            "key_heads": 2,
+            "head_dim": head_dim,
+            "chunk_size": chunk_size,
+        }
+        assert sizes[0] == saved_bytes(**shape, has_state=True, scaled=False)
+        assert sizes[4] == begun_bytes(**shape)
 
 
 @needs_gpu

@@ -19,11 +19,27 @@ from powertrain import native
 from powertrain.native import binding
 from powertrain.ops import api, cuda, cuda_plan, power_retention
 from powertrain.ops.cuda_ops import (
+    final_state_cuda_op,
+    finish_cuda_bwd_op,
+    finish_cuda_op,
+    initial_state_grad_cuda_op,
     power_retention_cuda_bwd_op,
     power_retention_cuda_op,
 )
 from powertrain.ops.flops import power_retention_flops
-from tests.ops.test_cuda import BF16, DEVICE, FP16, SMALL, Case, _arch, _library, evaluate, needs_gpu  # noqa: F401
+from tests.ops.test_cuda import (
+    BF16,
+    DEVICE,
+    FP16,
+    SMALL,
+    Case,
+    _arch,  # noqa: F401
+    _library,  # noqa: F401
+    evaluate,
+    in_one_call,
+    in_two_calls,
+    needs_gpu,
+)
 
 CASE = Case(T=130, chunk_size=64, D=SMALL, Hq=2, Hk=1)
 
@@ -57,6 +73,27 @@ def test_opcheck(kind: str) -> None:
     flags = 1, kind != "ungated", kind == "state", 64, 80
     backward = torch.randn_like(out), *final, out, saved, arguments[6], *flags
     torch.library.opcheck(power_retention_cuda_bwd_op, backward)
+
+
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "ungated"])
+@pytest.mark.parametrize("keep", [True, False])
+def test_opcheck_of_passes_in_two_calls(keep: bool, gated: bool) -> None:
+    case = Case(T=130, chunk_size=64, D=SMALL, Hq=2, Hk=1, gate=0.02 if gated else None, state=True, documents=True)
+    tensors, cu_seqlens = case.tensors(), case.keywords()["cu_seqlens"]
+    q, k, v, state, total = (tensors[name] for name in ("Q", "K", "V", "initial_state", "sum_of_keys"))
+    first = q, k, v, tensors.get("log_G"), cu_seqlens, 64, keep, 80
+    torch.library.opcheck(final_state_cuda_op, first)
+    begun = final_state_cuda_op(*first)[2] if keep else torch.empty(0)
+    if keep:
+        torch.library.opcheck(finish_cuda_op, (q, state, total, begun.clone(), 1, 64, 80))
+        out, saved = finish_cuda_op(q, state, total, begun, 1, 64, 80), begun
+    else:
+        out, _, _, saved = power_retention_cuda_op(*first[:4], state, total, cu_seqlens, 64, False, 80)
+    backward = torch.randn_like(out), out, saved, 1, 64, keep, 80
+    torch.library.opcheck(initial_state_grad_cuda_op, backward)
+    if keep:
+        begun = initial_state_grad_cuda_op(*backward)[2]
+        torch.library.opcheck(finish_cuda_bwd_op, (state, total, out, saved, begun, cu_seqlens, 1, gated, 64, 80))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -233,6 +270,20 @@ def test_flop_counter_sees_the_registered_formula() -> None:
     expected = power_retention_flops(
         batch=2, tokens=200, query_heads=4, key_heads=2, key_dim=SMALL, value_dim=SMALL, deg=2, chunk_size=64,
         executed=False, device_type="cuda",
+    )  # fmt: skip
+    assert counter.get_total_flops() == expected.forward.total + expected.backward.total
+
+
+@pytest.mark.parametrize("T", [50, 200], ids=["one_chunk", "chunks"])
+def test_flop_counter_counts_two_calls_as_the_whole_pass(T: int) -> None:
+    case = Case(B=2, T=T, Hq=4, Hk=2, D=SMALL, chunk_size=64, state=True)
+    tensors = case.tensors()
+    _, cotangents = in_one_call(case, tensors)
+    with FlopCounterMode(display=False) as counter:
+        in_two_calls(case, tensors, cotangents)
+    expected = power_retention_flops(
+        batch=2, tokens=T, query_heads=4, key_heads=2, key_dim=SMALL, value_dim=SMALL, deg=2, chunk_size=64,
+        executed=False, initial_state=True, final_state=True, device_type="cuda",
     )  # fmt: skip
     assert counter.get_total_flops() == expected.forward.total + expected.backward.total
 

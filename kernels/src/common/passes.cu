@@ -51,11 +51,12 @@ struct ForwardBuffers {
   float *initial, *final_state;
   void* chunk_state;
   int64_t bytes;
-  ForwardBuffers(const pt_problem& p, const pt_sizes& sizes, bool has_initial, bool has_final, void* base) {
+  ForwardBuffers(const pt_problem& p, const pt_sizes& sizes, int phase, bool has_initial, bool has_final, void* base) {
     Arena arena(base);
-    const bool states = has_initial || has_final || p.chunk_size < p.seq_len;
+    const bool begins = phase != PT_FINISH, finishes = phase != PT_BEGIN;
+    const bool states = begins && (has_initial || has_final || p.chunk_size < p.seq_len);
     decayed_v = arena.take(sizes.packed_v, states);
-    initial = arena.take<float>(sizes.boundary, has_initial), final_state = arena.take<float>(sizes.boundary, has_final);
+    initial = arena.take<float>(sizes.boundary, has_initial && finishes), final_state = arena.take<float>(sizes.boundary, has_final && begins);
     chunk_state = arena.take(sizes.chunk_state_workspace, states);
     bytes = arena.used();
   }
@@ -64,22 +65,31 @@ struct ForwardBuffers {
 struct BackwardBuffers {
   void *scaled_q, *dn, *decayed_dn, *grad_states, *chunk_state;
   float *scaled_normalizer, *row_scale, *dn_scale, *leaving, *entering, *dots, *through;
-  int64_t bytes;
-  BackwardBuffers(const pt_problem& p, const pt_sizes& sizes, bool has_initial, bool has_final, void* base) {
-    Arena arena(base);
+  int64_t bytes, begun_bytes;
+  BackwardBuffers(const pt_problem& p, const pt_sizes& sizes, int phase, bool has_initial, bool has_final, void* base, void* begun) {
+    Arena arena(base), apart(begun);
+    Arena& kept = phase == PT_WHOLE ? arena : apart;  // what a second call goes on from
+    const bool begins = phase != PT_FINISH, finishes = phase != PT_BEGIN;
     const bool scaled = p.dtype == PT_FP16, states = has_initial || has_final || p.chunk_size < p.seq_len;
     const int64_t rows = (int64_t)p.batch * p.query_heads * p.seq_len * 4, heads = (int64_t)p.batch * p.key_heads;
     scaled_q = arena.take(sizes.packed_q, scaled);
     scaled_normalizer = arena.take<float>(rows, scaled), row_scale = arena.take<float>(rows, scaled);
     dn_scale = arena.take<float>(heads * 4, scaled);
-    dn = arena.take(sizes.packed_dn), decayed_dn = arena.take(sizes.packed_dn, states);
-    grad_states = arena.take(sizes.states, states), chunk_state = arena.take(sizes.chunk_state_workspace, states);
-    leaving = arena.take<float>(sizes.boundary, has_final), entering = arena.take<float>(sizes.boundary, has_initial);
-    dots = arena.take<float>(sizes.dots * (p.query_heads / p.key_heads + 2));
-    through = arena.take<float>(heads * chunks(p.seq_len, p.chunk_size) * 4, states);
-    bytes = arena.used();
+    dn = kept.take(sizes.packed_dn), decayed_dn = arena.take(sizes.packed_dn, states && begins);
+    grad_states = kept.take(sizes.states, states), chunk_state = arena.take(sizes.chunk_state_workspace, states && begins);
+    leaving = arena.take<float>(sizes.boundary, has_final && finishes), entering = arena.take<float>(sizes.boundary, has_initial && begins);
+    dots = arena.take<float>(sizes.dots * (p.query_heads / p.key_heads + 2), finishes);
+    through = arena.take<float>(heads * chunks(p.seq_len, p.chunk_size) * 4, states && finishes);
+    bytes = arena.used(), begun_bytes = apart.used();
   }
 };
+
+int validate_phase(const pt_problem& p, int phase) {
+  if (phase < PT_WHOLE || phase > PT_FINISH) return fail(PT_INVALID, "phase %d: PT_WHOLE, PT_BEGIN or PT_FINISH", phase);
+  if (phase != PT_WHOLE && p.dtype == PT_FP16)
+    return fail(PT_UNSUPPORTED, "a pass in two calls: not in fp16, where a state from outside may lower the scales of what the first call packs");
+  return PT_OK;
+}
 
 }  // namespace
 }  // namespace powertrain
@@ -88,14 +98,17 @@ using namespace powertrain;
 
 extern "C" {
 
-int pt_pass_sizes_of(const pt_problem* problem, int32_t has_initial_state, int32_t has_final_state, pt_pass_sizes* result) {
+int pt_pass_sizes_of(const pt_problem* problem, int32_t phase, int32_t has_initial_state, int32_t has_final_state, pt_pass_sizes* result) {
   PT_REQUIRE(result);
   pt_sizes sizes;
   PT_TRY(pt_sizes_of(problem, &sizes));
+  PT_TRY(validate_phase(*problem, phase));
+  PT_REQUIRE(phase == PT_WHOLE || (has_initial_state && has_final_state));
   const Saved saved(*problem, sizes, has_initial_state, nullptr);
+  const BackwardBuffers backward(*problem, sizes, phase, has_initial_state, has_final_state, nullptr, nullptr);
   result->saved = saved.bytes, result->scales = saved.scales;
-  result->forward_workspace = ForwardBuffers(*problem, sizes, has_initial_state, has_final_state, nullptr).bytes;
-  result->backward_workspace = BackwardBuffers(*problem, sizes, has_initial_state, has_final_state, nullptr).bytes;
+  result->forward_workspace = ForwardBuffers(*problem, sizes, phase, has_initial_state, has_final_state, nullptr).bytes;
+  result->backward_workspace = backward.bytes, result->begun = backward.begun_bytes;
   return PT_OK;
 }
 
@@ -105,35 +118,42 @@ int pt_forward(const pt_problem* problem, const pt_forward_params* params, void*
   PT_TRY(pt_sizes_of(problem, &sizes));
   const pt_problem& p = *problem;
   const pt_forward_params& a = *params;
-  const bool has_initial = a.initial_state, has_final = a.final_state;
+  PT_TRY(validate_phase(p, a.phase));
+  PT_REQUIRE(a.phase != PT_BEGIN || !(a.initial_state || a.out.data));
+  PT_REQUIRE(a.phase != PT_FINISH || (a.initial_state && !a.final_state));
+  const bool has_initial = a.initial_state || a.phase == PT_BEGIN, has_final = a.final_state || a.phase == PT_FINISH;
   const Saved saved(p, sizes, has_initial, a.saved);
-  const ForwardBuffers buffers(p, sizes, has_initial, has_final, a.workspace);
+  const ForwardBuffers buffers(p, sizes, a.phase, has_initial, has_final, a.workspace);
   PT_REQUIRE(a.workspace || buffers.bytes == 0);
 
-  const pt_gates_params gates = {a.log_G, a.log_G_stride_b, a.log_G_stride_t, a.log_G_stride_h, a.cu_seqlens, a.num_cu_seqlens, saved.gates};
-  PT_TRY(pt_gates(problem, &gates, stream));
-  if (saved.q_scale) {
-    const pt_power_scale_params of_q = {a.q, p.query_heads, p.query_heads, saved.q_scale}, of_k = {a.k, p.key_heads, p.key_heads, saved.k_scale},
-                                of_v = {a.v, p.key_heads, p.key_heads, saved.v_scale};
-    PT_TRY(pt_power_scale(problem, &of_q, stream));
-    PT_TRY(pt_power_scale(problem, &of_k, stream));
-    PT_TRY(pt_power_scale(problem, &of_v, stream));
-    if (has_initial) PT_TRY(bound_key_scale(p, a.initial_state, a.initial_sum_of_keys, saved.v_scale, saved.k_scale, (cudaStream_t)stream));
+  if (a.phase != PT_FINISH) {
+    const pt_gates_params gates = {a.log_G, a.log_G_stride_b, a.log_G_stride_t, a.log_G_stride_h, a.cu_seqlens, a.num_cu_seqlens, saved.gates};
+    PT_TRY(pt_gates(problem, &gates, stream));
+    if (saved.q_scale) {
+      const pt_power_scale_params of_q = {a.q, p.query_heads, p.query_heads, saved.q_scale}, of_k = {a.k, p.key_heads, p.key_heads, saved.k_scale},
+                                  of_v = {a.v, p.key_heads, p.key_heads, saved.v_scale};
+      PT_TRY(pt_power_scale(problem, &of_q, stream));
+      PT_TRY(pt_power_scale(problem, &of_k, stream));
+      PT_TRY(pt_power_scale(problem, &of_v, stream));
+      if (has_initial) PT_TRY(bound_key_scale(p, a.initial_state, a.initial_sum_of_keys, saved.v_scale, saved.k_scale, (cudaStream_t)stream));
+    }
+    const pt_pack_params pack = {a.q,     a.k,     a.v,     saved.q_scale,    saved.k_scale, saved.v_scale, saved.gates,
+                                 saved.q, saved.k, saved.v, buffers.decayed_v};
+    PT_TRY(pt_pack(problem, &pack, stream));
   }
-  const pt_pack_params pack = {a.q,     a.k,     a.v,     saved.q_scale,    saved.k_scale, saved.v_scale, saved.gates,
-                               saved.q, saved.k, saved.v, buffers.decayed_v};
-  PT_TRY(pt_pack(problem, &pack, stream));
-  if (has_initial) {
+  if (buffers.initial) {
     const pt_boundary_params boundary = {const_cast<float*>(a.initial_state), const_cast<float*>(a.initial_sum_of_keys), buffers.initial, 1, 0,
                                          saved.k_scale, saved.v_scale, nullptr};
     PT_TRY(pt_boundary(problem, &boundary, stream));
   }
-  if (buffers.decayed_v) {
-    void* const states = a.out.data ? saved.states : nullptr;
-    const pt_chunk_state_params state = {0, saved.k, buffers.decayed_v, saved.gates, buffers.initial, states, buffers.final_state, buffers.chunk_state};
+  void* const states = a.out.data || a.phase == PT_BEGIN ? saved.states : nullptr;
+  const pt_chunk_state_params state = {0, saved.k, buffers.decayed_v, saved.gates, buffers.initial, states, buffers.final_state, buffers.chunk_state};
+  if (a.phase == PT_FINISH) {
+    PT_TRY(carry_in(p, state, (cudaStream_t)stream));
+  } else if (buffers.decayed_v) {
     PT_TRY(pt_chunk_state(problem, &state, stream));
   }
-  if (has_final) {
+  if (buffers.final_state) {
     const pt_boundary_params boundary = {a.final_state, a.final_sum_of_keys, buffers.final_state, 0, 0, saved.k_scale, saved.v_scale, nullptr};
     PT_TRY(pt_boundary(problem, &boundary, stream));
   }
@@ -143,16 +163,20 @@ int pt_forward(const pt_problem* problem, const pt_forward_params* params, void*
 }
 
 int pt_backward(const pt_problem* problem, const pt_backward_params* params, void* stream) {
-  PT_REQUIRE(params && params->saved && params->normalizer && params->workspace);
-  PT_REQUIRE(!params->has_initial_state || (params->dinitial_state && params->dinitial_sum_of_keys));
+  PT_REQUIRE(params && params->saved && params->workspace);
   pt_sizes sizes;
   PT_TRY(pt_sizes_of(problem, &sizes));
   const pt_problem& p = *problem;
   const pt_backward_params& a = *params;
-  const bool has_initial = a.has_initial_state, has_final = a.dfinal_state, initial_only = !a.dq.data;
+  PT_TRY(validate_phase(p, a.phase));
+  const bool has_initial = a.has_initial_state, has_final = a.dfinal_state || a.phase == PT_BEGIN, initial_only = !a.dq.data;
+  PT_REQUIRE(a.phase == PT_WHOLE || (has_initial && a.begun));
+  PT_REQUIRE(a.phase != PT_BEGIN || (initial_only && !a.dfinal_state));
+  PT_REQUIRE(a.phase != PT_FINISH || (!initial_only && a.dfinal_state && !a.dinitial_state));
+  PT_REQUIRE(a.phase == PT_FINISH || (a.normalizer && (!has_initial || (a.dinitial_state && a.dinitial_sum_of_keys))));
   PT_REQUIRE(!initial_only || has_initial);
   const Saved saved(p, sizes, has_initial, a.saved);
-  const BackwardBuffers buffers(p, sizes, has_initial, has_final, a.workspace);
+  const BackwardBuffers buffers(p, sizes, a.phase, has_initial, has_final, a.workspace, a.begun);
   const void* q = saved.q;
   const float* normalizer = a.normalizer;
   if (buffers.scaled_q) {
@@ -160,21 +184,25 @@ int pt_backward(const pt_problem* problem, const pt_backward_params* params, voi
     PT_TRY(pt_row_scale(problem, &rows, stream));
     q = buffers.scaled_q, normalizer = buffers.scaled_normalizer;
   }
-  const pt_pack_grad_params pack = {a.dy,        a.y,
-                                    normalizer,  saved.v_scale,
-                                    buffers.dn_scale, buffers.dn,
-                                    saved.gates, buffers.decayed_dn,
-                                    a.dfinal_state, a.dfinal_sum_of_keys,
-                                    saved.k_scale};
-  PT_TRY(pt_pack_grad(problem, &pack, stream));
-  if (has_final) {
+  if (a.phase != PT_FINISH) {
+    const pt_pack_grad_params pack = {a.dy,        a.y,
+                                      normalizer,  saved.v_scale,
+                                      buffers.dn_scale, buffers.dn,
+                                      saved.gates, buffers.decayed_dn,
+                                      a.dfinal_state, a.dfinal_sum_of_keys,
+                                      saved.k_scale};
+    PT_TRY(pt_pack_grad(problem, &pack, stream));
+  }
+  if (buffers.leaving) {
     const pt_boundary_params boundary = {const_cast<float*>(a.dfinal_state), const_cast<float*>(a.dfinal_sum_of_keys), buffers.leaving, 1, 1,
                                          saved.k_scale, saved.v_scale, buffers.dn_scale};
     PT_TRY(pt_boundary(problem, &boundary, stream));
   }
-  if (buffers.grad_states) {
-    void* const states = initial_only ? nullptr : buffers.grad_states;
-    const pt_chunk_state_params state = {1, q, buffers.decayed_dn, saved.gates, buffers.leaving, states, buffers.entering, buffers.chunk_state};
+  void* const states = initial_only && a.phase == PT_WHOLE ? nullptr : buffers.grad_states;
+  const pt_chunk_state_params state = {1, q, buffers.decayed_dn, saved.gates, buffers.leaving, states, buffers.entering, buffers.chunk_state};
+  if (a.phase == PT_FINISH) {
+    PT_TRY(carry_in(p, state, (cudaStream_t)stream));
+  } else if (buffers.grad_states) {
     PT_TRY(pt_chunk_state(problem, &state, stream));
   }
   const pt_boundary_params boundary = {a.dinitial_state, a.dinitial_sum_of_keys, buffers.entering, 0, 1, saved.k_scale, saved.v_scale, buffers.dn_scale};
@@ -200,7 +228,7 @@ int pt_backward(const pt_problem* problem, const pt_backward_params* params, voi
                                        buffers.dn_scale, saved.v_scale, a.dlog_G, a.dlog_G_stride_b, a.dlog_G_stride_t, a.dlog_G_stride_h};
     PT_TRY(pt_gate_grad(problem, &gates, stream));
   }
-  return has_initial ? pt_boundary(problem, &boundary, stream) : PT_OK;
+  return buffers.entering ? pt_boundary(problem, &boundary, stream) : PT_OK;
 }
 
 }  // extern "C"

@@ -11,7 +11,8 @@ constexpr int kThreads = 128;
 constexpr float kNegligible = 1e-12f;  // a carried state below this share of itself is beyond the 16 bits of any sum it enters
 
 struct JoinParams {
-  const float* locals;
+  const float* locals;       // or null: nothing follows the one segment
+  const float* incoming;     // boundary state that enters the first segment, or null: its states hold it already
   const float* chunk_decay;  // (B, Hk, N)
   void* states;
   float* final_state;
@@ -53,9 +54,12 @@ __global__ void __launch_bounds__(kThreads) join_kernel(const JoinParams p) {
   auto physical = [&](int64_t logical) { return p.reverse ? p.chunks - 1 - logical : logical; };
 
   float incoming[8] = {};
+  if (p.incoming)
+#pragma unroll
+    for (int c = 0; c < 8; c++) incoming[c] = p.incoming[boundary_at + c];
   for (int segment = 0; segment < p.segments; segment++) {
     const int64_t begin = segment_begin(p.chunks, p.segments, segment), end = segment_begin(p.chunks, p.segments, segment + 1);
-    float carried = segment == 0 ? 0.f : 1.f;
+    float carried = segment == 0 && !p.incoming ? 0.f : 1.f;
     int64_t l = begin;
     if (states)
       for (; l < end && carried > kNegligible; l += kAhead) {
@@ -74,6 +78,7 @@ __global__ void __launch_bounds__(kThreads) join_kernel(const JoinParams p) {
         for (int a = 0; a < kAhead; a++)
           if (l + a < end) *(uint4*)(at + a * stride) = add<T>(loaded[a], incoming, factor[a], group == kGroups - 1);
       }
+    if (!p.locals) return;
     for (; l < end && carried > 0.f; l++) carried *= decay[physical(l)];
     const float* local = p.locals + segment * p.boundary_stride + boundary_at;
 #pragma unroll
@@ -126,9 +131,13 @@ int choose_segments(const pt_problem& problem, int64_t blocks_per_segment) {
   return best;
 }
 
-int join_segments(const pt_problem& problem, const pt_chunk_state_params& params, int segments, const float* locals, cudaStream_t stream) {
+namespace {
+
+int join(const pt_problem& problem, const pt_chunk_state_params& params, int segments, const float* locals, const float* incoming,
+         cudaStream_t stream) {
   JoinParams p;
   p.locals = locals;
+  p.incoming = incoming;
   p.chunk_decay = gates_of(problem, params.gates).chunk_decay;
   p.states = params.states;
   p.final_state = params.final_state;
@@ -139,6 +148,16 @@ int join_segments(const pt_problem& problem, const pt_chunk_state_params& params
   p.reverse = params.reverse;
   p.state_scale = problem.state_scale;
   return problem.dtype == PT_FP16 ? dispatch<__half>(problem, p, stream) : dispatch<__nv_bfloat16>(problem, p, stream);
+}
+
+}  // namespace
+
+int join_segments(const pt_problem& problem, const pt_chunk_state_params& params, int segments, const float* locals, cudaStream_t stream) {
+  return join(problem, params, segments, locals, nullptr, stream);
+}
+
+int carry_in(const pt_problem& problem, const pt_chunk_state_params& params, cudaStream_t stream) {
+  return join(problem, params, 1, nullptr, params.initial, stream);
 }
 
 }  // namespace powertrain
