@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from powertrain.models.config import MixerConfig
 from powertrain.ops import cuda_plan
@@ -40,6 +41,7 @@ class OpCase:
     documents: bool = True
     gated: bool = True
     gate_shift: float = 3.0
+    checkpointed: bool = False  # power: the op runs again in the backward pass
     keywords: tuple[tuple[str, Any], ...] = ()
 
     def inputs(self) -> Inputs:
@@ -50,10 +52,13 @@ class OpCase:
         return inputs
 
     def run(self, shard: ContextShard, slices: dict[str, Tensor], keywords: dict[str, Any]) -> Tensor:
-        log_G = slices.get("log_G")
-        if self.kind == "power":
-            return context_power_retention(slices["Q"], slices["K"], slices["V"], log_G, shard, **keywords)[0]
-        return context_attention(slices["Q"], slices["K"], slices["V"], log_G, shard, **keywords)
+        inputs = slices["Q"], slices["K"], slices["V"], slices.get("log_G")
+        if self.kind != "power":
+            return context_attention(*inputs, shard, **keywords)
+        if self.checkpointed:
+            shard, keywords = shard.remembering(), {**keywords, "layer": 0}
+            return checkpoint(context_power_retention, *inputs, shard, use_reentrant=False, **keywords)[0]
+        return context_power_retention(*inputs, shard, **keywords)[0]
 
 
 def _power(**changes: Any) -> OpCase:
@@ -91,6 +96,14 @@ KERNEL_CASES = {
     "kernels_one_document": _power(
         sizes=(1, 150, 2, 1, 32, 32), dtype=torch.bfloat16, documents=False, gated=False, keywords={"chunk_size": 128}
     ),
+    # Chunks that a slice's state passes through.
+    "kernels_long": _power(
+        sizes=(1, 500, 2, 1, 32, 32), dtype=torch.bfloat16, documents=False, keywords={"chunk_size": 64}
+    ),
+    "kernels_checkpointed": _power(
+        sizes=(2, 150, 2, 1, 32, 32), dtype=torch.bfloat16, checkpointed=True, keywords={"chunk_size": 64}
+    ),
+    "kernels_fp16": _power(sizes=(2, 150, 2, 1, 32, 32), dtype=torch.float16, keywords={"chunk_size": 64}),
 }
 
 MODEL_MIXERS = {**MIXERS, "hybrid_all": MixerConfig(kind="power,softmax,window,linear", window=7, chunk_size=16)}

@@ -90,7 +90,7 @@ class Case:
     chunk_size: int | None = 128
     dtype: torch.dtype = BF16
     gate: float | None = 0.02  # mean of -log_G
-    documents: bool = False
+    documents: bool | tuple[int, ...] = False  # some of every kind, or starts within each row
     state: bool = False
 
     def tensors(self, seed: int = 0) -> dict[str, Tensor]:
@@ -118,7 +118,7 @@ class Case:
         if not self.documents:
             return {}
         B, T = self.B, self.T
-        inner = {1, 2, T // 3, T // 2, T - 1, 64, 65, 128}
+        inner = {1, 2, T // 3, T // 2, T - 1, 64, 65, 128} if self.documents is True else set(self.documents)
         offsets = sorted(
             {0, B * T} | {row * T + at for row in range(B) for at in {0} | {i for i in inner if 0 < i < T}}
         )
@@ -398,28 +398,29 @@ TWO_CALLS = {
     "strong_gates": Case(T=400, gate=3.0),
     "one_token": Case(T=1),
     "one_chunk": Case(B=2, T=100),
+    "above_block": Case(T=65, chunk_size=64),
     "documents": Case(B=2, T=330, documents=True),
-    "documents_ungated": Case(T=330, gate=None, documents=True),
+    "two_documents_ungated": Case(T=330, gate=None, documents=(200,)),
 }
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
 @pytest.mark.parametrize("name", TWO_CALLS)
 def test_two_calls_are_as_accurate_as_the_formula(name: str, head_dim: int) -> None:
-    if not ON_GPU and head_dim > 32 and name not in ("ragged", "one_chunk"):
+    if not ON_GPU and head_dim > 32 and name not in ("one_token", "above_block"):
         pytest.skip("too slow in the emulation")
     case = replace(TWO_CALLS[name], D=head_dim, state=True)
     tensors = case.tensors()
     whole, cotangents = in_one_call(case, tensors)
     ours, _ = in_two_calls(case, tensors, cotangents)
     assert_small(case, errors_of(case, tensors, ours, cotangents))
-    # States are rounded twice, to half of eps each.
+    # States are rounded once more.
     for result, value in ours.items():
-        assert relative_error(value, whole[result]) <= torch.finfo(BF16).eps, result
+        assert relative_error(value, whole[result]) <= torch.finfo(BF16).eps / 2, result
 
 
 @pytest.mark.parametrize("T", [100, 300], ids=["one_chunk", "chunks"])
-def test_where_nothing_comes_from_outside_two_calls_give_the_bits_of_one(T: int) -> None:
+def test_where_nothing_comes_from_outside_two_calls_are_as_one(T: int) -> None:
     case = Case(B=2, T=T, Hq=4, D=SMALL, state=True)
     tensors = case.tensors()
     tensors |= {name: torch.zeros_like(tensors[name]) for name in ("initial_state", "sum_of_keys")}
@@ -429,11 +430,11 @@ def test_where_nothing_comes_from_outside_two_calls_give_the_bits_of_one(T: int)
         power_retention, tensors, cotangents, chunk_size=case.chunk_size, return_final_state=True, impl="cuda"
     )
     ours, states = in_two_calls(case, tensors, cotangents)
-    states_of_whole = [whole[name] for name in ("out1", "out2", "grad_initial_state", "grad_sum_of_keys")]
-    for found, expected in zip(
-        [*ours.values(), *states], [whole[name] for name in ours] + states_of_whole, strict=True
-    ):
-        assert torch.equal(found, expected)
+    # Only the normaliser's sums are split into hi and lo anew.
+    for name, value in ours.items():
+        assert relative_error(value, whole[name]) <= 1e-5, name
+    ends = ("out1", "out2", "grad_initial_state", "grad_sum_of_keys")
+    assert all(torch.equal(state, whole[name]) for state, name in zip(states, ends, strict=True))
 
 
 def test_fp16_has_no_pass_in_two_calls() -> None:
