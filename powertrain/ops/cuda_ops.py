@@ -267,5 +267,5 @@ def _finish_backward_formula(
 
 
 def _grad_states_flops(flops: OpPassFlops) -> int:
-    """Of the backward pass, the gradients of the states: each query's part in one product for each state it read."""
+    """Of the backward pass, the gradients of the states: as many products as reading them took."""
     return flops.forward.state_query

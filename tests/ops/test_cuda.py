@@ -438,10 +438,13 @@ def test_where_nothing_comes_from_outside_two_calls_are_as_one(T: int) -> None:
 
 
 def test_fp16_has_no_pass_in_two_calls() -> None:
-    case = Case(T=70, D=SMALL, dtype=FP16, state=True, chunk_size=64)
-    tensors = case.tensors()
+    tensors = Case(T=70, D=SMALL, dtype=FP16, state=True).tensors()
+    q, k, v, log_g, state, total = tensors.values()
     with pytest.raises(RuntimeError, match="a pass in two calls: not in fp16"):
-        in_two_calls(case, tensors, [])
+        final_state_cuda_op(q, k, v, log_g, None, 64, True, cuda.forced_arch())
+    out, _, _, saved = cuda.power_retention_cuda(q, k, v, log_g, state, total, None, 64, False)
+    with pytest.raises(RuntimeError, match="a pass in two calls: not in fp16"):
+        initial_state_grad_cuda_op(out, out, saved, 2, 64, True, cuda.forced_arch())
 
 
 def test_what_one_call_left_is_not_taken_for_another_problem() -> None:

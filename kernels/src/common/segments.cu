@@ -11,8 +11,8 @@ constexpr int kThreads = 128;
 constexpr float kNegligible = 1e-12f;  // a carried state below this share of itself is beyond the 16 bits of any sum it enters
 
 struct JoinParams {
-  const float* locals;       // or null: nothing follows the one segment
-  const float* incoming;     // boundary state that enters the first segment, or null: its states hold it already
+  const float* locals;
+  const float* initial;      // null unless kCarryIn
   const float* chunk_decay;  // (B, Hk, N)
   void* states;
   float* final_state;
@@ -38,8 +38,8 @@ __device__ inline uint4 add(uint4 old, const float (&incoming)[8], float factor,
 }
 
 // Grid (8-column row pieces of all tiles / kThreads, B * Hk). A thread owns 8 columns of one row of a tile and walks through time; the states of
-// kAhead chunks are in flight at once.
-template <typename T, int kHeadDim>
+// kAhead chunks are in flight at once. kCarryIn: one segment, which `initial` enters, and nobody reads what leaves it.
+template <typename T, int kHeadDim, bool kCarryIn>
 __global__ void __launch_bounds__(kThreads) join_kernel(const JoinParams p) {
   constexpr int kColumns = kHeadDim + kNormColumns, kGroups = kColumns / 8, kAhead = 4;
   const int piece = blockIdx.x * kThreads + threadIdx.x;
@@ -54,12 +54,12 @@ __global__ void __launch_bounds__(kThreads) join_kernel(const JoinParams p) {
   auto physical = [&](int64_t logical) { return p.reverse ? p.chunks - 1 - logical : logical; };
 
   float incoming[8] = {};
-  if (p.incoming)
+  if constexpr (kCarryIn)
 #pragma unroll
-    for (int c = 0; c < 8; c++) incoming[c] = p.incoming[boundary_at + c];
+    for (int c = 0; c < 8; c++) incoming[c] = p.initial[boundary_at + c];
   for (int segment = 0; segment < p.segments; segment++) {
     const int64_t begin = segment_begin(p.chunks, p.segments, segment), end = segment_begin(p.chunks, p.segments, segment + 1);
-    float carried = segment == 0 && !p.incoming ? 0.f : 1.f;
+    float carried = segment == 0 && !kCarryIn ? 0.f : 1.f;
     int64_t l = begin;
     if (states)
       for (; l < end && carried > kNegligible; l += kAhead) {
@@ -78,11 +78,12 @@ __global__ void __launch_bounds__(kThreads) join_kernel(const JoinParams p) {
         for (int a = 0; a < kAhead; a++)
           if (l + a < end) *(uint4*)(at + a * stride) = add<T>(loaded[a], incoming, factor[a], group == kGroups - 1);
       }
-    if (!p.locals) return;
-    for (; l < end && carried > 0.f; l++) carried *= decay[physical(l)];
-    const float* local = p.locals + segment * p.boundary_stride + boundary_at;
+    if constexpr (!kCarryIn) {
+      for (; l < end && carried > 0.f; l++) carried *= decay[physical(l)];
+      const float* local = p.locals + segment * p.boundary_stride + boundary_at;
 #pragma unroll
-    for (int c = 0; c < 8; c++) incoming[c] = carried * incoming[c] + local[c];
+      for (int c = 0; c < 8; c++) incoming[c] = carried * incoming[c] + local[c];
+    }
   }
   if (p.final_state)
 #pragma unroll
@@ -93,7 +94,8 @@ template <typename T, int kHeadDim>
 int launch(const pt_problem& problem, const JoinParams& p, cudaStream_t stream) {
   const int pieces = p.tiles * (kHeadDim + kNormColumns) / 8 * kBlock;
   dim3 grid((unsigned)ceil_div(pieces, kThreads), (unsigned)(problem.batch * problem.key_heads));
-  join_kernel<T, kHeadDim><<<grid, kThreads, 0, stream>>>(p);
+  const auto kernel = p.initial ? join_kernel<T, kHeadDim, true> : join_kernel<T, kHeadDim, false>;
+  kernel<<<grid, kThreads, 0, stream>>>(p);
   return check_cuda(cudaGetLastError(), "join_segments");
 }
 
@@ -104,6 +106,23 @@ int dispatch(const pt_problem& problem, const JoinParams& p, cudaStream_t stream
     case 64: return launch<T, 64>(problem, p, stream);
     default: return launch<T, 128>(problem, p, stream);
   }
+}
+
+int join(const pt_problem& problem, const pt_chunk_state_params& params, int segments, const float* locals, const float* initial,
+         cudaStream_t stream) {
+  JoinParams p;
+  p.locals = locals;
+  p.initial = initial;
+  p.chunk_decay = gates_of(problem, params.gates).chunk_decay;
+  p.states = params.states;
+  p.final_state = params.final_state;
+  p.chunks = chunks(problem.seq_len, problem.chunk_size);
+  p.boundary_stride = boundary_elements(problem);
+  p.segments = segments;
+  p.tiles = phi_tiles(problem.head_dim);
+  p.reverse = params.reverse;
+  p.state_scale = problem.state_scale;
+  return problem.dtype == PT_FP16 ? dispatch<__half>(problem, p, stream) : dispatch<__nv_bfloat16>(problem, p, stream);
 }
 
 }  // namespace
@@ -130,27 +149,6 @@ int choose_segments(const pt_problem& problem, int64_t blocks_per_segment) {
   }
   return best;
 }
-
-namespace {
-
-int join(const pt_problem& problem, const pt_chunk_state_params& params, int segments, const float* locals, const float* incoming,
-         cudaStream_t stream) {
-  JoinParams p;
-  p.locals = locals;
-  p.incoming = incoming;
-  p.chunk_decay = gates_of(problem, params.gates).chunk_decay;
-  p.states = params.states;
-  p.final_state = params.final_state;
-  p.chunks = chunks(problem.seq_len, problem.chunk_size);
-  p.boundary_stride = boundary_elements(problem);
-  p.segments = segments;
-  p.tiles = phi_tiles(problem.head_dim);
-  p.reverse = params.reverse;
-  p.state_scale = problem.state_scale;
-  return problem.dtype == PT_FP16 ? dispatch<__half>(problem, p, stream) : dispatch<__nv_bfloat16>(problem, p, stream);
-}
-
-}  // namespace
 
 int join_segments(const pt_problem& problem, const pt_chunk_state_params& params, int segments, const float* locals, cudaStream_t stream) {
   return join(problem, params, segments, locals, nullptr, stream);

@@ -15,7 +15,7 @@ PT_HD int64_t segment_begin(int64_t chunk_count, int segments, int s) { return c
 // Adds decay * incoming to the 16-bit states of segments >= 1 and writes the final state.
 int join_segments(const pt_problem& problem, const pt_chunk_state_params& params, int segments, const float* locals, cudaStream_t stream);
 
-// What pt_chunk_state left out that ran without `initial`: adds what is left of it at each chunk to the 16-bit states. Reads and writes nothing else.
+// Adds what `initial` brings to 16-bit states that pt_chunk_state scanned from zero. Of params, reverse, gates, initial and states count.
 int carry_in(const pt_problem& problem, const pt_chunk_state_params& params, cudaStream_t stream);
 
 int64_t boundary_elements(const pt_problem& problem);  // of all (b, h)
