@@ -250,9 +250,10 @@ PT_API int pt_chunk_scan_grad(const pt_problem* problem, const pt_chunk_scan_gra
 
 /* --- whole passes: the stages above in order (src/common/passes.cu) ------------------------------------------------------------ */
 
-/* A pass may be two calls, where the state that reaches the tokens from outside depends on the one that they send there themselves. Nothing is
- * computed twice: PT_BEGIN scans the states as if nothing came from outside and gives the one at their end, PT_FINISH adds to them what came and
- * runs the other stages. bf16 only: in fp16 what comes from outside may lower the scale that everything is packed with. */
+/* A pass may be two calls, where the state that enters is known only after the one that the tokens leave by themselves has been sent (context
+ * parallelism; in the backward pass their gradients, with time reversed). PT_BEGIN scans the states as if nothing entered and gives the one at their
+ * end, PT_FINISH adds to them what enters and runs the other stages: nothing is computed twice. bf16 only: in fp16 the state that enters may lower
+ * the scales that everything is packed with. */
 typedef enum { PT_WHOLE = 0, PT_BEGIN = 1, PT_FINISH = 2 } pt_phase;
 
 /* What the forward pass leaves for the backward pass, and what one call of each needs while it runs, in bytes. */
@@ -266,8 +267,8 @@ typedef struct {
 /* A pass in two calls has an initial and a final state. */
 PT_API int pt_pass_sizes_of(const pt_problem* problem, int32_t phase, int32_t has_initial_state, int32_t has_final_state, pt_pass_sizes* sizes);
 
-/* PT_BEGIN: final_state is that of the tokens from an empty state; no initial_state, out or normalizer. PT_FINISH: `saved` is as PT_BEGIN wrote it, and
- * of the inputs only initial_state is read; no final_state. */
+/* PT_BEGIN: final_state is that of the tokens from an empty state; no initial_state, no out. PT_FINISH: `saved` is as PT_BEGIN wrote it, and of the
+ * inputs only initial_state is read; no final_state. */
 typedef struct {
   int32_t phase; /* pt_phase */
   pt_tensor q, k, v;

@@ -187,7 +187,7 @@ class ForwardInputs {
 using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // of q, k, v and log_g
-using States = std::tuple<Tensor, Tensor, Tensor>;  // state, sum_of_keys, and what finishes the pass
+using States = std::tuple<Tensor, Tensor, Tensor>;             // state, sum_of_keys, and what finishes the pass
 
 Forward forward(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& log_g, const OptionalTensor& state,
                 const OptionalTensor& sum_of_keys, const OptionalTensor& cu_seqlens, int64_t chunk_size, bool final_state, int64_t arch) {

@@ -85,24 +85,21 @@ def _filled_memory() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_filled_memory")
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "ungated"])
-@pytest.mark.parametrize("keep", [True, False])
-def test_opcheck_of_passes_in_two_calls(keep: bool, gated: bool) -> None:
+def test_opcheck_of_passes_in_two_calls(gated: bool) -> None:
     case = Case(T=130, chunk_size=64, D=SMALL, Hq=2, Hk=1, gate=0.02 if gated else None, state=True, documents=True)
     tensors, cu_seqlens = case.tensors(), case.keywords()["cu_seqlens"]
     q, k, v, state, total = (tensors[name] for name in ("Q", "K", "V", "initial_state", "sum_of_keys"))
-    first = q, k, v, tensors.get("log_G"), cu_seqlens, 64, keep, 80
-    torch.library.opcheck(final_state_cuda_op, first)
-    begun = final_state_cuda_op(*first)[2] if keep else torch.empty(0)
-    if keep:
-        torch.library.opcheck(finish_cuda_op, (q, state, total, begun.clone(), 1, 64, 80))
-        out, saved = finish_cuda_op(q, state, total, begun, 1, 64, 80), begun
-    else:
-        out, _, _, saved = power_retention_cuda_op(*first[:4], state, total, cu_seqlens, 64, False, 80)
-    backward = torch.randn_like(out), out, saved, 1, 64, keep, 80
-    torch.library.opcheck(initial_state_grad_cuda_op, backward)
-    if keep:
-        begun = initial_state_grad_cuda_op(*backward)[2]
-        torch.library.opcheck(finish_cuda_bwd_op, (state, total, out, saved, begun, cu_seqlens, 1, gated, 64, 80))
+    inputs = q, k, v, tensors.get("log_G"), cu_seqlens, 64
+    for keep in (False, True):
+        torch.library.opcheck(final_state_cuda_op, (*inputs, keep, 80))
+    _, _, saved = final_state_cuda_op(*inputs, True, 80)
+    torch.library.opcheck(finish_cuda_op, (q, state, total, saved.clone(), 1, 64, 80))
+    out = finish_cuda_op(q, state, total, saved, 1, 64, 80)
+    outputs = torch.randn_like(out), out, saved, 1, 64
+    for keep in (False, True):
+        torch.library.opcheck(initial_state_grad_cuda_op, (*outputs, keep, 80))
+    _, _, begun = initial_state_grad_cuda_op(*outputs, True, 80)
+    torch.library.opcheck(finish_cuda_bwd_op, (state, total, out, saved, begun, cu_seqlens, 1, gated, 64, 80))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

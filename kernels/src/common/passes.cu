@@ -1,4 +1,4 @@
-// pt_forward and pt_backward: the stages in order, in one call, with everything between them carved from one workspace.
+// pt_forward and pt_backward: the stages in order, in one call or in two, with everything between them carved from one workspace.
 #include "segments.h"
 #include "stages.h"
 
@@ -121,6 +121,7 @@ int pt_forward(const pt_problem* problem, const pt_forward_params* params, void*
   PT_TRY(validate_phase(p, a.phase));
   PT_REQUIRE(a.phase != PT_BEGIN || !(a.initial_state || a.out.data));
   PT_REQUIRE(a.phase != PT_FINISH || (a.initial_state && !a.final_state));
+  // A pass in two calls has both, though each call is given one.
   const bool has_initial = a.initial_state || a.phase == PT_BEGIN, has_final = a.final_state || a.phase == PT_FINISH;
   const Saved saved(p, sizes, has_initial, a.saved);
   const ForwardBuffers buffers(p, sizes, a.phase, has_initial, has_final, a.workspace);
