@@ -41,7 +41,8 @@ __device__ inline uint4 add(uint4 old, const float (&incoming)[8], float factor,
 // kAhead chunks are in flight at once. kCarryIn: one segment, which `initial` enters, and nobody reads what leaves it.
 template <typename T, int kHeadDim, bool kCarryIn>
 __global__ void __launch_bounds__(kThreads) join_kernel(const JoinParams p) {
-  constexpr int kColumns = kHeadDim + kNormColumns, kGroups = kColumns / 8, kAhead = 4;
+  constexpr int kColumns = kHeadDim + kNormColumns, kGroups = kColumns / 8;
+  constexpr int kAhead = kHeadDim == 32 ? 16 : 4;  // so few threads cover the latency of memory only with more loads in flight each
   const int piece = blockIdx.x * kThreads + threadIdx.x;
   if (piece >= p.tiles * kGroups * kBlock) return;
   const int row = piece % kBlock, group = piece / kBlock % kGroups, tile = piece / (kBlock * kGroups);
