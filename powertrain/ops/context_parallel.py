@@ -273,10 +273,10 @@ class _TorchStages:
 
 
 class _CudaStages:
-    """`_Stages` by the CUDA kernels, which go on with what they began: each state is scanned once.
+    """`_Stages` by the CUDA kernels. In bf16 a pass goes on with what was begun, so that each state is scanned once.
 
-    Not in fp16, where the state that enters may lower the scales of what was packed, and not where activation
-    checkpointing knows the state already: then the pass runs whole.
+    It runs whole in fp16, where the state that enters may lower the scales of what was packed, and without a first call
+    (activation checkpointing knows the state already).
     """
 
     def __init__(self, call: PowerCall, shard: ContextShard, has_gates: bool) -> None:
