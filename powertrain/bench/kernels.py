@@ -436,30 +436,45 @@ def _draw(path: Path) -> int:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator, ScalarFormatter
 
     record = json.loads(path.read_text())
     problems = {problem["name"]: problem for problem in record["problems"]}
     contexts = [p for p in problems.values() if p["name"].startswith("T=") or p["name"] == "headline, chosen chunk"]
+    # `retention` runs the headline problem, whose shape is that of the chosen chunk.
     names = {p["name"] for p in contexts}
+    labels = {
+        "powertrain sm80": "powertrain, kernels for A100",
+        "sdpa flash": "softmax, FlashAttention",
+        "sdpa cudnn": "softmax, cuDNN",
+    }
 
-    figure, axes = pyplot.subplots(figsize=(6.5, 4), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(8.5, 4), layout="constrained")
     lines: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for timing in record["timings"]:
-        if timing["problem"] in names:
+        if timing["problem"] in names or timing["contender"] == "retention":
             problem = problems[timing["problem"]]
             per_token = timing["forward_backward_ms"] * 1e6 / (problem["batch"] * problem["tokens"])
             lines[timing["contender"]].append((problem["tokens"], per_token))
     for contender, points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=contender)
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=labels.get(contender, contender))
     axes.set(
         xscale="log",
         yscale="log",
         xlabel="context T (tokens)",
         ylabel="forward + backward per token (ns)",
-        title=f"{record['gpu']}: 8 heads of 64, bf16, 65536 tokens in all up to T = 64k",
+        title=f"{record['gpu']}, 8 heads of 64, bf16\nbatches of 65536 tokens up to T = 64k, then one sequence",
     )
+    axes.set_xticks(
+        [p["tokens"] for p in contexts],
+        [p["name"].removeprefix("T=") if "T=" in p["name"] else "64k" for p in contexts],
+    )
+    axes.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.grid(alpha=0.3)
     if lines:
-        axes.legend()
+        figure.legend(loc="outside right center")
     figure.savefig(path.with_name(f"{path.stem}-context.png"), dpi=150)
 
     shares = [s for s in record["stages"] if s["problem"] == "headline" and s["share"] is not None]
