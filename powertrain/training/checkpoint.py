@@ -4,6 +4,7 @@ step-00000100/                  a whole checkpoint: it gets this name when every
     rank-00000.safetensors      the tensors that process 0 wrote, and its random state; see checkpoint_files.py
     manifest.json               every file with its size and SHA-256, which tensors are where, and all plain values
 last, best                      links to the newest, and to the one with the lowest validation loss
+damaged-step-00000200/          what a run did not go on from; it is kept, and nothing looks at it again
 
 Training only waits while its tensors are copied to host memory. A thread of each process writes them; that of rank 0
 waits for all, and makes the directory a checkpoint.
@@ -11,6 +12,7 @@ waits for all, and makes the directory a checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -21,10 +23,12 @@ import shutil
 import threading
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -45,6 +49,37 @@ MANIFEST = "manifest.json"
 WEIGHTS = "model."  # the model's tensors are saved under this and their own names
 _NAME = re.compile(r"step-(\d{8,})")
 _POLL = 0.02  # seconds between looks at what other processes have written
+_RETRIES = (1.0, 2.0, 4.0)  # seconds before each further attempt to read what a network file system does not give
+
+T = TypeVar("T")
+
+
+class UnreadableError(CheckpointError):
+    """A checkpoint cannot be read here and now, which says nothing about what it holds."""
+
+
+def _patiently(path: Path, read: Callable[[], T]) -> T:
+    """Return what `read` gives of a checkpoint's file, in several attempts.
+
+    Errors:
+        UnreadableError: the file system does not give it.
+        CheckpointError: the checkpoint lacks it.
+    """
+    for delay in _RETRIES:
+        with contextlib.suppress(OSError):
+            return read()
+        time.sleep(delay)
+        # NFS remembers which names it did not find, until the directory is opened.
+        with contextlib.suppress(OSError):
+            os.listdir(path.parent)
+    try:
+        return read()
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError):
+            raise UnreadableError(f"{path} cannot be read ({error.strerror})") from error
+        if not os.path.isdir(path.parent):
+            raise UnreadableError(f"{path.parent} is not there") from error
+        raise CheckpointError(f"{path.name} is missing") from error
 
 
 def _fsync_directory(directory: Path) -> None:
@@ -72,13 +107,13 @@ def _seal(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read_manifest(directory: Path) -> dict[str, Any]:
     """Return the manifest of a checkpoint's directory; a CheckpointError says what is wrong with it."""
+    path = directory / MANIFEST
+    content = _patiently(path, path.read_bytes)
     try:
-        manifest = json.loads((directory / MANIFEST).read_text())
+        manifest = json.loads(content)
         stated = manifest["sha256"]
-    except FileNotFoundError as error:
-        raise CheckpointError("it has no manifest") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"its manifest cannot be read ({error})") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"its manifest is damaged ({error})") from error
     if _digest(manifest) != stated:
         raise CheckpointError("its manifest is not the one it was written with")
     if manifest["format"] != FORMAT:
@@ -86,26 +121,25 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     return manifest
 
 
-def _file_fault(path: Path, stated: Mapping[str, Any]) -> str | None:
-    try:
-        size = path.stat().st_size
-        if size != stated["bytes"]:
-            return f"{path.name} has {size} bytes instead of {stated['bytes']}"
-        if sha256(path) != stated["sha256"]:
-            return f"the SHA-256 of {path.name} is not the one it was written with"
-    except FileNotFoundError:
-        return f"{path.name} is missing"
-    except OSError as error:
-        return f"{path.name} cannot be read ({error})"
-    return None
+def _check_size(path: Path, stated: Mapping[str, Any]) -> None:
+    size = _patiently(path, path.stat).st_size
+    if size != stated["bytes"]:
+        raise CheckpointError(f"{path.name} has {size} bytes instead of {stated['bytes']}")
 
 
-def _files_fault(
-    directory: Path, files: Mapping[str, Mapping[str, Any]], share: tuple[int, int] = (0, 1)
-) -> str | None:
-    """Return what is wrong with the files r, r + n, ... of a checkpoint, for a share (r, n), or None."""
-    faults = (_file_fault(directory / name, files[name]) for name in sorted(files)[share[0] :: share[1]])
-    return next((fault for fault in faults if fault is not None), None)
+def _check_files(directory: Path, files: Mapping[str, Mapping[str, Any]], share: tuple[int, int] = (0, 1)) -> None:
+    """Read the files r, r + n, ... of a checkpoint, for a share (r, n); a CheckpointError says what is wrong."""
+    for name in sorted(files)[share[0] :: share[1]]:
+        path = directory / name
+        _check_size(path, files[name])
+        if _patiently(path, partial(sha256, path)) != files[name]["sha256"]:
+            raise CheckpointError(f"the SHA-256 of {name} is not the one it was written with")
+
+
+def _best(val_losses: Mapping[int, float | None]) -> int | None:
+    """Return the step with the lowest validation loss (the first of equals), or None."""
+    losses = {step: loss for step, loss in val_losses.items() if loss is not None and loss == loss}
+    return min(losses, key=lambda step: (losses[step], step)) if losses else None
 
 
 class Checkpoint:
@@ -115,16 +149,15 @@ class Checkpoint:
         directory: `.../checkpoints/step-00000100`, or a link to one.
         verify: read every file once to compare its size and SHA-256 with the manifest's.
     Errors:
-        CheckpointError: the directory is no checkpoint, or its manifest or a file is damaged.
+        CheckpointError: the directory is no checkpoint, its manifest or a file is damaged, or it cannot be read.
     """
 
     def __init__(self, directory: str | Path, *, verify: bool = True) -> None:
         self.directory = Path(directory)
         try:
             manifest = _read_manifest(self.directory)
-            fault = _files_fault(self.directory, manifest["files"]) if verify else None
-            if fault is not None:
-                raise CheckpointError(fault)
+            if verify:
+                _check_files(self.directory, manifest["files"])
         except CheckpointError as error:
             raise CheckpointError(f"{self.directory} is not a usable checkpoint: {error}") from error
         self.step: int = manifest["step"]
@@ -210,17 +243,24 @@ class CheckpointStore:
         matches = (_NAME.fullmatch(entry.name) for entry in self.directory.iterdir() if entry.is_dir())
         return sorted(int(match[1]) for match in matches if match)
 
-    def fault(self, step: int, share: tuple[int, int] = (0, 1)) -> str | None:
+    def fault(self, step: int) -> str | None:
         """Return what is wrong with the checkpoint of a step, or None when it is whole.
 
-        Args:
-            share: (r, n) looks only at the files r, r + n, ... of it.
+        Errors:
+            UnreadableError: it cannot be read.
         """
+        fault = self._examine(step)
+        if isinstance(fault, UnreadableError):
+            raise fault
+        return None if fault is None else str(fault)
+
+    def _examine(self, step: int, share: tuple[int, int] = (0, 1)) -> CheckpointError | None:
+        """Return what keeps a run from going on with the checkpoint of a step, by its files r, r + n, ... of (r, n)."""
         try:
-            files = _read_manifest(self.path(step))["files"]
+            _check_files(self.path(step), _read_manifest(self.path(step))["files"], share)
         except CheckpointError as error:
-            return str(error)
-        return _files_fault(self.path(step), files, share)
+            return error
+        return None
 
     # Saving
 
@@ -368,22 +408,43 @@ class CheckpointStore:
             _fsync_directory(temporary)
             # What no reader would take must not replace or prune what one would.
             _read_manifest(temporary)
-            # One of the same step was damaged, or the run would have continued from it; so were all later ones.
+            for rank, entry in enumerate(entries):
+                self._check_shared(temporary, rank, entry)
+            # The run did not go on from these: another process made them since `latest` looked.
             for later in [s for s in self.steps() if s >= save.step]:
-                self._remove(later)
+                kept = self._set_aside(later)
+                warnings.warn(
+                    f"{self.path(later)} is not of this attempt of the run; it is kept as {kept}", stacklevel=2
+                )
+            best = _best({**self._val_losses(), save.step: manifest["val_loss"]})
             os.rename(temporary, target)
             _fsync_directory(self.directory)
         except (OSError, TypeError, ValueError, CheckpointError) as error:
             save.error = self._explain(save.step, pieces, error)
             shutil.rmtree(temporary, ignore_errors=True)
             return
-        self._link("last", target)
-        best = self.best_step()
-        if best is not None:
-            self._link("best", self.path(best))
+        self._link_to(save.step, best)
         for step in self.steps()[: -self.keep]:
             if step != best:
                 self._remove(step)
+
+    @staticmethod
+    def _check_shared(directory: Path, rank: int, entry: Mapping[str, Any]) -> None:
+        """Check that the file of a rank is in rank 0's directory: each writes where its node has paths.runs."""
+        try:
+            _check_size(directory / _file_name(rank), entry)
+        except UnreadableError:
+            raise
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"rank 0 does not find what rank {rank} wrote ({error}): paths.runs must be one directory that all"
+                " nodes share"
+            ) from error
+
+    def _link_to(self, last: int, best: int | None) -> None:
+        self._link("last", self.path(last))
+        if best is not None:
+            self._link("best", self.path(best))
 
     def _link(self, name: str, path: Path) -> None:
         temporary = self.directory / f".{name}.tmp"
@@ -409,22 +470,29 @@ class CheckpointStore:
         os.rename(self.path(step), doomed)
         shutil.rmtree(doomed, ignore_errors=True)
 
-    def val_losses(self) -> dict[int, float]:
-        """Return the validation loss of each checkpoint that has one, by step."""
+    def _set_aside(self, step: int) -> str:
+        """Give what the run does not go on from a name of no checkpoint, and return it."""
+        damaged = f"damaged-{self.path(step).name}"
+        names = chain([damaged], (f"{damaged}.{number}" for number in count(2)))
+        name = next(name for name in names if not (self.directory / name).exists())
+        os.rename(self.path(step), self.directory / name)
+        return name
+
+    def _val_losses(self) -> dict[int, float | None]:
+        """Return the validation loss of each checkpoint whose manifest is whole, by step.
+
+        Errors:
+            UnreadableError: one cannot be read; it might be the best.
+        """
         losses = {}
         for step in self.steps():
             try:
-                value = _read_manifest(self.path(step))["val_loss"]
+                losses[step] = _read_manifest(self.path(step))["val_loss"]
+            except UnreadableError:
+                raise
             except CheckpointError:
                 continue
-            if value is not None and value == value:
-                losses[step] = float(value)
         return losses
-
-    def best_step(self) -> int | None:
-        """Return the step with the lowest validation loss (the first of equals), or None."""
-        losses = self.val_losses()
-        return min(losses, key=lambda step: (losses[step], step)) if losses else None
 
     # Finding
 
@@ -432,30 +500,53 @@ class CheckpointStore:
         """Return the newest whole checkpoint, or None where there is none; a collective, before the first save.
 
         Every file is read once to verify it, by one of the ranks. Damaged newer checkpoints are passed over, each with
-        a warning. What an interrupted save left over is removed.
+        a warning, and kept under another name. What an interrupted save left over is removed.
 
         Errors:
+            UnreadableError: a rank cannot read one, and nobody knows whether it is whole.
             CheckpointError: there are checkpoints, and none of them is whole.
         """
         steps = self.ranks.broadcast(self._clean_steps() if self.ranks.is_main else [])
-        faults: list[str] = []
+        faults: dict[int, CheckpointError] = {}
         for step in reversed(steps):
-            found = self.ranks.gather(self.fault(step, (self.ranks.rank, self.ranks.size)))
+            found = self.ranks.gather(self._examine(step, (self.ranks.rank, self.ranks.size)))
+            for rank, error in enumerate(found):
+                if isinstance(error, UnreadableError):
+                    raise UnreadableError(
+                        f"{error} on rank {rank}; nothing was changed: start the run again when every rank can read"
+                        " it, or move that checkpoint away to go on from the one before"
+                    )
             fault = next((f for f in found if f is not None), None)
             if fault is None:
-                for message in faults if self.ranks.is_main else ():
-                    warnings.warn(f"{message}; falling back to step {step}", stacklevel=2)
+                refused = self.ranks.broadcast(self._go_on_from(step, faults) if self.ranks.is_main else None)
+                if refused is not None:
+                    raise CheckpointError(refused)
                 return Checkpoint(self.path(step), verify=False)  # just now, by all ranks together
-            faults.append(f"the checkpoint {self.path(step)} is not usable: {fault}")
+            faults[step] = fault
         if faults:
-            raise CheckpointError(
-                f"{'; '.join(faults)}; no whole checkpoint is left: restore one, or remove the directory"
-            )
+            damaged = "; ".join(self._not_usable(step, fault) for step, fault in faults.items())
+            raise CheckpointError(f"{damaged}; no whole checkpoint is left: restore one, or remove the directory")
         if any(self.directory.glob("step-*.ckpt")):
             raise CheckpointError(
                 f"{self.directory} holds checkpoints of an earlier format, and this version reads {FORMAT}: finish the"
                 " run with the version that began it, or remove the directory"
             )
+        return None
+
+    def _not_usable(self, step: int, fault: CheckpointError) -> str:
+        return f"the checkpoint {self.path(step)} is not usable: {fault}"
+
+    def _go_on_from(self, step: int, faults: Mapping[int, CheckpointError]) -> str | None:
+        """Set aside what is damaged, and have the links name what is left; return why that is not possible."""
+        try:
+            for damaged, fault in faults.items():
+                kept = self._set_aside(damaged)
+                message = f"{self._not_usable(damaged, fault)}; it is kept as {kept}; falling back to step {step}"
+                warnings.warn(message, stacklevel=3)
+            # Also where nothing was passed over: an attempt may have been killed between a rename and its links.
+            self._link_to(step, _best(self._val_losses()))
+        except (OSError, CheckpointError) as error:
+            return f"the run cannot go on from {self.path(step)}: {error}"
         return None
 
     def _clean_steps(self) -> list[int]:

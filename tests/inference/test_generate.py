@@ -193,7 +193,7 @@ def test_command_explains_what_is_missing(run: Path, tmp_path: Path, capsys: pyt
     weights.write_bytes(weights.read_bytes()[:1000])
     assert "is not a usable checkpoint: rank-00000.safetensors has 1000 bytes instead of" in error(run)
     weights.with_name("manifest.json").write_text("{}")
-    assert "is not a usable checkpoint: its manifest cannot be read" in error(run)
+    assert "is not a usable checkpoint: its manifest is damaged" in error(run)
     store = CheckpointStore(run / "checkpoints")
     store.save(1, {"model.embedding.weight": torch.zeros(3)}, {}, val_loss=0.0)
     message = error(run)

@@ -1,16 +1,22 @@
+import contextlib
+import errno
 import json
 import os
 import resource
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from powertrain.training import checkpoint as module
-from powertrain.training.checkpoint import Checkpoint, CheckpointError, CheckpointStore
+from powertrain.training.checkpoint import Checkpoint, CheckpointError, CheckpointStore, UnreadableError
 from powertrain.training.checkpoint_files import Piece, PieceReader, write_pieces
+from powertrain.training.ranks import Ranks
 from tests.training.fakes import saved_tensors
 
 
@@ -47,6 +53,51 @@ def store(tmp_path):
     return CheckpointStore(tmp_path / "checkpoints", keep=2)
 
 
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(module, "_RETRIES", (0.0, 0.0, 0.0))
+
+
+@dataclass(frozen=True)
+class ThreadRank(Ranks):
+    """A rank that is a thread of this process."""
+
+    values: list = field(default_factory=list)
+    barrier: threading.Barrier | None = None
+
+    def gather(self, value):
+        self.values[self.rank] = value
+        self.barrier.wait(30)
+        values = list(self.values)
+        self.barrier.wait(30)
+        return values
+
+    def broadcast(self, value):
+        return self.gather(value)[0]
+
+
+def stores_of_two(*directories, **options):
+    """Return the stores of two ranks, each with the directory that its node has."""
+    shared = {"store": torch.distributed.HashStore(), "values": [None, None], "barrier": threading.Barrier(2)}
+    return [
+        CheckpointStore(directory, ranks=ThreadRank(rank, 2, **shared), **options)
+        for rank, directory in enumerate(directories)
+    ]
+
+
+def on_both(stores, call):
+    """Return what `call` gives or raises on each rank."""
+
+    def outcome(store):
+        try:
+            return call(store)
+        except CheckpointError as error:
+            return error
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(outcome, stores))
+
+
 def test_an_empty_directory_has_no_checkpoint(store):
     assert store.latest() is None
 
@@ -65,7 +116,6 @@ def test_the_best_is_kept_besides(store):
     for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, None), (5, float("nan"))):
         save(store, step, val_loss=loss)
     assert store.steps() == [2, 4, 5]
-    assert store.best_step() == 2
     assert (store.directory / "best").resolve() == store.path(2)
 
 
@@ -159,47 +209,174 @@ def test_a_damaged_later_step_is_replaced_and_never_costs_a_good_one(store):
     damage(store.path(3), "truncate")
     with pytest.warns(UserWarning, match="falling back to step 2"):
         assert_holds(store, 2)
-    (store.directory / "step-00000005").mkdir()
+    assert sorted(p.name for p in store.directory.iterdir()) == ["damaged-step-00000003", "last", "step-00000002"]
+    assert (store.directory / "last").resolve() == store.path(2)
     save(store, 3)
     assert_holds(store, 3)
     assert store.steps() == [2, 3]
+    damage(store.path(3), "no manifest")
+    with pytest.warns(UserWarning, match=r"it is kept as damaged-step-00000003\.2; falling back to step 2"):
+        assert_holds(store, 2)
+
+
+@pytest.mark.filterwarnings("ignore:.*is not usable")
+def test_the_links_name_no_checkpoint_that_was_passed_over(store):
+    for step, loss in ((1, 2.0), (2, 1.0)):
+        save(store, step, val_loss=loss)
+    damage(store.path(2), "flip")
+    assert_holds(store, 1)
+    assert (store.directory / "last").resolve() == (store.directory / "best").resolve() == store.path(1)
+
+
+def test_what_another_process_saved_since_is_set_aside_and_not_removed(store):
+    save(store, 1)
+    assert_holds(store, 1)
+    other = CheckpointStore(store.directory)
+    save(other, 3)
+    with pytest.warns(UserWarning, match=r"step-00000003 is not of this attempt.*kept as damaged-step-00000003"):
+        save(store, 2)
+    assert store.steps() == [1, 2]
+    assert Checkpoint(store.directory / "damaged-step-00000003").step == 3
+
+
+def failing(original, code, times, name):
+    """Return a function that reads, but fails so many times for files of that name."""
+    left = times
+
+    def read(path):
+        nonlocal left
+        if path.name == name and left:
+            left -= 1
+            raise OSError(code, os.strerror(code), str(path))
+        return original(path)
+
+    return read
+
+
+def break_reads(monkeypatch, name, code, times):
+    owner, attribute = (Path, "read_bytes") if name == "manifest.json" else (module, "sha256")
+    monkeypatch.setattr(owner, attribute, failing(getattr(owner, attribute), code, times, name))
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "rank-00000.safetensors"])
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ENOENT])
+def test_a_read_that_fails_for_a_while_costs_nothing(store, monkeypatch, name, code, recwarn):
+    save(store, 1)
+    save(store, 2)
+    break_reads(monkeypatch, name, code, times=3)
+    assert_holds(store, 2)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "rank-00000.safetensors"])
+def test_what_cannot_be_read_ends_the_run_and_is_not_taken_for_damaged(store, monkeypatch, name):
+    save(store, 1)
+    save(store, 2)
+    with monkeypatch.context() as patch:
+        break_reads(patch, name, errno.EIO, times=4)
+        message = rf"step-00000002/{name} cannot be read \(Input/output error\) on rank 0; nothing was changed"
+        with pytest.raises(UnreadableError, match=message):
+            store.latest()
+        break_reads(patch, name, errno.EIO, times=4)
+        with pytest.raises(UnreadableError, match="Input/output error"):
+            store.fault(2)
+    assert_holds(store, 2)
+
+
+def test_a_best_checkpoint_that_cannot_be_read_is_not_pruned(store, monkeypatch):
+    store.keep = 1
+    save(store, 1, val_loss=1.0)
+    with monkeypatch.context() as patch:
+        # Each save first reads back its own.
+        original = Path.read_bytes
+        broken = failing(original, errno.EIO, 4, "manifest.json")
+        patch.setattr(Path, "read_bytes", lambda path: (original if path.parent.suffix else broken)(path))
+        with pytest.raises(
+            CheckpointError, match=r"step 2 could not be written .*step-00000001/manifest.json cannot be"
+        ):
+            save(store, 2, val_loss=2.0)
+    save(store, 3, val_loss=3.0)
+    assert store.steps() == [1, 3]
+
+
+def test_ranks_that_do_not_share_the_directory_lose_no_checkpoint(tmp_path):
+    stores = stores_of_two(tmp_path / "a", tmp_path / "a", keep=1)
+    assert on_both(stores, lambda store: save(store, 1)) == [stores[0].path(1)] * 2
+    stores[1].directory = tmp_path / "b"
+    errors = on_both(stores, lambda store: save(store, 2))
+    assert str(errors[0]) == str(errors[1])
+    assert str(errors[0]) == (
+        f"the checkpoint of step 2 could not be written to {tmp_path / 'a'}: rank 0 does not find what rank 1 wrote"
+        " (rank-00001.safetensors is missing): paths.runs must be one directory that all nodes share; the checkpoint of"
+        " step 1 is intact"
+    )
+    assert stores[0].fault(1) is None
+    assert stores[0].steps() == [1]
+
+
+def test_a_rank_that_cannot_read_ends_all(tmp_path):
+    stores = stores_of_two(tmp_path / "a", tmp_path / "a")
+    on_both(stores, lambda store: save(store, 1))
+    stores[1].directory = tmp_path / "b"
+    errors = on_both(stores, CheckpointStore.latest)
+    assert [type(error) for error in errors] == [UnreadableError] * 2
+    assert f"{tmp_path / 'b' / 'step-00000001'} is not there on rank 1; nothing was changed" in str(errors[0])
+
+
+def test_all_ranks_fall_back_together_and_one_sets_aside(tmp_path):
+    stores = stores_of_two(tmp_path / "a", tmp_path / "a")
+    for step in (1, 2):
+        on_both(stores, lambda store, step=step: save(store, step))
+    with (tmp_path / "a" / "step-00000002" / "rank-00001.safetensors").open("r+b") as file:
+        file.truncate(10)
+    with pytest.warns(UserWarning, match="is not usable") as caught:
+        assert [found.step for found in on_both(stores, CheckpointStore.latest)] == [1, 1]
+    assert len(caught) == 1
+    assert (tmp_path / "a" / "damaged-step-00000002").is_dir()
+    assert stores[0].steps() == [1]
 
 
 class Killed(BaseException):
     pass
 
 
+@contextlib.contextmanager
+def killed_at(monkeypatch, moment, after):
+    """Let the process die at such a system call, before or after it; give a function that tells whether it came to."""
+    calls = 0
+
+    def dying(original):
+        def call(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            # A process that is dead makes no further calls.
+            if calls > moment or (calls == moment and not after):
+                raise Killed
+            try:
+                return original(*args, **kwargs)
+            finally:
+                if calls == moment:
+                    raise Killed
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("fsync", "rename", "replace", "unlink", "rmdir", "symlink", "mkdir"):
+            patch.setattr(os, name, dying(getattr(os, name)))
+        with contextlib.suppress(Killed):
+            yield lambda: calls >= moment
+
+
 @pytest.mark.filterwarnings("ignore:.*is not usable", "ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("after", [False, True], ids=["before the call", "after the call"])
 def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_checkpoint(tmp_path, monkeypatch, after):
     """The process dies at each system call that makes a save durable, in turn."""
-    names = ["fsync", "rename", "replace", "unlink", "rmdir", "symlink", "mkdir"]
     survived = []
     for moment in range(1, 100):
         directory = tmp_path / str(moment)
         save(CheckpointStore(directory, keep=1), 1, val_loss=2.0)
-        calls = 0
-
-        def dying(original, moment=moment):
-            def call(*args, **kwargs):
-                nonlocal calls
-                calls += 1
-                # A process that is dead makes no further calls.
-                if calls > moment or (calls == moment and not after):
-                    raise Killed
-                try:
-                    return original(*args, **kwargs)
-                finally:
-                    if calls == moment:
-                        raise Killed
-
-            return call
-
-        with monkeypatch.context() as patch:
-            for name in names:
-                patch.setattr(os, name, dying(getattr(os, name)))
+        with killed_at(monkeypatch, moment, after) as killed:
             save(CheckpointStore(directory, keep=1), 2, val_loss=1.0)
-            killed = calls >= moment
         again = CheckpointStore(directory, keep=1)
         found = again.latest()
         assert found is not None
@@ -209,11 +386,32 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_checkpoint(tmp_path, monk
         save(again, 3)
         assert_holds(again, 3)
         assert not list(again.directory.glob(".*"))
-        if not killed:
+        if not killed():
             break
     assert len(survived) > 10
     assert survived == sorted(survived)
     assert set(survived) == {1, 2}
+
+
+@pytest.mark.filterwarnings("ignore:.*is not usable")
+@pytest.mark.parametrize("after", [False, True], ids=["before the call", "after the call"])
+def test_a_kill_at_any_moment_of_falling_back_keeps_all_that_there_was(tmp_path, monkeypatch, after):
+    for moment in range(1, 100):
+        store = CheckpointStore(tmp_path / str(moment), keep=3)
+        for step, loss in ((1, 2.0), (2, 1.0), (3, 0.5)):
+            save(store, step, val_loss=loss)
+        damage(store.path(2), "flip")
+        damage(store.path(3), "no manifest")
+        with killed_at(monkeypatch, moment, after) as killed:
+            store.latest()
+        assert_holds(store, 1)
+        assert sorted(p.name for p in store.directory.iterdir()) == [
+            "best", "damaged-step-00000002", "damaged-step-00000003", "last", "step-00000001"
+        ]  # fmt: skip
+        assert (store.directory / "last").resolve() == (store.directory / "best").resolve() == store.path(1)
+        if not killed():
+            break
+    assert moment > 5
 
 
 def test_a_disk_that_fills_while_writing_is_one_message_and_costs_nothing(store):
@@ -339,5 +537,5 @@ def test_pieces_are_read_into_whatever_part_is_asked_for(tmp_path):
 
 
 def test_what_is_no_checkpoint_is_said_in_one_sentence(tmp_path):
-    with pytest.raises(CheckpointError, match="is not a usable checkpoint: it has no manifest"):
+    with pytest.raises(CheckpointError, match=r"is not a usable checkpoint: manifest\.json is missing"):
         Checkpoint(tmp_path)

@@ -137,6 +137,7 @@ def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(tmp_path
         result = run_tiny(tmp_path / "run", steps=10)
     assert result.resumed_step == 4
     assert_same_run(tmp_path / "run", unbroken / "32-true")
+    assert (tmp_path / "run" / "checkpoints" / "damaged-step-00000006").is_dir()
 
 
 def test_a_finished_run_is_left_alone(tmp_path):
