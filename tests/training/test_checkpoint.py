@@ -5,6 +5,7 @@ import os
 import resource
 import shutil
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -457,15 +458,24 @@ def test_the_caller_goes_on_while_a_save_is_written_and_what_it_changes_is_not_s
     assert torch.equal(saved_tensors(store.path(2))["weights"], weights)
 
 
-def test_the_pause_is_a_small_part_of_the_save(store):
-    """A hundred megabytes: copied once, but hashed and written. Of several saves, as others use the machine too."""
+def test_the_pause_is_one_copy_and_nothing_else(store):
+    """A hundred megabytes: copied once while the caller waits, but hashed and written beside it.
+
+    Which share of the save that is depends on how fast a machine's memory is, and its disk (docs/distribution.md);
+    the copy is what it has to be. Hashing alone would be several. Least of several, as others use the machine too.
+    """
     weights = {f"w{i}": torch.ones(5, 1 << 20) for i in range(5)}
-    shares = []
-    for step in range(1, 5):
+    buffers = {name: torch.empty_like(tensor) for name, tensor in weights.items()}
+    copies, pauses = [], []
+    for step in range(1, 7):
+        started = time.monotonic()
+        for name, tensor in weights.items():
+            buffers[name].copy_(tensor)
+        copies.append(time.monotonic() - started)
         store.begin(step, weights, {})
         store.finish()
-        shares.append(store.pause_seconds / store.save_seconds)
-    assert min(shares) < 0.15
+        pauses.append(store.pause_seconds)
+    assert min(pauses) < 2 * min(copies)
 
 
 def test_the_manifest_states_what_json_holds_of_the_values(store):
