@@ -443,7 +443,7 @@ def _draw(path: Path) -> int:
     contexts = [p for p in problems.values() if p["name"].startswith("T=") or p["name"] == "headline, chosen chunk"]
     # `retention` runs the headline problem, whose shape is that of the chosen chunk.
     names = {p["name"] for p in contexts}
-    labels = {
+    called = {
         "powertrain sm80": "powertrain, kernels for A100",
         "sdpa flash": "softmax, FlashAttention",
         "sdpa cudnn": "softmax, cuDNN",
@@ -457,7 +457,7 @@ def _draw(path: Path) -> int:
             per_token = timing["forward_backward_ms"] * 1e6 / (problem["batch"] * problem["tokens"])
             lines[timing["contender"]].append((problem["tokens"], per_token))
     for contender, points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=labels.get(contender, contender))
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=called.get(contender, contender))
     axes.set(
         xscale="log",
         yscale="log",
