@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import os
+import random
+import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
 
 # A controller that restarts answers after seconds; nobody waits longer for a table of runs.
 TIMEOUT_SECONDS = 20.0
+# Between questions to a controller that does not answer: doubled from the first to the last.
+FIRST_PAUSE_SECONDS, LAST_PAUSE_SECONDS = 1.0, 15.0
+# What a controller says that has understood, and would say again.
+_REFUSALS = re.compile(r"Invalid job id|denied|disabled")
 
 
 class SlurmError(OSError):
     """A command of Slurm failed or is missing; the message is one sentence for the user."""
+
+
+class SlurmRefusal(SlurmError):
+    """Asking again would bring the same answer."""
 
 
 def slurm(*command: str, environment: Mapping[str, str] | None = None) -> str:
@@ -21,19 +35,42 @@ def slurm(*command: str, environment: Mapping[str, str] | None = None) -> str:
 
     Errors:
         SlurmError: it is not installed, takes too long, or reports an error.
+        SlurmRefusal: it is not installed, or Slurm refuses.
     """
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, env=environment, check=False
         )
     except FileNotFoundError:
-        raise SlurmError(f"{command[0]} is not installed here: run this where Slurm's commands are") from None
+        raise SlurmRefusal(f"{command[0]} is not installed here: run this where Slurm's commands are") from None
     except subprocess.TimeoutExpired:
         raise SlurmError(f"{command[0]} gave no answer in {TIMEOUT_SECONDS:.0f} s") from None
     if done.returncode:
         said = " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"
-        raise SlurmError(f"{' '.join(command[:2])} failed: {said}")
+        kind = SlurmRefusal if _REFUSALS.search(said) else SlurmError
+        raise kind(f"{' '.join(command[:2])} failed: {said}")
     return done.stdout
+
+
+def patiently(ask: Callable[[], T], seconds: float) -> T:
+    """Return what `ask` returns, asked again for about `seconds` while it raises a SlurmError that is no refusal.
+
+    A controller answers late exactly when many jobs need it, as when all of a partition are preempted.
+    """
+    deadline = time.monotonic() + seconds
+    pause = FIRST_PAUSE_SECONDS
+    while True:
+        try:
+            return ask()
+        except SlurmRefusal:
+            raise
+        except SlurmError:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise
+        # Not all jobs at the same moment.
+        time.sleep(min(left, pause * random.uniform(0.5, 1.0)))  # noqa: S311
+        pause = min(2 * pause, LAST_PAUSE_SECONDS)
 
 
 def current_job_id(environment: Mapping[str, str] = os.environ) -> str | None:

@@ -6,6 +6,7 @@ where preemption only sends signals, nobody would: that is what `requeue` is for
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -14,10 +15,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from powertrain.cluster.queue import SlurmError, current_job_id, job_state, slurm
+import yaml
+
+from powertrain.cluster.config import ClusterConfig
+from powertrain.cluster.queue import SlurmError, SlurmRefusal, current_job_id, job_state, patiently, slurm
 from powertrain.run_status import read_status
 
 ATTEMPTS_FILE = "attempts.json"
+# Left for the batch script where Slurm did not answer rank 0: the number of the signal.
+UNANSWERED_FILE = "unanswered"
+# Of cluster.signal_seconds, spent on asking; the save before may have taken the rest.
+ASKING_SHARE = 0.8
 # A run whose attempts are too short for one step would otherwise be started for ever.
 MAX_FRUITLESS_ATTEMPTS = 3
 
@@ -32,16 +40,42 @@ class Answer(NamedTuple):
 def requeue(run_dir: Path, signum: int) -> Answer:
     """Ask Slurm to start the job of this process again, where the signal that ended it means that it should go on.
 
-    To be called by one process, when nothing is left to be saved: Slurm ends the job at once.
+    To be called by one process, when nothing is left to be saved: Slurm ends the job at once. Where Slurm does not
+    answer, it is asked again for most of the time between signal and limit; then the batch script takes over.
 
     Args:
         signum: USR1 or USR2, which nobody sends but to have the run saved and queued again; or TERM, which also ends
             a cancelled job, and the processes of a job of which one has failed.
     Errors:
-        SlurmError: Slurm refuses, or several attempts in a row have not finished one step.
+        SlurmError: Slurm refuses or does not answer, or several attempts in a row have not finished one step.
     """
     job_id = current_job_id()
     assert job_id is not None, "requeue is for processes of a Slurm job"
+    seconds = ASKING_SHARE * _signal_seconds(run_dir)
+    try:
+        return patiently(lambda: _ask(run_dir, job_id, signum), seconds)
+    except SlurmRefusal:
+        raise
+    except SlurmError as error:
+        with contextlib.suppress(OSError):
+            path = run_dir / "slurm" / UNANSWERED_FILE
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{signum}\n")
+        raise SlurmError(
+            f"job {job_id} is not queued again, since Slurm gave no answer for {seconds:.0f} s ({error}); where its "
+            f"batch script does not manage it either, the same command continues the run"
+        ) from error
+
+
+def _signal_seconds(run_dir: Path) -> int:
+    """Return the time between signal and limit; that of the templates, too, where the run has not said it."""
+    try:
+        return int(yaml.safe_load((run_dir / "config.yaml").read_text())["cluster"]["signal_seconds"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
+        return ClusterConfig.signal_seconds
+
+
+def _ask(run_dir: Path, job_id: str, signum: int) -> Answer:
     now = job_state(job_id)
     # Cancelled, preempted without grace, or queued again already: all of them are COMPLETING, for other reasons.
     wanted = now.state == "RUNNING" and (signum != signal.SIGTERM or now.preempted)
@@ -49,7 +83,7 @@ def requeue(run_dir: Path, signum: int) -> Answer:
         return Answer(False, f"job {job_id} is {now.state} and not queued again by this run")
     fruitless = _count_attempt(run_dir)
     if fruitless >= MAX_FRUITLESS_ATTEMPTS:
-        raise SlurmError(
+        raise SlurmRefusal(
             f"job {job_id} is not queued again: {fruitless} attempts in a row ended before their first step was saved; "
             f"give it more time (cluster.time), or an earlier signal (cluster.signal_seconds)"
         )
@@ -76,10 +110,17 @@ def _count_attempt(run_dir: Path) -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run `python -m powertrain.cluster.requeue RUN_DIR`, the last resort of the batch script at the time limit."""
-    (run_dir,) = argv
+    """Run `python -m powertrain.cluster.requeue RUN_DIR`, the last resort of the batch script.
+
+    At the time limit, and where rank 0 has left a signal that Slurm did not answer.
+    """
+    run_dir = Path(argv[0])
     try:
-        print(requeue(Path(run_dir), signal.SIGTERM).sentence, file=sys.stderr, flush=True)
+        signum = int((run_dir / "slurm" / UNANSWERED_FILE).read_text())
+    except (OSError, ValueError):
+        signum = signal.SIGTERM
+    try:
+        print(requeue(run_dir, signum).sentence, file=sys.stderr, flush=True)
     except SlurmError as error:
         print(error, file=sys.stderr, flush=True)
         return 1

@@ -19,7 +19,8 @@ class BatchJob:
     work_dir: Path  # where the command runs; relative paths of the configuration begin here
     log_dir: Path  # exists when the job starts
     once: tuple[tuple[str, ...], ...] = ()  # commands run by one process before; they may fail
-    at_limit: tuple[str, ...] | None = None  # run when the time limit ends the job before its processes ended
+    last_resort: tuple[str, ...] | None = None  # asks for another attempt when TERM reaches the batch script, and ...
+    unanswered: Path | None = None  # ... when the processes end and leave this file: Slurm did not answer them
     code: Path | None = None  # put first on PYTHONPATH
     array: str | None = None  # indices of an array of such jobs, as 0-9%2
     dependency: str | None = None  # as afterok:17
@@ -104,11 +105,13 @@ def batch_script(cluster: ClusterConfig, job: BatchJob) -> str:
         lines.append(f"srun --nodes=1 --ntasks=1 {shlex.join(command)} || echo 'not done; going on without it'")
     if job.once:
         lines.append("")
-    if job.at_limit is not None:
+    if job.unanswered is not None:
+        lines.append(f"rm -f {shlex.quote(str(job.unanswered))}  # of an earlier attempt")
+    if job.last_resort is not None:
         lines += [
             "# Before the time limit, and when preempted, the run saves and asks Slurm for another attempt. Where the",
             "# limit comes first (during a long validation, say), this asks instead.",
-            f"trap {shlex.quote(shlex.join(job.at_limit))} TERM",
+            f"trap {shlex.quote(shlex.join(job.last_resort))} TERM",
             "",
         ]
     lines += [
@@ -122,6 +125,11 @@ def batch_script(cluster: ClusterConfig, job: BatchJob) -> str:
         "  code=0",
         '  wait "$ranks" || code=$?',
         "done",
-        'exit "$code"',
     ]
+    if job.last_resort is not None and job.unanswered is not None:
+        lines += [
+            "# Where Slurm has not answered the run in time, this asks again.",
+            f"if [ -e {shlex.quote(str(job.unanswered))} ]; then {shlex.join(job.last_resort)} || true; fi",
+        ]
+    lines.append('exit "$code"')
     return "\n".join(lines) + "\n"

@@ -15,6 +15,7 @@ import yaml
 
 from powertrain.cluster.config import ClusterConfig
 from powertrain.cluster.queue import SlurmError, queued_states, slurm
+from powertrain.cluster.requeue import UNANSWERED_FILE
 from powertrain.cluster.script import BatchJob, batch_script
 from powertrain.cluster.snapshot import copy_code, copy_path
 from powertrain.config import RunConfig, to_values
@@ -109,7 +110,8 @@ def run_job(config: RunConfig, code: Path | None, once: tuple[tuple[str, ...], .
         log_dir=home,
         code=code,
         once=once,
-        at_limit=python_command("powertrain.cluster.requeue", str(run_dir)),
+        last_resort=python_command("powertrain.cluster.requeue", str(run_dir)),
+        unanswered=home / UNANSWERED_FILE,
     )
 
 

@@ -2,7 +2,16 @@ import json
 
 import pytest
 
-from powertrain.cluster.queue import SlurmError, current_job_id, job_state, queued_states, slurm
+from powertrain.cluster import queue
+from powertrain.cluster.queue import (
+    SlurmError,
+    SlurmRefusal,
+    current_job_id,
+    job_state,
+    patiently,
+    queued_states,
+    slurm,
+)
 
 
 @pytest.mark.parametrize(
@@ -50,3 +59,66 @@ def test_a_machine_without_slurm_is_one_sentence(monkeypatch):
         job_state("1")
     with pytest.raises(SlurmError, match="squeue is not installed here"):
         queued_states(["1"])
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        ("slurm_load_jobs error: Invalid job id specified", SlurmRefusal),
+        ("Requested operation is presently disabled for job 1", SlurmRefusal),
+        ("Access/permission denied for job 1", SlurmRefusal),
+        ("slurm_load_jobs error: Socket timed out on send/recv operation", SlurmError),
+        ("slurm_load_jobs error: Unable to contact slurm controller (connect failure)", SlurmError),
+    ],
+)
+def test_refusals_are_told_from_a_controller_that_does_not_answer(stub, said, kind):
+    stub("scontrol", code=1, error=said)
+    with pytest.raises(SlurmError) as caught:
+        job_state("1")
+    assert type(caught.value) is kind
+
+
+@pytest.fixture
+def pauses(monkeypatch):
+    """The pauses that are made, none of which takes time but on the clock."""
+    made = []
+    monkeypatch.setattr(queue.time, "sleep", made.append)
+    monkeypatch.setattr(queue.time, "monotonic", lambda: sum(made))
+    return made
+
+
+def test_a_controller_that_does_not_answer_is_asked_again_ever_less_often(pauses):
+    answers = iter([SlurmError("busy")] * 8 + ["yes"])
+
+    def ask():
+        answer = next(answers)
+        if isinstance(answer, SlurmError):
+            raise answer
+        return answer
+
+    assert patiently(ask, 300) == "yes"
+    assert len(pauses) == 8
+    for pause, longest in zip(pauses, [1, 2, 4, 8, 15, 15, 15, 15], strict=True):
+        assert longest / 2 <= pause <= longest
+
+
+def test_asking_ends_with_the_last_error_when_the_time_is_over(pauses):
+    errors = []
+
+    def ask():
+        errors.append(SlurmError(f"busy {len(errors)}"))
+        raise errors[-1]
+
+    with pytest.raises(SlurmError) as caught:
+        patiently(ask, 60)
+    assert caught.value is errors[-1]
+    assert sum(pauses) == pytest.approx(60)
+
+
+def test_a_refusal_is_final(pauses):
+    def ask():
+        raise SlurmRefusal("no")
+
+    with pytest.raises(SlurmRefusal):
+        patiently(ask, 60)
+    assert pauses == []

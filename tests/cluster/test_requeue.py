@@ -1,11 +1,12 @@
 import json
 import re
 import signal
+import time
 
 import pytest
 
 from powertrain.cluster.queue import SlurmError
-from powertrain.cluster.requeue import MAX_FRUITLESS_ATTEMPTS, main, requeue
+from powertrain.cluster.requeue import MAX_FRUITLESS_ATTEMPTS, UNANSWERED_FILE, main, requeue
 from powertrain.run_status import RunStatus, write_status
 
 
@@ -89,9 +90,74 @@ def test_a_damaged_record_of_attempts_begins_anew(in_job, tmp_path, content):
     assert json.loads((tmp_path / "slurm" / "attempts.json").read_text()) == {"step": 0, "fruitless": 1}
 
 
-def test_the_batch_script_gets_a_sentence_and_a_code(in_job, tmp_path, capsys, stub):
+@pytest.fixture
+def signal_seconds(tmp_path):
+    """Return a function that writes a configuration into the run directory."""
+    return lambda value: (tmp_path / "config.yaml").write_text(f"cluster: {{signal_seconds: {value}}}\n")
+
+
+def test_the_batch_script_gets_a_sentence_and_a_code(in_job, tmp_path, capsys, stub, signal_seconds):
     in_job("COMPLETING", "TimeLimit")
     assert main([str(tmp_path)]) == 0
+    signal_seconds(0)
     stub("scontrol", code=1, error="slurm_load_jobs error: Unable to contact slurm controller")
     assert main([str(tmp_path)]) == 1
     assert "Unable to contact slurm controller" in capsys.readouterr().err
+
+
+FLAKY = """\
+#!/bin/sh
+echo "$1 $2" >> {directory}/asked
+if [ "$(wc -l < {directory}/asked)" -le {failures} ]; then
+  echo "Socket timed out on send/recv operation" >&2
+  exit 1
+fi
+echo "JobState=RUNNING Reason=None PreemptTime=None"
+"""
+
+
+@pytest.fixture
+def flaky(in_job, tmp_path, monkeypatch):
+    """Return a function that makes scontrol fail so many times, and one that lists what it was asked."""
+    in_job("RUNNING")
+    monkeypatch.setattr("powertrain.cluster.queue.FIRST_PAUSE_SECONDS", 0.01)
+
+    def put(failures):
+        (tmp_path / "stubs" / "scontrol").write_text(FLAKY.format(directory=tmp_path, failures=failures))
+
+    return put, lambda: [line.split()[0] for line in (tmp_path / "asked").read_text().splitlines()]
+
+
+def test_a_controller_that_does_not_answer_at_first_is_asked_again(flaky, tmp_path):
+    put, asked = flaky
+    put(failures=2)
+    assert requeue(tmp_path, signal.SIGUSR1).queued
+    assert asked() == ["--oneliner", "--oneliner", "--oneliner", "requeue"]
+    assert not (tmp_path / "slurm" / UNANSWERED_FILE).exists()
+
+
+def test_where_it_never_answers_the_batch_script_asks_again_for_the_same_signal(
+    flaky, tmp_path, capsys, signal_seconds
+):
+    put, asked = flaky
+    signal_seconds(1)
+    put(failures=1000)
+    started = time.monotonic()
+    with pytest.raises(SlurmError, match=r"is not queued again, since Slurm gave no answer for 1 s .*Socket timed out"):
+        requeue(tmp_path, signal.SIGUSR1)
+    assert time.monotonic() - started > 0.7
+    assert len(asked()) > 2
+    put(failures=0)
+    # Of a running job TERM alone, which the script would otherwise stand for, is no reason to queue it again.
+    assert main([str(tmp_path)]) == 0
+    assert "is queued again and will continue" in capsys.readouterr().err
+    assert asked()[-1] == "requeue"
+
+
+def test_what_slurm_refuses_is_not_asked_again(in_job, stub, tmp_path):
+    in_job("RUNNING")
+    calls = stub("scontrol", code=1, error="Requested operation is presently disabled for job 7")
+    with pytest.raises(SlurmError, match="presently disabled"):
+        requeue(tmp_path, signal.SIGUSR1)
+    assert len(calls.read_text().splitlines()) == 1
+    assert not (tmp_path / "slurm" / UNANSWERED_FILE).exists()

@@ -61,7 +61,21 @@ def test_threads_and_address_follow_the_job_and_yield_to_the_configuration(tmp_p
 def test_the_job_ends_with_the_code_of_its_processes(tmp_path, stub, code):
     stub("srun", code=code)
     stub("scontrol", "n1\n")
-    assert run_script(batch_script(ClusterConfig(), job(at_limit=("true",))), tmp_path).returncode == code
+    assert run_script(batch_script(ClusterConfig(), job(last_resort=("true",))), tmp_path).returncode == code
+
+
+@pytest.mark.parametrize(("leaves", "asked"), [("touch", ["asked"]), ("ls", [])])
+def test_the_script_asks_again_where_slurm_did_not_answer_the_run(tmp_path, stub, leaves, asked):
+    stub("scontrol", "n1\n")
+    srun = tmp_path / "stubs" / "srun"
+    srun.write_text(f'#!/bin/sh\n{leaves} "{tmp_path}/no answer"\nexit 1\n')
+    srun.chmod(0o755)
+    # What an earlier attempt left is not this one's.
+    (tmp_path / "no answer").touch()
+    last_resort = ("sh", "-c", "echo asked; false")
+    script = batch_script(ClusterConfig(), job(last_resort=last_resort, unanswered=tmp_path / "no answer"))
+    done = run_script(script, tmp_path)
+    assert (done.returncode, done.stdout.split()) == (1, asked)
 
 
 def test_a_failing_line_of_the_setup_ends_the_job_before_it_trains(tmp_path, stub):

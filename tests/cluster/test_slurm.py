@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ import pytest
 
 from powertrain.cli import main
 from powertrain.cluster.config import ClusterConfig
+from powertrain.cluster.requeue import UNANSWERED_FILE
 from powertrain.cluster.script import BatchJob
 from powertrain.cluster.submit import submit_job
 from powertrain.run_status import read_status
@@ -79,7 +81,8 @@ class FakeRun:
             work_dir=directory,
             log_dir=self.log_dir,
             code=ROOT,
-            at_limit=(sys.executable, "-m", "powertrain.cluster.requeue", str(self.run_dir)),
+            last_resort=(sys.executable, "-m", "powertrain.cluster.requeue", str(self.run_dir)),
+            unanswered=self.run_dir / "slurm" / UNANSWERED_FILE,
             array=array,
             dependency=dependency,
         )
@@ -238,6 +241,28 @@ def test_a_preempted_run_saves_and_continues(slurm, tmp_path):
     assert wait_for_state(slurm, run.job_id, "COMPLETED")["Restarts"] == "1"
     assert_continued(run.trace())
     assert "queued again and will continue" in run.log
+
+
+def test_a_run_that_slurm_does_not_answer_is_queued_again_by_its_script(slurm, tmp_path):
+    real, down = shutil.which("scontrol"), tmp_path / "down"
+    (tmp_path / "bin").mkdir()
+    busy = tmp_path / "bin" / "scontrol"
+    busy.write_text(f'#!/bin/sh\n[ -e {down} ] || exec {real} "$@"\necho "Socket timed out" >&2\nexit 1\n')
+    busy.chmod(0o755)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("cluster: {signal_seconds: 10}\n")
+    enough = tmp_path / "enough"
+    run = FakeRun(tmp_path, "--until", str(enough), env={"PATH": f"{busy.parent}:{os.environ['PATH']}"})
+    run.wait_for_step(5)
+    down.touch()
+    slurm.command("scancel", "--signal=USR1", run.job_id)
+    wait_until(lambda: (run.run_dir / "slurm" / UNANSWERED_FILE).exists(), "rank 0 gives up")
+    down.unlink()
+    run.wait_for_step(1, attempt=1)
+    enough.touch()
+    assert wait_for_state(slurm, run.job_id, "COMPLETED")["Restarts"] == "1"
+    assert_continued(run.trace())
+    assert "since Slurm gave no answer for 8 s" in run.log
 
 
 def test_a_cancelled_run_saves_and_stays_cancelled(slurm, tmp_path):
