@@ -38,6 +38,9 @@ OWN_OPTIONS = {
     "wait": "powertrain",
 }
 
+# Of these, the ones that null in the configuration leaves to the cluster, and so to the user's variables of sbatch.
+DEFAULTED = ("cpus_per_task", "mem", "time", "partition", "account", "qos")
+
 # MINUTES alone is left out: YAML reads 12:00:00 without quotes as 43200, which Slurm would take for minutes.
 # M:SS too, which one reads as hours and minutes.
 _TIME = re.compile(r"\d+:\d\d:\d\d|\d+-\d{1,2}(:\d\d){0,2}|UNLIMITED", re.IGNORECASE)
@@ -122,8 +125,11 @@ class ClusterConfig:
                     f"cluster.sbatch holds {key!r}: write the long name of an option of sbatch without its dashes, "
                     f"as in cluster.sbatch.constraint=h100"
                 )
-            if key in OWN_OPTIONS:
-                raise ValueError(f"cluster.sbatch.{key} is not allowed: that is set by {OWN_OPTIONS[key]}")
+            # sbatch takes any beginning of an option's name for the option.
+            own = min((option for option in OWN_OPTIONS if option.startswith(key)), key=len, default=None)
+            if own is not None:
+                named = f"cluster.sbatch.{key}" + (f" (--{own})" if own != key else "")
+                raise ValueError(f"{named} is not allowed: that is set by {OWN_OPTIONS[own]}")
             if given is not None and not isinstance(given, str | int | float | bool):
                 raise ValueError(f"cluster.sbatch.{key}={given!r} is not allowed: it must be a text, a number or true")
             if isinstance(given, str):

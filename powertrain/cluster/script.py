@@ -7,7 +7,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from powertrain.cluster.config import ClusterConfig
+from powertrain.cluster.config import DEFAULTED, ClusterConfig
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def _directives(cluster: ClusterConfig, job: BatchJob) -> list[str]:
     ]
     if cluster.gpus_per_node:
         options.append(("gpus-per-node", cluster.gpus_per_node))
-    for name in ("cpus_per_task", "mem", "time", "partition", "account", "qos"):
+    for name in DEFAULTED:
         value = getattr(cluster, name)
         if value is not None:
             options.append((name.replace("_", "-"), value))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from powertrain.cluster.config import ClusterConfig
+from powertrain.cluster.config import DEFAULTED, OWN_OPTIONS, ClusterConfig
 from powertrain.cluster.queue import SlurmError, queued_states, slurm
 from powertrain.cluster.requeue import UNANSWERED_FILE
 from powertrain.cluster.script import BatchJob, batch_script
@@ -35,6 +35,13 @@ _FOREIGN_NAMES = (
     "MASTER_PORT",
     "CUDA_VISIBLE_DEVICES",
 )
+# Variables of sbatch that are not SBATCH_ and the name of their option.
+_SBATCH_VARIABLES = {
+    "array": ("SBATCH_ARRAY_INX",),
+    "mem": ("SBATCH_MEM_PER_NODE", "SBATCH_MEM_PER_CPU", "SBATCH_MEM_PER_GPU"),
+    "switches": ("SBATCH_REQ_SWITCH",),
+    "time": ("SBATCH_TIMELIMIT",),
+}
 
 
 @dataclass(frozen=True)
@@ -47,13 +54,37 @@ class SubmittedRun:
     log: Path
 
 
-def submission_environment() -> dict[str, str]:
-    """Return the environment that a job inherits: this one without what belongs to a surrounding job or launcher."""
+def _overriding_variables(cluster: ClusterConfig) -> list[str]:
+    """Return the variables set here by which sbatch, for which they outrank the script, would submit another job."""
+    left = {name.replace("_", "-") for name in DEFAULTED if getattr(cluster, name) is None}
+    names: list[str] = []
+    for option in sorted((OWN_OPTIONS.keys() | cluster.sbatch.keys()) - left):
+        names += _SBATCH_VARIABLES.get(option, (f"SBATCH_{option.replace('-', '_').upper()}",))
+    return [name for name in names if name in os.environ]
+
+
+def submission_environment(cluster: ClusterConfig) -> dict[str, str]:
+    """Return the environment that a job inherits: this one without what would change the job.
+
+    That is what belongs to a surrounding job or launcher, and the variables of sbatch for options that the script sets,
+    or leaves out on purpose.
+    """
+    dropped = {*_FOREIGN_NAMES, *_overriding_variables(cluster)}
     return {
         key: value
         for key, value in os.environ.items()
-        if key == "SLURM_CONF" or not (key.startswith(_FOREIGN) or key in _FOREIGN_NAMES)
+        if key == "SLURM_CONF" or not (key.startswith(_FOREIGN) or key in dropped)
     }
+
+
+def check_paths(*paths: Path) -> None:
+    """Refuse directories of a job that what passes them on would misread."""
+    for path in paths:
+        # A backslash switches off the %j in the name of a log.
+        if any(ord(character) < 32 or character in ":\\" for character in str(path)):
+            raise ValueError(
+                f"{str(path)!r} is not allowed: PYTHONPATH and Slurm take no colons, backslashes or control characters"
+            )
 
 
 def submit_job(cluster: ClusterConfig, job: BatchJob, path: Path) -> str:
@@ -65,7 +96,10 @@ def submit_job(cluster: ClusterConfig, job: BatchJob, path: Path) -> str:
     job.log_dir.mkdir(parents=True, exist_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(batch_script(cluster, job))
-    answer = slurm("sbatch", "--parsable", str(path.resolve()), environment=submission_environment())
+    overriding = _overriding_variables(cluster)
+    if overriding:
+        print(f"{', '.join(overriding)} not passed to sbatch: the configuration decides that", file=sys.stderr)
+    answer = slurm("sbatch", "--parsable", str(path.resolve()), environment=submission_environment(cluster))
     return answer.strip().partition(";")[0]  # `id;cluster` where Slurm runs several
 
 
@@ -155,12 +189,7 @@ def submit_run(config: RunConfig) -> SubmittedRun:
     config = job_config(config)
     assert config.run_id is not None
     run_dir = Path(config.paths.runs) / config.run_id
-    for path in (run_dir, Path.cwd()):
-        # A backslash switches off the %j in the name of a log.
-        if any(ord(character) < 32 or character in ":\\" for character in str(path)):
-            raise ValueError(
-                f"{str(path)!r} is not allowed: PYTHONPATH and Slurm take no colons, backslashes or control characters"
-            )
+    check_paths(run_dir, Path.cwd())
     slurm("scontrol", "ping")  # before minutes of compilation
     _check_free(run_dir)
     home = run_dir / "slurm"

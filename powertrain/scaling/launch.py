@@ -89,15 +89,18 @@ def slurm_jobs(
     Args:
         recipe: as the user named it; a path is made absolute.
         directory: holds the sweep's directory, on a file system that all nodes share.
+    Errors:
+        ValueError: no runners, or a directory that Slurm would misread.
         flags: of `powertrain sweep run`, passed on to every runner.
     """
-    from powertrain.cluster.submit import python_command
+    from powertrain.cluster.submit import check_paths, python_command
 
     if runners < 1:
         raise ValueError(f"--slurm {runners} is not allowed: it must be at least 1 runner")
     name = str(Path(recipe).absolute()) if Path(recipe).is_file() else recipe
     common = (name, "--directory", str(directory.absolute()))
     logs = (paths.root / "slurm").absolute()
+    check_paths(logs, Path.cwd())
     array = BatchJob(
         name=paths.root.name,
         command=python_command("powertrain", "sweep", "run", *common, "--quiet", "--requeue", *flags),

@@ -42,6 +42,20 @@ def test_options_that_powertrain_sets_are_refused_with_who_sets_them(option):
 
 
 @pytest.mark.parametrize(
+    ("beginning", "option"),
+    [("arra", "array"), ("no-requ", "no-requeue"), ("ex", "export"), ("ntasks-per-n", "ntasks-per-node")],
+)
+def test_sbatch_takes_the_beginning_of_a_name_and_so_it_is_refused_too(beginning, option):
+    message = f"cluster.sbatch.{beginning} (--{option}) is not allowed: that is set by {OWN_OPTIONS[option]}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ClusterConfig(sbatch={beginning: "1"})
+
+
+def test_options_whose_names_go_on_after_one_that_powertrain_sets_are_others():
+    ClusterConfig(sbatch={"time-min": "1:00:00", "mem-per-gpu": "8G", "exclude": "n1"})
+
+
+@pytest.mark.parametrize(
     ("time", "seconds"),
     [
         ("0:30:00", 1800),

@@ -288,6 +288,17 @@ def test_jobs_wait_for_jobs(slurm, tmp_path):
     assert (second.run_dir / "trace").stat().st_mtime > (first.run_dir / "trace").stat().st_mtime
 
 
+def test_variables_of_sbatch_change_nothing_that_the_script_sets(slurm, tmp_path, monkeypatch):
+    hostile = {"NO_REQUEUE": "1", "ARRAY_INX": "0-3", "OUTPUT": "elsewhere", "TIMELIMIT": "1", "JOB_NAME": "bash"}
+    for name, value in hostile.items():
+        monkeypatch.setenv(f"SBATCH_{name}", value)
+    run = FakeRun(tmp_path, "--steps", "1", time="1:00:00")
+    state = wait_for_state(slurm, run.job_id, "COMPLETED")
+    assert (state["Requeue"], state["TimeLimit"], state["JobName"]) == ("1", "01:00:00", f"pt-{tmp_path.name}")
+    assert "ArrayJobId" not in state
+    assert "attempt 0 from step 0" in run.log
+
+
 def test_no_text_is_taken_as_shell_or_as_options(slurm, tmp_path):
     hostile = tmp_path / "a \"b\" 'c' $(touch canary) `touch canary` %j # --array=0-9"
     hostile.mkdir()

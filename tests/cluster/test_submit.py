@@ -79,6 +79,23 @@ def test_a_job_sees_nothing_of_the_job_or_launcher_around_its_submission(overrid
     assert not foreign.keys() & environment.keys()
 
 
+def test_variables_of_sbatch_do_not_outrank_the_script(overrides, slurm_stubs, monkeypatch, capsys):
+    dropped = [
+        "SBATCH_ARRAY_INX", "SBATCH_CONSTRAINT", "SBATCH_EXPORT", "SBATCH_NO_REQUEUE", "SBATCH_OUTPUT",
+        "SBATCH_SIGNAL", "SBATCH_TIMELIMIT",
+    ]  # fmt: skip
+    # Null in the configuration leaves these to the cluster, and nothing sets the last.
+    kept = ["SBATCH_ACCOUNT", "SBATCH_PARTITION", "SBATCH_MEM_PER_CPU", "SBATCH_RESERVATION"]
+    for name in dropped + kept:
+        monkeypatch.setenv(name, "1")
+    assert main(["train", *overrides, "cluster.time=1:00:00", "cluster.sbatch.constraint=h100"]) == 0
+    environment = json.loads(slurm_stubs.read_text())["env"]
+    assert sorted(name for name in environment if name.startswith("SBATCH_")) == sorted(kept)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "SBATCH_" in line]
+    assert all(name in line for name in dropped)
+    assert not any(name in line for name in kept)
+
+
 def test_a_run_that_is_queued_is_not_submitted_twice(overrides, slurm_stubs, stub, capsys):
     assert main(["train", *overrides]) == 0
     stub("squeue", "41|PENDING\n")
@@ -124,6 +141,15 @@ def test_what_slurm_refuses_is_one_sentence(overrides, slurm_stubs, stub, capsys
 def test_a_directory_that_pythonpath_cannot_name_is_refused(overrides, slurm_stubs, tmp_path, capsys):
     assert main(["train", *overrides, f"paths.runs='{tmp_path}/a:b'"]) == 2
     assert "take no colons" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [[], ["--dry-run"]])
+def test_so_is_the_directory_of_a_sweep(slurm_stubs, tmp_path, capsys, flags):
+    directory = tmp_path / "a\\b"
+    assert main(["sweep", "run", "smoke", "--directory", str(directory), "--slurm", "2", *flags]) == 2
+    assert "take no colons, backslashes" in capsys.readouterr().err
+    assert not slurm_stubs.exists()
+    assert not directory.exists()
 
 
 @pytest.fixture
