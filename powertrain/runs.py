@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from powertrain.cluster.queue import SlurmError, queued_states
+from powertrain.cluster.queue import QueuedJob, SlurmError, queued_jobs
 from powertrain.cluster.submit import submitted_job_id
 from powertrain.run_status import RunStatus, read_status
 
@@ -50,19 +50,18 @@ def is_run(directory: Path) -> bool:
     return (directory / "config.yaml").is_file() or (directory / "slurm" / "config.yaml").is_file()
 
 
-def run_state(status: RunStatus | None, job_id: str | None, job_state: str | None) -> tuple[str, str | None]:
+def run_state(status: RunStatus | None, job_id: str | None, job: QueuedJob | None) -> tuple[str, str | None]:
     """Return the state of a run and why, from its own word, its last job, and what the queue says of that job.
 
     Args:
-        job_state: Slurm's word (PENDING, RUNNING, ...); None where the job has left the queue, or there is none.
+        job: in the queue; None where it has left the queue, or there is none.
     """
     # COMPLETING is the end of an attempt; when the job is to start again, PENDING follows.
-    if job_state is not None and job_state != "COMPLETING":
-        if job_state not in ("RUNNING", "CONFIGURING"):
+    if job is not None and job.state != "COMPLETING":
+        if job.state not in ("RUNNING", "CONFIGURING"):
             return "pending", None
         # What an earlier job or attempt said is over.
-        begun = status is not None and status.job_id == job_id and status.state != "interrupted"
-        if not begun:
+        if status is None or status.job_id != job_id or status.updated < (job.started or 0.0):
             return "starting", None
     if status is None:
         if job_id is None:
@@ -101,9 +100,9 @@ def list_runs(directory: Path) -> list[RunRow]:
     return sorted(rows, key=lambda row: row.updated or float("inf"), reverse=True)
 
 
-def _queue(job_ids: Iterable[str]) -> dict[str, str]:
+def _queue(job_ids: Iterable[str]) -> dict[str, QueuedJob]:
     try:
-        return queued_states(job_ids)
+        return queued_jobs(job_ids)
     except SlurmError as error:
         print(f"powertrain runs: states are those the runs themselves wrote: {error}", file=sys.stderr)
         return {}

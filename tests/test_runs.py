@@ -7,6 +7,7 @@ import time
 import pytest
 
 from powertrain.cli import main
+from powertrain.cluster.queue import QueuedJob
 from powertrain.run_status import RunStatus, write_status
 from powertrain.runs import run_state
 
@@ -53,11 +54,11 @@ def queue(tmp_path, monkeypatch):
         ("finished", "7", "RUNNING", "finished"),
         ("finished", "7", None, "finished"),
         ("failed", "7", "COMPLETING", "failed"),
-        # Between two attempts, and at the beginning of the second.
+        # It asks Slurm for another attempt, and waits for it.
+        ("interrupted", "7", "RUNNING", "interrupted"),
         ("interrupted", "7", "COMPLETING", "interrupted"),
         ("interrupted", "7", "PENDING", "pending"),
         ("interrupted", "7", "REQUEUED", "pending"),
-        ("interrupted", "7", "RUNNING", "starting"),
         ("interrupted", "7", None, "interrupted"),
         # Submitted again: what the job before said is over.
         ("failed", "8", "PENDING", "pending"),
@@ -66,7 +67,17 @@ def queue(tmp_path, monkeypatch):
 )
 def test_the_state_is_what_the_run_says_corrected_by_the_queue(status, job_id, job_state, state):
     own = RunStatus(status, job_id="7", host=HERE, pid=os.getpid(), updated=time.time()) if status else None
-    assert run_state(own, job_id, job_state)[0] == state
+    job = QueuedJob(job_state, time.time() - 100) if job_state else None
+    assert run_state(own, job_id, job)[0] == state
+
+
+@pytest.mark.parametrize("status", ["running", "interrupted", "failed"])
+def test_what_the_attempt_before_said_is_over_when_the_job_starts_again(status):
+    """`running` is what it says for ever where its machine has failed."""
+    now = time.time()
+    own = RunStatus(status, job_id="7", host="dead-node", pid=1, updated=now - 120)
+    assert run_state(own, "7", QueuedJob("RUNNING", now - 90)) == ("starting", None)
+    assert run_state(own, "7", QueuedJob("RUNNING", now - 3600))[0] == ("lost" if status == "running" else status)
 
 
 def test_the_table_shows_state_progress_loss_and_job(tmp_path, queue, capsys):
@@ -83,7 +94,7 @@ def test_the_table_shows_state_progress_loss_and_job(tmp_path, queue, capsys):
     make_run(runs, "b", RunStatus("failed", step=2, host="n2", updated=now - 7200, message="ValueError: x"))
     make_run(runs, "c", job_id="9_1")
     (runs / "no-run").mkdir()
-    queue("7|RUNNING\\n9_1|PENDING\\n")
+    queue(f"7|RUNNING|{now - 60:.0f}\\n9_1|PENDING|N/A\\n")
     assert main(["runs", str(runs)]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines == [

@@ -10,7 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 T = TypeVar("T")
 
@@ -107,8 +107,15 @@ def job_state(job_id: str) -> JobState:
     return JobState(fields.get("JobState", "UNKNOWN"), fields.get("Reason", ""), preempted)
 
 
-def queued_states(job_ids: Iterable[str]) -> dict[str, str]:
-    """Return the state of each of the jobs that is pending, running or ending; others are left out.
+class QueuedJob(NamedTuple):
+    """A job in the queue."""
+
+    state: str  # PENDING, RUNNING, COMPLETING, ...
+    started: float | None  # of this attempt, or when it is expected to; seconds since 1970
+
+
+def queued_jobs(job_ids: Iterable[str]) -> dict[str, QueuedJob]:
+    """Return those of the jobs that are pending, running or ending; others are left out.
 
     Errors:
         SlurmError: the queue cannot be read.
@@ -119,6 +126,12 @@ def queued_states(job_ids: Iterable[str]) -> dict[str, str]:
     if shutil.which("squeue") is None:
         raise SlurmError("squeue is not installed here")
     # All of the queue: asked for one id that has left it, squeue fails instead of printing nothing.
-    lines = slurm("squeue", "--noheader", "--array", "--format=%i|%T").splitlines()
-    pairs = (line.strip().partition("|") for line in lines)
-    return {job: state for job, _, state in pairs if job in wanted}
+    lines = slurm(
+        "squeue", "--noheader", "--array", "--format=%i|%T|%S", environment={**os.environ, "SLURM_TIME_FORMAT": "%s"}
+    ).splitlines()
+    jobs = (line.strip().split("|") for line in lines)
+    return {
+        job: QueuedJob(state, float(started) if started.isdigit() else None)
+        for job, state, started in jobs
+        if job in wanted
+    }

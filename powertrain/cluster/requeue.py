@@ -19,14 +19,13 @@ import yaml
 
 from powertrain.cluster.config import ClusterConfig
 from powertrain.cluster.queue import SlurmError, SlurmRefusal, current_job_id, job_state, patiently, slurm
-from powertrain.run_status import read_status
 
 ATTEMPTS_FILE = "attempts.json"
 # Left for the batch script where Slurm did not answer rank 0: the number of the signal.
 UNANSWERED_FILE = "unanswered"
 # Of cluster.signal_seconds, spent on asking; the save before may have taken the rest.
 ASKING_SHARE = 0.8
-# A run whose attempts are too short for one step would otherwise be started for ever.
+# A run whose attempts are too short for one saved step would otherwise be started for ever.
 MAX_FRUITLESS_ATTEMPTS = 3
 
 
@@ -47,7 +46,7 @@ def requeue(run_dir: Path, signum: int) -> Answer:
         signum: USR1 or USR2, which nobody sends but to have the run saved and queued again; or TERM, which also ends
             a cancelled job, and the processes of a job of which one has failed.
     Errors:
-        SlurmError: Slurm refuses or does not answer, or several attempts in a row have not finished one step.
+        SlurmError: Slurm refuses or does not answer, or several attempts in a row have saved nothing new.
     """
     job_id = current_job_id()
     assert job_id is not None, "requeue is for processes of a Slurm job"
@@ -81,32 +80,63 @@ def _ask(run_dir: Path, job_id: str, signum: int) -> Answer:
     wanted = now.state == "RUNNING" and (signum != signal.SIGTERM or now.preempted)
     if not (wanted or now.reason == "TimeLimit"):
         return Answer(False, f"job {job_id} is {now.state} and not queued again by this run")
-    fruitless = _count_attempt(run_dir)
-    if fruitless >= MAX_FRUITLESS_ATTEMPTS:
+    this = _count_attempt(run_dir, job_id)
+    if this.fruitless >= MAX_FRUITLESS_ATTEMPTS:
         raise SlurmRefusal(
-            f"job {job_id} is not queued again: {fruitless} attempts in a row ended before their first step was saved; "
-            f"give it more time (cluster.time), or an earlier signal (cluster.signal_seconds)"
+            f"job {job_id} is not queued again: each of its last {this.fruitless} attempts ended with no later step "
+            f"saved than when the one before it ended (now step {this.saved}); give it more time (cluster.time), or an "
+            f"earlier signal (cluster.signal_seconds)"
         )
     slurm("scontrol", "requeue", job_id)
     return Answer(True, f"job {job_id} is queued again and will continue from its last checkpoint")
 
 
-def _count_attempt(run_dir: Path) -> int:
-    """Return how many attempts in a row, this one included, have not come further than the one before them."""
-    path = run_dir / "slurm" / ATTEMPTS_FILE
+class _Attempt(NamedTuple):
+    """How an attempt of a job ended."""
+
+    job: str
+    restarts: int  # how often Slurm had started the job again before
+    saved: int  # step of the newest checkpoint
+    fruitless: int  # attempts in a row, up to this one, that ended with no later step saved than the one before
+
+
+def _last_attempt(path: Path, job_id: str) -> _Attempt:
     try:
-        before = json.loads(path.read_text())
-        last_step, fruitless = int(before["step"]), int(before["fruitless"])
+        read = json.loads(path.read_text())
+        last = _Attempt(str(read["job"]), int(read["restarts"]), int(read["saved"]), int(read["fruitless"]))
     except (OSError, ValueError, KeyError, TypeError):
-        last_step, fruitless = 0, 0
-    status = read_status(run_dir)
-    step = status.step if status is not None else 0
-    fruitless = 0 if step > last_step else fruitless + 1
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps({"step": max(step, last_step), "fruitless": fruitless}) + "\n")
-    os.replace(temporary, path)
-    return fruitless
+        last = None
+    # A run that is submitted again begins anew.
+    return last if last is not None and last.job == job_id else _Attempt(job_id, -1, 0, 0)
+
+
+def _count_attempt(run_dir: Path, job_id: str) -> _Attempt:
+    """Return and record how this attempt ended, once however often it asks.
+
+    It is compared with the attempt before it and not with the best of all: a run that has lost its newest checkpoints
+    is judged by what it gains from there.
+    """
+    path = run_dir / "slurm" / ATTEMPTS_FILE
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    before = _last_attempt(path, job_id)
+    if before.restarts == restarts:
+        return before
+    saved = _saved_step(run_dir)
+    this = _Attempt(job_id, restarts, saved, 0 if saved > before.saved else before.fruitless + 1)
+    # A full disk is no reason to stop a run that is saved.
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(this._asdict()) + "\n")
+        os.replace(temporary, path)
+    return this
+
+
+def _saved_step(run_dir: Path) -> int:
+    try:
+        return int(os.readlink(run_dir / "checkpoints" / "last").rpartition("-")[2])
+    except (OSError, ValueError):
+        return 0
 
 
 def main(argv: Sequence[str]) -> int:

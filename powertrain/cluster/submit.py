@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from powertrain.cluster.config import DEFAULTED, OWN_OPTIONS, ClusterConfig
-from powertrain.cluster.queue import SlurmError, queued_states, slurm
+from powertrain.cluster.queue import SlurmError, queued_jobs, slurm
 from powertrain.cluster.requeue import UNANSWERED_FILE
 from powertrain.cluster.script import BatchJob, batch_script
 from powertrain.cluster.snapshot import copy_code, copy_path
@@ -153,11 +153,11 @@ def _check_free(run_dir: Path) -> None:
     """Refuse a run that is queued or running already, and end the record of one whose job died without a word."""
     job_id = submitted_job_id(run_dir)
     if job_id is not None:
-        state = queued_states([job_id]).get(job_id)
-        if state is not None:
+        queued = queued_jobs([job_id]).get(job_id)
+        if queued is not None:
             raise RunBusyError(
-                f"job {job_id} of the run {run_dir.name} is {state} already: `scancel {job_id}` ends it, and the same "
-                f"command then continues the run"
+                f"job {job_id} of the run {run_dir.name} is {queued.state} already: `scancel {job_id}` ends it, and "
+                f"the same command then continues the run"
             )
         status = read_status(run_dir)
         if status is not None and status.state == "running" and status.job_id == job_id:

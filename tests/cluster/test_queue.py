@@ -9,7 +9,7 @@ from powertrain.cluster.queue import (
     current_job_id,
     job_state,
     patiently,
-    queued_states,
+    queued_jobs,
     slurm,
 )
 
@@ -37,13 +37,15 @@ def test_the_state_of_a_job(stub):
 
 
 def test_the_queue_is_asked_for_jobs_and_tasks_of_arrays(stub):
-    stub("squeue", "7|RUNNING\n8_0|PENDING\n8_1|RUNNING\n9|PENDING\n")
-    assert queued_states(["7", "8_1", "6"]) == {"7": "RUNNING", "8_1": "RUNNING"}
+    calls = stub("squeue", "7|RUNNING|1795694644\n8_0|PENDING|N/A\n8_1|PENDING|N/A\n9|PENDING|N/A\n")
+    assert queued_jobs(["7", "8_1", "6"]) == {"7": ("RUNNING", 1795694644.0), "8_1": ("PENDING", None)}
+    # Seconds since 1970, whatever the time zones and the user's taste.
+    assert json.loads(calls.read_text())["env"]["SLURM_TIME_FORMAT"] == "%s"
 
 
 def test_without_jobs_nobody_is_asked(stub):
     calls = stub("squeue")
-    assert queued_states([]) == {}
+    assert queued_jobs([]) == {}
     assert not calls.exists()
 
 
@@ -58,7 +60,7 @@ def test_a_machine_without_slurm_is_one_sentence(monkeypatch):
     with pytest.raises(SlurmError, match="scontrol is not installed here"):
         job_state("1")
     with pytest.raises(SlurmError, match="squeue is not installed here"):
-        queued_states(["1"])
+        queued_jobs(["1"])
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
+import itertools
 import json
-import re
 import signal
 import time
 
@@ -65,29 +65,86 @@ def test_a_job_that_failed_is_cancelled_or_queued_already_is_left_alone(in_job, 
     assert requeued(calls) == []
 
 
-def test_attempts_that_come_no_further_end_after_some(in_job, tmp_path):
+@pytest.fixture
+def attempt(tmp_path, monkeypatch):
+    """Return a function that ends the next attempt of the job with a checkpoint of this step as the newest."""
+    number = itertools.count()
+
+    def end(saved):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(next(number)))
+        last = tmp_path / "checkpoints" / "last"
+        last.parent.mkdir(exist_ok=True)
+        last.unlink(missing_ok=True)
+        if saved:
+            last.symlink_to(f"step-{saved:08d}")
+        return requeue(tmp_path, signal.SIGUSR1).queued
+
+    return end
+
+
+def test_attempts_that_save_nothing_new_end_after_some(in_job, attempt):
     calls = in_job("RUNNING")
-    write_status(tmp_path, RunStatus("interrupted", step=4))
-    for _ in range(MAX_FRUITLESS_ATTEMPTS):
-        requeue(tmp_path, signal.SIGUSR1)
-    with pytest.raises(SlurmError, match=re.escape(f"{MAX_FRUITLESS_ATTEMPTS} attempts in a row ended before")):
-        requeue(tmp_path, signal.SIGUSR1)
+    assert all(attempt(4) for _ in range(MAX_FRUITLESS_ATTEMPTS))
+    message = f"each of its last {MAX_FRUITLESS_ATTEMPTS} attempts ended with no later step saved than when the one"
+    with pytest.raises(SlurmError, match=rf"{message} before it ended \(now step 4\)"):
+        attempt(4)
     assert len(requeued(calls)) == MAX_FRUITLESS_ATTEMPTS
     # Progress makes good for all of them.
-    write_status(tmp_path, RunStatus("interrupted", step=5))
-    for _ in range(MAX_FRUITLESS_ATTEMPTS):
-        requeue(tmp_path, signal.SIGUSR1)
+    assert all(attempt(5) for _ in range(MAX_FRUITLESS_ATTEMPTS))
     with pytest.raises(SlurmError):
-        requeue(tmp_path, signal.SIGUSR1)
+        attempt(5)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"step": null, "fruitless": 0}'])
-def test_a_damaged_record_of_attempts_begins_anew(in_job, tmp_path, content):
+def test_attempts_that_save_nothing_at_all_count_from_the_first(in_job, attempt):
+    in_job("RUNNING")
+    assert all(attempt(None) for _ in range(MAX_FRUITLESS_ATTEMPTS - 1))
+    with pytest.raises(SlurmError, match="now step 0"):
+        attempt(None)
+
+
+def test_a_run_that_was_set_back_is_judged_by_what_it_gains_from_there(in_job, attempt):
+    in_job("RUNNING")
+    assert all(attempt(saved) for saved in (10000, 5200, 5400, 5600, 5800, 6000))
+
+
+def test_steps_that_were_made_and_never_saved_are_no_progress(in_job, attempt, tmp_path):
+    in_job("RUNNING")
+    for step in (60, 70, 80):
+        write_status(tmp_path, RunStatus("running", step=step))
+        assert attempt(50)
+    write_status(tmp_path, RunStatus("running", step=90))
+    with pytest.raises(SlurmError, match="now step 50"):
+        attempt(50)
+
+
+def test_an_attempt_that_asks_often_counts_once(in_job, attempt, tmp_path):
+    in_job("RUNNING")
+    assert attempt(4)
+    assert attempt(4)
+    assert all(requeue(tmp_path, signal.SIGUSR1).queued for _ in range(2 * MAX_FRUITLESS_ATTEMPTS))
+
+
+def test_a_job_submitted_anew_begins_anew(in_job, attempt, monkeypatch):
+    in_job("RUNNING")
+    assert all(attempt(4) for _ in range(MAX_FRUITLESS_ATTEMPTS))
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "6")
+    assert all(attempt(4) for _ in range(MAX_FRUITLESS_ATTEMPTS))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"job": "5_2", "restarts": 0, "saved": null, "fruitless": 9}'])
+def test_a_damaged_record_of_attempts_begins_anew(in_job, attempt, tmp_path, content):
     in_job("RUNNING")
     (tmp_path / "slurm").mkdir()
     (tmp_path / "slurm" / "attempts.json").write_text(content)
-    assert requeue(tmp_path, signal.SIGUSR1).queued
-    assert json.loads((tmp_path / "slurm" / "attempts.json").read_text()) == {"step": 0, "fruitless": 1}
+    assert attempt(None)
+    record = json.loads((tmp_path / "slurm" / "attempts.json").read_text())
+    assert record == {"job": "5_2", "restarts": 0, "saved": 0, "fruitless": 1}
+
+
+def test_a_record_that_cannot_be_written_stops_no_run(in_job, attempt, tmp_path):
+    in_job("RUNNING")
+    (tmp_path / "slurm").touch()
+    assert attempt(4)
 
 
 @pytest.fixture

@@ -98,7 +98,7 @@ def test_variables_of_sbatch_do_not_outrank_the_script(overrides, slurm_stubs, m
 
 def test_a_run_that_is_queued_is_not_submitted_twice(overrides, slurm_stubs, stub, capsys):
     assert main(["train", *overrides]) == 0
-    stub("squeue", "41|PENDING\n")
+    stub("squeue", "41|PENDING|N/A\n")
     assert main(["train", *overrides]) == 2
     assert "job 41 of the run r is PENDING already: `scancel 41` ends it" in capsys.readouterr().err
     stub("squeue")

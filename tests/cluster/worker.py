@@ -35,8 +35,8 @@ def main() -> int:
         signal.signal(signum, lambda number, frame: received.append(number))
     run_dir = arguments.run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
-    checkpoint, trace = run_dir / "checkpoint", run_dir / "trace"
-    step = int(checkpoint.read_text()) if checkpoint.exists() else 0
+    checkpoint, trace = run_dir / "checkpoints" / "last", run_dir / "trace"
+    step = int(os.readlink(checkpoint).rpartition("-")[2]) if checkpoint.is_symlink() else 0
 
     def finished() -> bool:
         return arguments.until.exists() if arguments.until else step >= arguments.steps
@@ -54,7 +54,9 @@ def main() -> int:
                 report.update(step=step, total_steps=arguments.steps or step, loss=1.0 / step)
             if received and not (arguments.deaf and attempt == 0):
                 if rank == 0:
-                    checkpoint.write_text(str(step))
+                    checkpoint.parent.mkdir(exist_ok=True)
+                    checkpoint.unlink(missing_ok=True)
+                    checkpoint.symlink_to(f"step-{step:08d}")
                 report.interrupted(signal.Signals(received[0]).name)
                 break
     if received and not finished() and rank == 0:
