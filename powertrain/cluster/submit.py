@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import shlex
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -166,6 +169,28 @@ def _check_free(run_dir: Path) -> None:
     check_free(run_dir)
 
 
+@contextlib.contextmanager
+def _sole_submission(run_dir: Path) -> Iterator[None]:
+    """Hold the lock on submissions of a run: of two at once, the job of one would read the configuration of the other.
+
+    Errors:
+        RunBusyError: another process submits the run.
+    """
+    path = run_dir / "slurm" / ".lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunBusyError(
+                f"another process is submitting the run {run_dir.name}: wait for that one, or give this run another "
+                f"run_id"
+            ) from None
+        except OSError:
+            pass  # a file system without locks; the queue tells of all but the last moments
+        yield
+
+
 def _kernels() -> tuple[tuple[str, ...], ...]:
     """Build the kernels here where there is a compiler; else return the command that builds them in the job."""
     from powertrain.native import KernelBuildError, KernelsUnavailable, build_missing
@@ -183,7 +208,7 @@ def submit_run(config: RunConfig) -> SubmittedRun:
     """Submit a run: snapshot its configuration and code, build the kernels once, and queue the job.
 
     Errors:
-        RunBusyError: the run is queued or running already.
+        RunBusyError: the run is being submitted, queued or running already.
         SlurmError: Slurm is not there, or refuses the job.
     """
     config = job_config(config)
@@ -191,16 +216,16 @@ def submit_run(config: RunConfig) -> SubmittedRun:
     run_dir = Path(config.paths.runs) / config.run_id
     check_paths(run_dir, Path.cwd())
     slurm("scontrol", "ping")  # before minutes of compilation
-    _check_free(run_dir)
     home = run_dir / "slurm"
-    home.mkdir(parents=True, exist_ok=True)
-    code = copy_code(home / "code")
-    once = _kernels() if config.cluster.gpus_per_node else ()
-    job = run_job(config, code, once)
-    (home / "config.yaml").write_text(yaml.safe_dump(to_values(config), sort_keys=False))
-    job_id = submit_job(config.cluster, job, home / "job.sh")
-    record = {"job_id": job_id, "submitted": time.time(), "processes": config.cluster.processes}
-    (home / JOB_FILE).write_text(json.dumps(record) + "\n")
+    with _sole_submission(run_dir):
+        _check_free(run_dir)
+        code = copy_code(home / "code")
+        once = _kernels() if config.cluster.gpus_per_node else ()
+        job = run_job(config, code, once)
+        (home / "config.yaml").write_text(yaml.safe_dump(to_values(config), sort_keys=False))
+        job_id = submit_job(config.cluster, job, home / "job.sh")
+        record = {"job_id": job_id, "submitted": time.time(), "processes": config.cluster.processes}
+        (home / JOB_FILE).write_text(json.dumps(record) + "\n")
     return SubmittedRun(job_id, config.run_id, run_dir, job.log_dir / job.log_pattern.replace("%j", job_id))
 
 

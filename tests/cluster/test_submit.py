@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import time
 
 import pytest
@@ -102,6 +104,33 @@ def test_a_run_that_is_queued_is_not_submitted_twice(overrides, slurm_stubs, stu
     assert main(["train", *overrides]) == 2
     assert "job 41 of the run r is PENDING already: `scancel 41` ends it" in capsys.readouterr().err
     stub("squeue")
+    assert main(["train", *overrides]) == 0
+
+
+def test_of_two_submissions_at_once_the_second_is_refused_and_changes_nothing(
+    overrides, slurm_stubs, tmp_path, capsys, monkeypatch
+):
+    codes, copy_code = [], submit.copy_code
+
+    def meanwhile(directory):
+        codes.append(main(["train", *overrides, "cluster.time=2:00:00"]))
+        return copy_code(directory)
+
+    monkeypatch.setattr(submit, "copy_code", meanwhile)
+    assert main(["train", *overrides, "cluster.time=1:00:00"]) == 0
+    assert codes == [2]
+    assert "another process is submitting the run r: wait for that one" in capsys.readouterr().err
+    home = tmp_path / "runs" / "r" / "slurm"
+    assert yaml.safe_load((home / "config.yaml").read_text())["cluster"]["time"] == "1:00:00"
+    assert "#SBATCH --time=1:00:00\n" in (home / "job.sh").read_text()
+    assert len(slurm_stubs.read_text().splitlines()) == 1
+
+
+def test_a_file_system_without_locks_takes_submissions(overrides, slurm_stubs, monkeypatch):
+    def no_locks(file, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(submit.fcntl, "flock", no_locks)
     assert main(["train", *overrides]) == 0
 
 
