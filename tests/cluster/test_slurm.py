@@ -164,26 +164,15 @@ class Training:
 
 
 @pytest.fixture(scope="module")
-def limited(slurm, tmp_path_factory):
-    """Two jobs that meet a time limit, submitted before the other tests, because Slurm's shortest is a minute."""
-    # Slurm sends the signal up to half a minute early; a training has begun by then. No test takes these nodes down.
-    attentive = Training(
-        tmp_path_factory.mktemp("attentive"), *ENDLESS_TRAINING,
-        "cluster.time=0:02:00", "cluster.signal_seconds=50", "cluster.sbatch.nodelist=node3",
-    )  # fmt: skip
-    deaf = FakeRun(
-        tmp_path_factory.mktemp("deaf"),
-        *ENDLESS,
-        "--deaf",
-        time="0:01:00",
-        signal_seconds=50,
-        sbatch={"nodelist": "node1"},
-    )
-    return attentive, deaf
+def deaf(slurm, tmp_path_factory):
+    """A job that meets its time limit, submitted before the other tests, because Slurm's shortest is a minute."""
+    # On a node that no test takes down.
+    limit = {"time": "0:01:00", "signal_seconds": 50, "sbatch": {"nodelist": "node1"}}
+    return FakeRun(tmp_path_factory.mktemp("deaf"), *ENDLESS, "--deaf", **limit)
 
 
 @pytest.fixture(autouse=True)
-def _limits_run_meanwhile(limited):
+def _limit_runs_meanwhile(deaf):
     pass
 
 
@@ -243,8 +232,9 @@ def assert_trained_on(slurm, run, saved):
     assert made == list(range(1, len(made) + 1))
 
 
-def test_before_its_time_limit_a_run_saves_and_continues(slurm, limited):
-    run, _ = limited
+def test_before_its_time_limit_a_run_saves_and_continues(slurm, tmp_path):
+    # Slurm sends the signal up to half a minute early; training has begun by then.
+    run = Training(tmp_path, *ENDLESS_TRAINING, "cluster.time=0:02:00", "cluster.signal_seconds=50")
     assert_trained_on(slurm, run, run.wait_for_another_attempt("SIGUSR1"))
 
 
@@ -355,8 +345,7 @@ def test_no_text_is_taken_as_shell_or_as_options(slurm, tmp_path):
     assert not list(tmp_path.glob("**/canary"))
 
 
-def test_at_its_time_limit_the_script_asks_for_a_run_that_could_not(slurm, limited):
-    _, run = limited
-    run.wait_for_step(1, attempt=1)
-    slurm.command("scancel", run.job_id)
-    assert "DUE TO TIME LIMIT" in run.log
+def test_at_its_time_limit_the_script_asks_for_a_run_that_could_not(slurm, deaf):
+    deaf.wait_for_step(1, attempt=1)
+    slurm.command("scancel", deaf.job_id)
+    assert "DUE TO TIME LIMIT" in deaf.log
