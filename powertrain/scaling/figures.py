@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from powertrain.scaling.analysis import Findings
-from powertrain.scaling.compare import trunk_curve
+from powertrain.scaling.compare import Envelope, trunk_curve
 from powertrain.scaling.drawing import (
     BAND_ALPHA,
     BUDGET_MAP,
@@ -36,9 +36,12 @@ def _convention(recipe: Recipe) -> str:
 
 def draw_envelope(recipe: Recipe, findings: Findings) -> Canvas | None:
     """(a) Training curves of every run, and their lower envelope per mixer."""
+    from matplotlib.legend_handler import HandlerTuple
+
     if not findings.envelopes:
         return None
-    mixers = [m for m in findings.mixers(recipe) if m in findings.envelopes]
+    annealed = [(m, p) for (m, _), p in sorted(findings.selected.items())]
+    mixers = [m for m in findings.mixers(recipe) if m in findings.envelopes or m in {a for a, _ in annealed}]
     pens = Pens(recipe, mixers)
     figure, axes = canvas()
     ax = axes[0, 0]
@@ -48,13 +51,14 @@ def draw_envelope(recipe: Recipe, findings: Findings) -> Canvas | None:
             if r.mixer == m and r.curve:
                 c, l = trunk_curve(r, recipe.convention)
                 ax.plot(exact(c), exact(l), color=pens.colour(m), linewidth=0.6, alpha=0.25)
-        e = findings.envelopes[m]
+        # Without an envelope, because all runs are too short, a mixer still has its marks, and its legend.
+        e = findings.envelopes.get(m, Envelope(np.empty(0), np.empty(0)))
         ax.plot(exact(e.compute), exact(e.loss), color=pens.colour(m), linewidth=2.4, label=pens.label(m))
         seen += list(e.compute)
-    annealed = [(m, p) for (m, _), p in sorted(findings.selected.items())]
+    marks: dict[str, Any] = {}
     for m, p in annealed:
         style_ = {"color": pens.colour(m), "marker": pens.marker(m), "markeredgecolor": "white", "zorder": 4}
-        ax.plot(exact([p.flops(recipe.convention)]), exact([p.loss]), linestyle="none", **style_)
+        (marks[m],) = ax.plot(exact([p.flops(recipe.convention)]), exact([p.loss]), linestyle="none", **style_)
     # The first steps fall from log(vocabulary) within a hair's breadth of the axis, and would flatten all the rest.
     lowest = min(float(e.loss.min()) for e in findings.envelopes.values())
     lowest = min([lowest, *(p.loss for _, p in annealed)])
@@ -68,11 +72,11 @@ def draw_envelope(recipe: Recipe, findings: Findings) -> Canvas | None:
     ax.set_xlabel(_convention(recipe))
     ax.set_ylabel("loss (nats per token)")
     ax.set_title(f"Training curves and their envelopes, context {findings.context}")
+    handles, labels = ax.get_legend_handles_labels()
     if annealed:
-        ax.plot(
-            [], [], color=GREY, marker="o", markeredgecolor="white", linestyle="none", label="annealed, held-out text"
-        )
-    ax.legend()
+        handles.append(tuple(marks[m] for m in mixers if m in marks))
+        labels.append("annealed, held-out text")
+    ax.legend(handles, labels, handler_map={tuple: HandlerTuple(ndivide=None)})
     return figure
 
 

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from powertrain.scaling.analysis import Findings, analyse
-from powertrain.scaling.compare import Verdict
+from powertrain.scaling.compare import ENVELOPE_BIN, ENVELOPE_STEPS, Verdict
 from powertrain.scaling.drawing import render, style
 from powertrain.scaling.figures import DRAW
 from powertrain.scaling.plan import Coverage
@@ -19,11 +19,12 @@ from powertrain.scaling.recipe import CONVENTIONS, Figure, Recipe
 from powertrain.scaling.records import CellRecord, table
 from powertrain.scaling.timing import Timing, with_timings
 
+_AVERAGED = f"averaged over at least {ENVELOPE_STEPS} steps and {ENVELOPE_BIN - 1:.0%} more FLOPs"
 CAPTIONS: dict[Figure, str] = {
     "envelope": (
-        "Loss against FLOPs. Thin: the training loss of every run before its learning rate falls. Thick: the lowest "
-        "that "
-        "any run of the mixer reached by then. Marks: the annealed loss on held-out text of each budget's best run."
+        f"Loss against FLOPs. Thin: the training loss of every run before its learning rate falls, {_AVERAGED}. Thick: "
+        "the lowest that any run of the mixer reached by then. Marks: the annealed loss on held-out text of each "
+        "budget's best run."
     ),
     "isoflop": (
         "Annealed loss against size, one colour per budget; each mark is the best learning rate of its size. Stars: "
@@ -46,8 +47,8 @@ CAPTIONS: dict[Figure, str] = {
     "gain": (
         "Compute with which the baseline reaches the same loss, over the compute spent: above 1 is better than the "
         "baseline. Marks: annealed, with intervals; an arrow marks a bound, where the baseline was never measured "
-        "that low "
-        "or high. Thin lines: the same between envelopes of training curves."
+        "that low or high. Thin lines: the same between the envelopes, from where both exist: of training loss, "
+        f"{_AVERAGED}."
     ),
     "state_size": (
         "Loss at fixed FLOPs against the numbers that hold a sequence's history, and against the ratio of weight "

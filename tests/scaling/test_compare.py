@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from powertrain.scaling.compare import (
-    binned,
+    averaged,
     envelope,
     frontier_gains,
     frontiers,
@@ -207,15 +207,35 @@ def test_an_envelope_is_the_lowest_of_all_runs():
     small = np.array([1.0, 10.0, 100.0]), np.array([5.0, 4.0, 3.9])
     large = np.array([2.0, 20.0, 200.0]), np.array([6.0, 4.1, 3.0])
     found = envelope([small, large])
-    assert found.compute.tolist() == [1.0, 10.0, 100.0, 200.0]
-    assert found.loss.tolist() == [5.0, 4.0, 3.9, 3.0]
+    assert found.compute.tolist() == [1.0, 2.0, 10.0, 20.0, 100.0, 200.0]
+    t = math.log10(2)
+    # At 20 the large one has 4.1, but the small one's line has passed below.
+    np.testing.assert_allclose(found.loss, [5.0, 5 - t, 4.0, 4 - 0.1 * t, 4.1 - 1.1 * (1 - t), 3.0])
 
 
-def test_curves_are_averaged_within_bins_of_equal_ratio():
-    compute = np.array([1.01, 1.02, 1.03, 2.0])
-    c, l = binned(compute, np.array([3.0, 4.0, 5.0, 2.0]))
-    assert l.tolist() == [4.0, 2.0]
-    assert c[0] == pytest.approx(1.02, rel=1e-3)
+def test_curves_are_averaged_over_a_number_of_steps_early_and_a_ratio_late():
+    steps = np.array([10.0, 40.0, 50.0, 1000.0, 1060.0, 1090.0, 1110.0, 1150.0])
+    at, loss = averaged(steps, np.array([6.0, 5.0, 4.0, 3.5, 3.0, 2.0, 1.0, 0.0]))
+    # 60 steps more are no tenth more, and what is left at the end is no mean over enough.
+    assert loss.tolist() == [5.0, 3.5, 2.0]
+    np.testing.assert_allclose(at, [20000 ** (1 / 3), 1000, (1060 * 1090 * 1110) ** (1 / 3)])
+    assert averaged(steps[:2], np.array([6.0, 5.0]))[0].size == 0
+
+
+def test_one_lucky_batch_does_not_carry_an_envelope():
+    """Batches deviate by a third of a nat around a line that falls by one per decade."""
+    rng = np.random.default_rng(0)
+    steps = np.arange(5.0, 2000, 5)
+    truth = 7 - np.log10(steps)
+    points = [CurvePoint(s * 65536, x) for s, x in zip(steps, truth + rng.normal(0, 0.35, steps.size), strict=True)]
+    record = dataclasses.replace(pair(0.0)[0], curve=tuple(points))
+    compute, loss = trunk_curve(record, "algorithmic")
+    found = envelope([(compute, loss)])
+    at = found.compute / record.flops_per_token["algorithmic"] / record.batch_tokens
+    assert at[0] > 15
+    np.testing.assert_allclose(found.loss, 7 - np.log10(at), atol=0.25)
+    alone = envelope([(steps, np.array([p.loss for p in points]))])
+    assert np.abs(alone.loss - (7 - np.log10(alone.compute))).max() > 0.5
 
 
 def test_a_known_gain_is_recovered():
@@ -246,12 +266,17 @@ def test_a_known_gain_is_recovered():
 A100 = 312e12
 
 
+# FLOPs of a token in the products with the weights alone; only the number of steps between two points depends on it.
+PUBLISHED_TOKEN = 6 * 1.3e9
+
+
 def published_records():
     """The published training curves of `retention`'s 1.3B models as records; see the fixture for their source."""
     values = json.loads((Path(__file__).parent / "published_retention.json").read_text())
     records = []
     for name, points in values["curves"].items():
         seconds, losses = zip(*points, strict=True)
+        tokens = [s * A100 / PUBLISHED_TOKEN for s in seconds]
         mixer = {"softmax": "softmax", "power deg 2": "power", "power deg 1": "linear"}[name]
         records.append(
             CellRecord(
@@ -265,14 +290,14 @@ def published_records():
                 learning_rate=1e-3,
                 learning_rate_factor=1.0,
                 batch_tokens=values["context"],
-                steps=1,
-                tokens=seconds[-1],
+                steps=round(tokens[-1] / values["context"]),
+                tokens=tokens[-1],
                 parameters=1.3e9,
                 parameters_total=1.3e9,
-                flops_per_token=dict.fromkeys(CONVENTIONS, A100),
+                flops_per_token=dict.fromkeys(CONVENTIONS, PUBLISHED_TOKEN),
                 loss=losses[-1],
                 annealed=False,
-                curve=tuple(CurvePoint(s, loss) for s, loss in points),
+                curve=tuple(CurvePoint(t, loss) for t, loss in zip(tokens, losses, strict=True)),
             )
         )
     return records

@@ -8,9 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from matplotlib.lines import Line2D
 
 from powertrain.scaling.analysis import analyse
+from powertrain.scaling.drawing import Pens
+from powertrain.scaling.figures import draw_envelope
 from powertrain.scaling.recipe import Analysis
+from powertrain.scaling.records import CurvePoint
 from powertrain.scaling.report import build, page, summary, write
 
 from . import synthetic
@@ -88,6 +92,27 @@ def test_the_page_states_verdicts_conventions_and_fairness(files):
     assert checks["same training documents and tokenizer"]
     assert checks["learning rate tuned with equal effort"]
     assert checks["same seeds for every mixer"]
+
+
+def test_curves_are_called_averages_in_both_captions(files):
+    text = files["README.md"].decode()
+    assert text.count("averaged over at least 50 steps and 10% more FLOPs") == 2
+
+
+def test_the_legend_of_held_out_losses_shows_the_marks_that_are_drawn():
+    found = analyse(recipe(), records(seeds=(0,)), 65536)
+    (legend,) = [ax.get_legend() for ax in draw_envelope(recipe(), found).axes]
+    drawn = {line.get_marker() for line in legend.findobj(Line2D)} - {"None"}
+    assert drawn == {Pens(recipe(), []).marker(m) for m in TWO}
+
+
+def test_a_mixer_whose_runs_are_all_too_short_has_marks_and_no_envelope():
+    short = (CurvePoint(40 * 65536.0, 5.0),)
+    shortened = [dataclasses.replace(r, curve=short) if r.mixer == "power" else r for r in records(seeds=(0,))]
+    found = analyse(recipe(), shortened, 65536)
+    assert set(found.envelopes) == {"softmax"}
+    (ax,) = draw_envelope(recipe(), found).axes
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["power, deg 2", "softmax", "annealed, held-out text"]
 
 
 def broken_checks(changed):
