@@ -180,7 +180,8 @@ def law(recipe: Recipe, mixer: str, iso: Sequence[IsoFlop]) -> LawFinding:
 def positions(recipe: Recipe, selected: dict[tuple[str, float], Point]) -> list[PositionCurve]:
     """Return the loss by position at the largest budget that all mixers with positions share with the baseline.
 
-    Evaluation sequences are resampled, the same ones for every mixer.
+    Evaluation sequences are resampled, the same ones for every mixer. Noise between seeds is known of the whole loss
+    alone: it shifts all positions of a mixer alike.
     """
     usable = {key: p for key, p in selected.items() if p.first.position_loss}
     budgets = sorted({b for m, b in usable if m == recipe.baseline})
@@ -211,6 +212,7 @@ def positions(recipe: Recipe, selected: dict[tuple[str, float], Point]) -> list[
         sums = np.mean([np.array(r.position_loss) for r in p.records], axis=0)
         with np.errstate(invalid="ignore", divide="ignore"):
             values[m] = (weights @ sums[:, reached]) / denominator
+        values[m][1:] += (p.replicates - p.document_replicates)[:, None]
     tail = 100 * (1 - recipe.analysis.confidence) / 2
 
     def band(x: Array) -> tuple[Array, Array, Array]:

@@ -277,7 +277,9 @@ class GainInterval:
     budget: float
     point: Gain
     low: float
+    low_bound: bool  # the baseline was never as high as needed: the gain may be lower still
     high: float
+    high_bound: bool  # the baseline was never as low as needed: the gain may be higher still
     censored_share: float  # share of replicates in which the gain is a bound
 
 
@@ -296,6 +298,20 @@ def frontier_gains(lines: Mapping[str, Frontier], baseline: str, confidence: flo
                 for losses, own in zip(base.replicates, line.replicates[:, index], strict=True)
             ]
             low, high = interval(np.array([c for c, _ in drawn]) / line.compute[index], confidence)
-            share = float(np.mean([bound != "" for _, bound in drawn]))
-            result.append(GainInterval(mixer, line.points[index].budget, point, low, high, share))
+            # The interval is around the point, also where nearly all replicates lie on one side of it.
+            low, high = min(low, point.gain), max(high, point.gain)
+            bounds = [bound for _, bound in drawn]
+            tail = (1 - confidence) / 2 * len(bounds)
+            result.append(
+                GainInterval(
+                    mixer=mixer,
+                    budget=line.points[index].budget,
+                    point=point,
+                    low=low,
+                    low_bound=point.bound == "at most" or bounds.count("at most") > tail,
+                    high=high,
+                    high_bound=point.bound == "at least" or bounds.count("at least") > tail,
+                    censored_share=1 - bounds.count("") / len(bounds),
+                )
+            )
     return result

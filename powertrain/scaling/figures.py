@@ -288,8 +288,7 @@ def draw_gain(recipe: Recipe, findings: Findings) -> Canvas | None:
             ax.plot([], [], color=colour, label=label)
         for g in points:
             centre = g.point.gain
-            low, high = min(g.low, centre), max(g.high, centre)
-            error = exact([[centre - low], [high - centre]])
+            error = exact([[centre - g.low], [g.high - centre]])
             options = {"color": colour, "marker": pens.marker(m), "label": label, "linewidth": 1.2, "capsize": 2.5}
             fill = "white" if g.point.bound else colour
             at = exact([g.point.compute * dodge]), exact([centre])
@@ -305,8 +304,8 @@ def draw_gain(recipe: Recipe, findings: Findings) -> Canvas | None:
             label = "_nolegend_"
             seen.append(g.point.compute)
             shown += [
-                low,
-                high,
+                g.low,
+                g.high,
                 centre * 1.3 if g.point.bound == "at least" else centre / 1.3 if g.point.bound else centre,
             ]
     if not seen:

@@ -36,8 +36,9 @@ CAPTIONS: dict[Figure, str] = {
         "and seeds, without the shift that a draw of documents gives all mixers alike."
     ),
     "position": (
-        "Loss by position in the context at the largest budget shared, and its difference to the baseline, paired over "
-        "evaluation sequences."
+        "Loss by position in the context at the largest budget shared, and its difference to the baseline. Bands: "
+        "bootstrap over evaluation sequences, the same ones for every mixer, and noise between seeds where it was "
+        "measured, as a shift of all positions alike."
     ),
     "seconds": (
         "The same runs against FLOPs and against measured time: at the speed that each mixer and size reaches alone on "
@@ -164,8 +165,11 @@ def _gain_rows(recipe: Recipe, findings: Findings) -> list[list[str]]:
     rows = []
     for g in sorted(findings.gains, key=lambda g: (g.budget, g.mixer)):
         bound = f"{g.point.bound} " if g.point.bound else ""
-        censored = f" ({g.censored_share:.0%} of replicates are bounds)" if g.censored_share else ""
-        spread = f"{g.low:.3f} to {g.high:.3f}{censored}" if not g.point.bound else ""
+        share = "under 1%" if g.censored_share < 0.01 else f"{g.censored_share:.0%}"
+        censored = f"; {share} of replicates are bounds" if g.censored_share else ""
+        low = "(bound)" if g.low_bound else f"{g.low:.3f}"
+        high = "(bound)" if g.high_bound else f"{g.high:.3f}"
+        spread = f"{low} to {high}{censored}"
         rows.append(
             [
                 recipe.label(g.mixer),
@@ -298,7 +302,14 @@ def _context_section(
             "conventions that flip it",
             "doubts",
         ]
-        lines += ["### Verdict", "", *_table(header, rows)]
+        lines += ["### Verdict", ""]
+        lines += [
+            "Losses are compared at one number of FLOPs, the geometric mean of what a budget's cells cost (they end on "
+            "whole steps), along each mixer's line through its budgets. The tables of gains and of sizes hold each "
+            "cell's own loss, which differs in the last digits.",
+            "",
+            *_table(header, rows),
+        ]
         lines += [f"{subject} against its best rival, under each convention:", ""]
         lines += _table(["FLOPs", *CONVENTIONS], _convention_rows(recipe, findings))
     for kind in kinds:

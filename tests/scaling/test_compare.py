@@ -256,7 +256,10 @@ def test_a_known_gain_is_recovered():
     assert len(inside) >= 6
     for g in inside:
         assert g.point.gain == pytest.approx(3.0, rel=0.01)
+    for g in found:
         assert g.low <= g.point.gain <= g.high
+        assert g.high_bound == (g.point.bound == "at least")
+        assert not g.low_bound
     outside = [g for g in found if g.point.bound]
     assert {g.point.bound for g in outside} == {"at least"}
     assert all(g.point.gain <= 3.0 for g in outside)

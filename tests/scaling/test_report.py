@@ -7,10 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from matplotlib.lines import Line2D
+from scipy import stats
 
 from powertrain.scaling.analysis import analyse
+from powertrain.scaling.compare import Gain, GainInterval
 from powertrain.scaling.drawing import Pens
 from powertrain.scaling.figures import draw_envelope
 from powertrain.scaling.recipe import Analysis
@@ -113,6 +116,44 @@ def test_a_mixer_whose_runs_are_all_too_short_has_marks_and_no_envelope():
     assert set(found.envelopes) == {"softmax"}
     (ax,) = draw_envelope(recipe(), found).axes
     assert [t.get_text() for t in ax.get_legend().get_texts()] == ["power, deg 2", "softmax", "annealed, held-out text"]
+
+
+def test_position_bands_hold_the_noise_between_seeds():
+    """Where all sequences lose as much, the bands are what two seeds of a configuration differ by."""
+    options = {"budgets": (1e15,), "sizes": {"3m": 3e6}, "factors": (1.0,), "curves": False}
+    for seeds in ((0,), (0, 1)):
+        alike = [dataclasses.replace(r, position_loss=r.position_tokens) for r in records(seeds=seeds, **options)]
+        found = analyse(recipe(analysis=Analysis(bootstrap=2000)), alike, 65536)
+        (power,) = (c for c in found.positions if c.mixer == "power")
+        width = power.difference_high - power.difference_low
+        noise = found.sample.seed_noise
+        if noise is None:
+            np.testing.assert_allclose(width, 0, atol=1e-12)
+            continue
+        # Two means over two seeds each: a little narrower than one t of their summed variance, whose tails are longer.
+        expected = 2 * stats.t.ppf(0.975, noise.degrees) * noise.deviation
+        assert (0.7 * expected < width).all()
+        assert (width < 1.1 * expected).all()
+
+
+def gain(**changes):
+    point = Gain(1e16, 2.0, 1.0, "at least")
+    values = {"low": 0.722, "low_bound": False, "high": 1.0, "high_bound": True, "censored_share": 0.774}
+    return GainInterval(**{"mixer": "power", "budget": 1e16, "point": point, **values, **changes})
+
+
+def test_the_interval_of_a_bound_is_printed():
+    found = analyse(recipe(), records(curves=False, budgets=(1e15,)), 65536)
+    inside = gain(point=Gain(1e16, 2.0, 0.9), low=0.7, high=1.2, high_bound=False, censored_share=0.001)
+    text = page(recipe(), [dataclasses.replace(found, gains=(gain(), inside))], [])
+    assert "| at least 1.000 | 0.722 to (bound); 77% of replicates are bounds |" in text
+    assert "| 0.900 | 0.700 to 1.200; under 1% of replicates are bounds |" in text
+
+
+def test_the_page_says_why_a_loss_has_two_values(files):
+    verdict = files["README.md"].decode().split("### Verdict")[1].split("|")[0]
+    assert "geometric mean" in verdict
+    assert "each cell's own loss" in verdict
 
 
 def broken_checks(changed):
