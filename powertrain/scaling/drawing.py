@@ -23,8 +23,16 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 BUDGET_MAP, BUDGET_RANGE = "viridis_r", (0.12, 0.95)
 BAND_ALPHA = 0.16
 GREY = "#555555"
+# At the minimum of a parabola.
+MINIMUM_STAR: dict[str, Any] = {
+    "marker": "*",
+    "markersize": 11,
+    "markeredgecolor": "black",
+    "markeredgewidth": 0.6,
+    "linestyle": "none",
+}
 # Around a best size at the edge of those measured.
-EDGE_RING = {
+EDGE_RING: dict[str, Any] = {
     "marker": "o",
     "markersize": 11,
     "color": "none",

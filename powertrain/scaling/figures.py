@@ -15,7 +15,9 @@ from powertrain.scaling.drawing import (
     BAND_ALPHA,
     BUDGET_MAP,
     BUDGET_RANGE,
+    EDGE_RING,
     GREY,
+    MINIMUM_STAR,
     Pens,
     canvas,
     exact,
@@ -80,9 +82,20 @@ def draw_envelope(recipe: Recipe, findings: Findings) -> Canvas | None:
     return figure
 
 
+def has_minimum(findings: Findings) -> bool:
+    """Return whether any parabola has its minimum among the sizes measured, where a star is drawn."""
+    return any(i.parabola is not None and not i.parabola.on_edge for i in findings.isoflops)
+
+
+def has_edge(findings: Findings) -> bool:
+    """Return whether any best size is at the edge of those measured, where a ring is drawn."""
+    return any(f.kind == "size" for f in findings.flags)
+
+
 def draw_isoflop(recipe: Recipe, findings: Findings) -> Canvas | None:
     """(b) Loss against size at each budget, annealed, with parabolas and their minima."""
     import matplotlib
+    from matplotlib.lines import Line2D
 
     mixers = [m for m in findings.mixers(recipe) if any(i.mixer == m for i in findings.isoflops)]
     if not mixers:
@@ -95,13 +108,13 @@ def draw_isoflop(recipe: Recipe, findings: Findings) -> Canvas | None:
     figure, axes = canvas(columns, rows, **size, sharex=True, sharey=True)
     pens = Pens(recipe, mixers)
     all_sizes = [p.first.parameters for i in findings.isoflops for p in i.points]
-    handles: dict[float, Any] = {}
+    handles: dict[str, Any] = {}
     for ax, m in zip(axes.flat, mixers, strict=False):
         for i in (i for i in findings.isoflops if i.mixer == m):
             colour = shades[budgets.index(i.budget)]
             x = [p.first.parameters for p in i.points]
             y = [p.loss for p in i.points]
-            (handles[i.budget],) = ax.plot(exact(x), exact(y), color=colour, marker="o", linestyle="none", zorder=3)
+            ax.plot(exact(x), exact(y), color=colour, marker="o", linestyle="none", zorder=3)
             if i.parabola is None:
                 ax.plot(exact(x), exact(y), color=colour, linewidth=0.8, linestyle=":")
                 continue
@@ -109,39 +122,35 @@ def draw_isoflop(recipe: Recipe, findings: Findings) -> Canvas | None:
             ax.plot(exact(grid), exact(i.parabola(grid)), color=colour, linewidth=1.2, linestyle="-")
             if not i.parabola.on_edge:
                 at = exact([i.parabola.parameters]), exact([i.parabola.loss])
-                ax.plot(
-                    *at, marker="*", markersize=11, color=colour, markeredgecolor="black", markeredgewidth=0.6, zorder=4
-                )
+                ax.plot(*at, color=colour, zorder=4, **MINIMUM_STAR)
         for flag in findings.flags:
             if flag.mixer == m and flag.kind == "size":
                 i = next(i for i in findings.isoflops if i.mixer == m and i.budget == flag.budget)
                 best = min(i.points, key=lambda p: p.loss)
                 at = exact([best.first.parameters]), exact([best.loss])
-                ax.plot(
-                    *at,
-                    marker="o",
-                    markersize=11,
-                    color="none",
-                    markeredgecolor="#C00000",
-                    markeredgewidth=1.2,
-                    zorder=5,
-                )
+                ax.plot(*at, zorder=5, **EDGE_RING)
         ax.set_title(pens.label(m), color=pens.colour(m))
     for ax in axes.flat[len(mixers) :]:
         ax.set_visible(False)
     fit_log_x(axes[0, 0], all_sizes)
-    for ax in axes[-1]:
+    # The lowest panel of a column, which is not in the last row where the number of mixers is odd.
+    for ax in axes.flat[max(0, len(mixers) - columns) : len(mixers)]:
+        ax.tick_params(labelbottom=True)
         ax.set_xlabel("parameters without embeddings")
     for ax in axes[:, 0]:
         ax.set_ylabel("annealed loss (nats per token)")
-    labels = [f"{number(b)} FLOPs" for b in budgets]
-    if any(f.kind == "size" for f in findings.flags):
-        ring = axes[0, 0].plot(
-            [], [], marker="o", markersize=9, color="none", markeredgecolor="#C00000", linestyle="none"
-        )[0]
-        handles[math.inf] = ring
-        labels.append("best at the edge: no minimum")
-    figure.legend([handles[b] for b in sorted(handles)], labels, loc="outside lower center", ncols=min(4, len(labels)))
+    for budget, colour in zip(budgets, shades, strict=True):
+        handles[f"{number(budget)} FLOPs"] = Line2D([], [], color=colour, marker="o", linestyle="none")
+    parabolas = [i.parabola for i in findings.isoflops if len(i.points) > 1]
+    if any(parabolas):
+        handles["parabola"] = Line2D([], [], color=GREY, linewidth=1.2)
+    if not all(parabolas):
+        handles["joined: no parabola"] = Line2D([], [], color=GREY, linewidth=0.8, linestyle=":")
+    if has_minimum(findings):
+        handles["minimum of the parabola"] = Line2D([], [], color=GREY, **MINIMUM_STAR)
+    if has_edge(findings):
+        handles["best at the edge: no minimum"] = Line2D([], [], **EDGE_RING)
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(4, len(handles)))
     return figure
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from powertrain.scaling.analysis import Findings, analyse
 from powertrain.scaling.compare import ENVELOPE_BIN, ENVELOPE_STEPS, Verdict
 from powertrain.scaling.drawing import render, style
-from powertrain.scaling.figures import DRAW
+from powertrain.scaling.figures import DRAW, has_edge, has_minimum
 from powertrain.scaling.plan import Coverage
 from powertrain.scaling.recipe import CONVENTIONS, Figure, Recipe
 from powertrain.scaling.records import CellRecord, table
@@ -27,9 +27,9 @@ CAPTIONS: dict[Figure, str] = {
         "budget's best run."
     ),
     "isoflop": (
-        "Annealed loss against size, one colour per budget; each mark is the best learning rate of its size. Stars: "
-        "minima "
-        "of the parabolas. A red ring marks a best size at the edge of those measured, which is no minimum."
+        "Annealed loss against size, one colour per budget; each mark is the best learning rate of its size. Solid: a "
+        "parabola in log parameters. Dotted: marks that no parabola goes through, because they are fewer than three or "
+        "do not bend upwards."
     ),
     "perplexity": (
         "Perplexity on held-out text of each mixer's best configuration per budget. Bands: bootstrap over documents "
@@ -57,6 +57,16 @@ CAPTIONS: dict[Figure, str] = {
         "state FLOPs."
     ),
 }
+
+
+def _caption(kind: Figure, findings: Findings) -> str:
+    # Marks that need not occur are spoken of where they do.
+    text = CAPTIONS[kind]
+    if kind == "isoflop" and has_minimum(findings):
+        text += " Stars: minima of the parabolas."
+    if kind == "isoflop" and has_edge(findings):
+        text += " A red ring marks a best size at the edge of those measured, which is no minimum."
+    return text
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -314,7 +324,14 @@ def _context_section(
         lines += _table(["FLOPs", *CONVENTIONS], _convention_rows(recipe, findings))
     for kind in kinds:
         stem = f"figures/{kind}-{findings.context}"
-        lines += [f"### {kind.replace('_', ' ').capitalize()}", "", f"![{kind}]({stem}.png)", "", CAPTIONS[kind], ""]
+        lines += [
+            f"### {kind.replace('_', ' ').capitalize()}",
+            "",
+            f"![{kind}]({stem}.png)",
+            "",
+            _caption(kind, findings),
+            "",
+        ]
         lines += [f"([SVG]({stem}.svg))", ""]
     missing = [kind for kind in recipe.figures if kind not in kinds]
     if missing:

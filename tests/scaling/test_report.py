@@ -15,7 +15,7 @@ from scipy import stats
 from powertrain.scaling.analysis import analyse
 from powertrain.scaling.compare import Gain, GainInterval
 from powertrain.scaling.drawing import Pens
-from powertrain.scaling.figures import draw_envelope
+from powertrain.scaling.figures import draw_envelope, draw_isoflop
 from powertrain.scaling.recipe import Analysis
 from powertrain.scaling.records import CurvePoint
 from powertrain.scaling.report import build, page, summary, write
@@ -134,6 +134,38 @@ def test_position_bands_hold_the_noise_between_seeds():
         expected = 2 * stats.t.ppf(0.975, noise.degrees) * noise.deviation
         assert (0.7 * expected < width).all()
         assert (width < 1.1 * expected).all()
+
+
+def isoflop_legend(found):
+    figure = draw_isoflop(recipe(), found)
+    (legend,) = figure.legends
+    return figure, {text.get_text() for text in legend.get_texts()}
+
+
+def test_isoflop_panels_and_lines_are_labelled():
+    laws = {m: synthetic.LAWS[m] for m in ("power", "softmax", "window")}
+    found = analyse(recipe(), records(laws=laws, curves=False, budgets=(1e15, 3e16)), 65536)
+    figure, labels = isoflop_legend(found)
+    figure.draw_without_rendering()
+    shown = [ax for ax in figure.axes if ax.get_visible()]
+    assert [bool(ax.get_xlabel()) for ax in shown] == [False, True, True]
+    ticks = [any(t.label1.get_visible() and t.label1.get_text() for t in ax.xaxis.get_major_ticks()) for ax in shown]
+    assert ticks == [False, True, True]
+    assert {"parabola", "minimum of the parabola"} <= labels
+
+
+def test_isoflop_speaks_of_the_marks_that_it_draws():
+    two = {s: synthetic.SIZES[s] for s in ("1m", "3m")}
+    straight = analyse(recipe(), records(curves=False, sizes=two, budgets=(1e15,)), 65536)
+    bent = analyse(recipe(), records(curves=False, budgets=(1e15,)), 65536)
+    bent = dataclasses.replace(bent, flags=())
+    for found, lines, mark, caption in (
+        (straight, {"joined: no parabola"}, {"best at the edge: no minimum"}, "red ring"),
+        (bent, {"parabola"}, {"minimum of the parabola"}, "Stars"),
+    ):
+        assert isoflop_legend(found)[1] == {"$10^{15}$ FLOPs", *lines, *mark}
+        text = page(recipe(), [found], [(65536, "isoflop")])
+        assert {word for word in ("red ring", "Stars") if word in text} == {caption}
 
 
 def gain(**changes):
