@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -145,20 +146,34 @@ def canvas(
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def log_axis(axis: Any, span: float) -> None:
-    """Label a logarithmic axis also between powers of ten where it covers few of them."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+def log_ticks(low: float, high: float) -> list[float]:
+    """Return at least four ticks between two positive values: the coarsest round numbers of which there are as many."""
+    from matplotlib.ticker import MaxNLocator
 
-    steps = (1.0,) if span > 1e3 else (1.0, 3.0) if span > 30 else (1.0, 2.0, 5.0)
-    axis.set_major_locator(LogLocator(base=10, subs=steps, numticks=12))
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for mantissas in ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.2, 1.5, 2.0, 3.0, 5.0, 7.0)):
+        ticks = [t for d in decades for m in mantissas if low <= (t := float(f"{m}e{d}")) <= high]
+        if len(ticks) >= 4:
+            # A few, also of a range over many decades.
+            return ticks[:: math.ceil(len(ticks) / 12)]
+    # So narrow a range looks linear.
+    ticks = MaxNLocator(6, min_n_ticks=4, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+    return [float(f"{t:.6g}") for t in ticks if low <= t <= high]
+
+
+def log_axis(axis: Any, ticks: list[float] | None = None) -> None:
+    """Label a logarithmic axis whose limits are set at `ticks`, or else at round numbers."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
+
+    axis.set_major_locator(FixedLocator(log_ticks(*axis.get_view_interval()) if ticks is None else ticks))
     axis.set_major_formatter(FuncFormatter(lambda x, _: number(float(f"{x:.6g}"))))
     axis.set_minor_formatter(NullFormatter())
 
 
-def fit_log_x(ax: Axes, values: list[float]) -> None:
+def fit_log_x(ax: Axes, values: list[float], ticks: list[float] | None = None) -> None:
     """Make the x-axis logarithmic and as wide as the values need."""
     low, high = min(values), max(values)
     pad = max((high / low) ** 0.06, 1.12)
     ax.set_xscale("log")
     ax.set_xlim(*exact([low / pad, high * pad]))
-    log_axis(ax.xaxis, high / low)
+    log_axis(ax.xaxis, ticks)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from powertrain.scaling.analysis import Findings
-from powertrain.scaling.compare import Envelope, trunk_curve
+from powertrain.scaling.compare import Envelope, Frontier, trunk_curve
 from powertrain.scaling.drawing import (
     BAND_ALPHA,
     BUDGET_MAP,
@@ -165,6 +165,10 @@ def _comparison_bands(recipe: Recipe, findings: Findings) -> dict[tuple[str, flo
     return bands
 
 
+def _budgets(lines: dict[str, Frontier]) -> list[float]:
+    return sorted({p.budget for line in lines.values() for p in line.points})
+
+
 def draw_perplexity(recipe: Recipe, findings: Findings) -> Canvas | None:
     """(c) Perplexity of every mixer's best configuration against FLOPs, with confidence bands."""
     lines = findings.frontiers[recipe.convention]
@@ -192,22 +196,14 @@ def draw_perplexity(recipe: Recipe, findings: Findings) -> Canvas | None:
             ax.plot(exact(compute), exact(np.exp(loss)), color=pens.colour(m), linewidth=1, linestyle="--")
     if laws:
         ax.plot([], [], color=GREY, linewidth=1, linestyle="--", label="law fitted without the largest budget")
-    fit_log_x(ax, seen)
+    fit_log_x(ax, seen, _budgets(lines))
     ax.set_yscale("log")
-    log_axis(ax.yaxis, 2.0)
-    ax.yaxis.set_minor_formatter(_sparse_formatter())
+    log_axis(ax.yaxis)
     ax.set_xlabel(_convention(recipe))
     ax.set_ylabel("perplexity on held-out text")
     ax.set_title(f"Perplexity at equal compute, context {findings.context}")
     ax.legend()
     return figure
-
-
-def _sparse_formatter() -> Any:
-    from matplotlib.ticker import LogFormatter
-
-    # Labels between 1, 2 and 5 only where the axis covers less than about one factor of two.
-    return LogFormatter(labelOnlyBase=False, minor_thresholds=(1.0, 0.4))
 
 
 def draw_position(recipe: Recipe, findings: Findings) -> Canvas | None:
@@ -257,7 +253,7 @@ def draw_seconds(recipe: Recipe, findings: Findings) -> Canvas | None:
         left.plot(exact(lines[m].compute), exact(lines[m].loss), label=pens.label(m), **options)
         points = sorted(timed[m], key=lambda p: p.seconds or 0.0)
         right.plot(exact([p.seconds or 0.0 for p in points]), exact([p.loss for p in points]), **options)
-    fit_log_x(left, [float(c) for line in lines.values() for c in line.compute])
+    fit_log_x(left, [float(c) for line in lines.values() for c in line.compute], _budgets(lines))
     fit_log_x(right, [p.seconds or 0.0 for points in timed.values() for p in points])
     devices = sorted({f"{r.devices} × {r.device}" for r in findings.records if r.device})
     left.set_xlabel(_convention(recipe))
@@ -324,7 +320,7 @@ def draw_gain(recipe: Recipe, findings: Findings) -> Canvas | None:
     ax.set_yscale("log")
     low, high = min(shown), max(shown)
     ax.set_ylim(*exact([low / 1.15, high * 1.15]))
-    log_axis(ax.yaxis, high / low)
+    log_axis(ax.yaxis)
     ax.set_xlabel(_convention(recipe))
     ax.set_ylabel("compute-equivalent gain")
     ax.set_title(f"Compute that {pens.label(recipe.baseline)} needs for the same loss, context {findings.context}")

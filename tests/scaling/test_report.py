@@ -14,8 +14,8 @@ from scipy import stats
 
 from powertrain.scaling.analysis import analyse
 from powertrain.scaling.compare import Gain, GainInterval
-from powertrain.scaling.drawing import Pens
-from powertrain.scaling.figures import draw_envelope, draw_isoflop
+from powertrain.scaling.drawing import Pens, log_ticks
+from powertrain.scaling.figures import draw_envelope, draw_isoflop, draw_perplexity
 from powertrain.scaling.recipe import Analysis
 from powertrain.scaling.records import CurvePoint
 from powertrain.scaling.report import build, page, summary, write
@@ -166,6 +166,30 @@ def test_isoflop_speaks_of_the_marks_that_it_draws():
         assert isoflop_legend(found)[1] == {"$10^{15}$ FLOPs", *lines, *mark}
         text = page(recipe(), [found], [(65536, "isoflop")])
         assert {word for word in ("red ring", "Stars") if word in text} == {caption}
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (3.0, 4e4, [10, 100, 1000, 10000]),
+        (2.0, 120, [3, 10, 30, 100]),
+        (4.0, 250, [5, 10, 20, 50, 100, 200]),
+        (0.9, 6, [1, 1.2, 1.5, 2, 3, 5]),
+        (7.5, 14.9, [8, 10, 12, 14]),
+        (8.81, 9.04, [8.85, 8.9, 8.95, 9]),
+    ],
+)
+def test_a_logarithmic_axis_has_four_labels_at_the_least(low, high, ticks):
+    assert log_ticks(low, high) == pytest.approx(ticks)
+
+
+def test_perplexity_is_labelled_at_the_budgets():
+    found = analyse(recipe(), records(curves=False, budgets=(2e15, 6e15)), 65536)
+    figure = draw_perplexity(recipe(), found)
+    figure.draw_without_rendering()
+    (ax,) = figure.axes
+    assert [t.get_text() for t in ax.get_xticklabels()] == [r"$2\times 10^{15}$", r"$6\times 10^{15}$"]
+    assert len(ax.get_yticks()) >= 4
 
 
 def gain(**changes):
