@@ -157,8 +157,8 @@ def log_ticks(low: float, high: float) -> list[float]:
             # A few, also of a range over many decades.
             return ticks[:: math.ceil(len(ticks) / 12)]
     # So narrow a range looks linear.
-    ticks = MaxNLocator(6, min_n_ticks=4, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
-    return [float(f"{t:.6g}") for t in ticks if low <= t <= high]
+    even = MaxNLocator(6, min_n_ticks=4, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+    return [float(f"{t:.6g}") for t in even if low <= t <= high]
 
 
 def log_axis(axis: Any, ticks: list[float] | None = None) -> None:

@@ -113,18 +113,27 @@ def _so_far(parts: Sequence[Coverage], context: int) -> str:
     return f" So far: {sum(p.finished for p in own)} of {sum(p.planned for p in own)} cells{later}."
 
 
+def _others(part: Coverage, findings: Findings) -> int:
+    return sum((r.budget, r.mixer) == (part.budget, part.mixer) for r in findings.records) - part.finished
+
+
+def _there_is(part: Coverage, findings: Findings) -> str:
+    others = _others(part, findings)
+    return str(part) + (f"; {others} finished of other settings" if others else "")
+
+
 def _missing_lines(recipe: Recipe, findings: Findings, parts: Sequence[Coverage]) -> list[str]:
     incomplete = _incomplete(parts, findings.context)
     if not incomplete:
         return []
-    rows = [[f"{p.budget:.3g}", recipe.label(p.mixer), str(p)] for p in incomplete]
-    return [
-        "### What is missing",
-        "",
-        "The sweep is not finished; what follows rests on the cells that are. `powertrain sweep run` continues it.",
-        "",
-        *_table(["FLOPs", "mixer", "there is"], rows),
-    ]
+    rows = [[f"{p.budget:.3g}", recipe.label(p.mixer), _there_is(p, findings)] for p in incomplete]
+    text = "The sweep is not finished; what follows rests on the cells that are. `powertrain sweep run` continues it."
+    if any(_others(p, findings) for p in incomplete):
+        text += (
+            " Cells of other settings than the recipe now asks for (another learning rate than the one that is tuned "
+            "now, say) stand in the figures and tables as well."
+        )
+    return ["### What is missing", "", text, "", *_table(["FLOPs", "mixer", "there is"], rows)]
 
 
 def _verdict_rows(recipe: Recipe, findings: Findings, parts: Sequence[Coverage]) -> list[list[str]]:
@@ -137,7 +146,7 @@ def _verdict_rows(recipe: Recipe, findings: Findings, parts: Sequence[Coverage])
         flags = [f for f in findings.flags if f.budget == v.budget and f.size == used.get(f.mixer)]
         doubts = [f"{recipe.label(f.mixer)}, {f.kind}: {f.text}" for f in flags]
         doubts += [
-            f"{recipe.label(p.mixer)}, incomplete: {p}"
+            f"{recipe.label(p.mixer)}, incomplete: {_there_is(p, findings)}"
             for p in _incomplete(parts, findings.context)
             if p.budget == v.budget
         ]

@@ -16,6 +16,7 @@ from powertrain.scaling.analysis import analyse
 from powertrain.scaling.compare import Gain, GainInterval
 from powertrain.scaling.drawing import Pens, log_ticks
 from powertrain.scaling.figures import draw_envelope, draw_isoflop, draw_perplexity
+from powertrain.scaling.plan import Coverage
 from powertrain.scaling.recipe import Analysis
 from powertrain.scaling.records import CurvePoint
 from powertrain.scaling.report import build, page, summary, write
@@ -190,6 +191,19 @@ def test_perplexity_is_labelled_at_the_budgets():
     (ax,) = figure.axes
     assert [t.get_text() for t in ax.get_xticklabels()] == [r"$2\times 10^{15}$", r"$6\times 10^{15}$"]
     assert len(ax.get_yticks()) >= 4
+
+
+def test_what_is_missing_counts_the_records_of_other_settings():
+    found = analyse(recipe(), records(curves=False, budgets=(1e15, 3e15), seeds=(0,)), 65536)
+    own = len([r for r in found.records if (r.budget, r.mixer) == (1e15, "power")])
+    asked = (Coverage(65536, 1e15, "power", own, 0, own + 1, 0), Coverage(65536, 3e15, "power", 0, 0, 0, 5))
+    text = page(recipe(), [found], [], asked)
+    assert f"| 1e+15 | power, deg 2 | {own} of {own + 1} cells |" in text
+    more = f"nothing yet, at most 5 more once these are known; {own} finished of other settings"
+    assert f"| 3e+15 | power, deg 2 | {more} |" in text
+    assert f"incomplete: {more}" in text, "beside its verdict too"
+    assert "stand in the figures and tables" in text
+    assert "stand in the figures and tables" not in page(recipe(), [found], [], asked[:1])
 
 
 def gain(**changes):
