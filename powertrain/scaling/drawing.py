@@ -89,9 +89,9 @@ def style() -> Iterator[None]:
 
 def render(figure: Canvas) -> dict[str, bytes]:
     """Return a figure as `png` and `svg`, without dates, versions or other traces of the machine."""
-    # The layout is found once; each file would repeat it.
+    # The layout is found once; each file would repeat it, and with the engine "none" still draw twice for it.
     figure.draw_without_rendering()
-    figure.set_layout_engine("none")
+    figure.set_layout_engine(None)
     result = {}
     for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
         buffer = io.BytesIO()
