@@ -138,7 +138,8 @@ def _train_here(config: RunConfig, arguments: argparse.Namespace, argv: list[str
     try:
         result = run(config, command=command, signals=signals)
         if result.fit.interrupted_by is not None:
-            saved = f"Everything is saved at step {result.fit.counters.step}"
+            step = result.fit.counters.step
+            saved = f"Everything is saved at step {step}" if result.fit.checkpoint else "No step was under way"
             return _interrupted(config, result.fit.interrupted_by, saved, again_as)
         _report(config, result, arguments.overrides if arguments.config is None else None)
     except Stopped as stop:

@@ -53,8 +53,6 @@ class Checkpointing(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, PowertrainModule)
         self._saved_step = pl_module.step or None
-        # Lightning's handler of SIGTERM, set just before, runs a collective inside the handler.
-        self.signals.install()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         assert isinstance(pl_module, PowertrainModule)

@@ -31,7 +31,8 @@ from powertrain.ops.context_shard import ContextGroup
 from powertrain.training.batching import Devices
 from powertrain.training.config import TrainerConfig
 from powertrain.training.launch import launcher
-from powertrain.training.ranks import Ranks
+from powertrain.training.ranks import Ranks, agree_to_start
+from powertrain.training.signals import StopSignals
 
 
 def launcher_environment(devices: Devices) -> ClusterEnvironment | None:
@@ -65,10 +66,13 @@ def _common_store(rank: int, size: int, address: str, port: str, timeout: timede
 
 
 @contextlib.contextmanager
-def process_group(config: TrainerConfig, devices: Devices) -> Iterator[Ranks]:
+def process_group(config: TrainerConfig, devices: Devices, signals: StopSignals) -> Iterator[Ranks]:
     """Meet the other processes of the run (NCCL on GPUs, gloo on CPUs); alone there is nothing to set up.
 
+    Args:
+        signals: deferred by the caller; one that comes before all have met ends the meeting, on all processes.
     Errors:
+        Stopped: this process or another got a signal before all had met.
         ValueError: the processes that were started are not those that the configuration asks for.
     """
     environment = launcher_environment(devices)
@@ -94,8 +98,10 @@ def process_group(config: TrainerConfig, devices: Devices) -> Iterator[Ranks]:
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = environment.main_address, str(environment.main_port)
     # The watch over hangs must speak first: it knows the stacks.
     timeout = timedelta(seconds=2 * config.hang_timeout + 60)
-    common = _common_store(rank, size, os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], timeout)
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    common = signals.wait_for(lambda: _common_store(rank, size, address, port, timeout))
     store = torch.distributed.PrefixStore(f"fit/{next(_meetings)}", common)
+    agree_to_start(torch.distributed.PrefixStore("meeting", store), size, signals, timeout)
     torch.distributed.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=torch.distributed.PrefixStore("group", store),

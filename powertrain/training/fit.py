@@ -224,12 +224,14 @@ def fit(
         Path(run_dir),
         run_config or {},
     )
+    signals = signals or StopSignals()
     run_dir.mkdir(parents=True, exist_ok=True)
     plan = Schedule(schedule, length)
     devices = resolve_devices(trainer)
     with (
         _quiet_lightning(),
-        process_group(trainer, devices) as ranks,
+        signals.deferred(),
+        process_group(trainer, devices, signals) as ranks,
         sole_writer(run_dir, ranks),
     ):
         store = CheckpointStore(run_dir / "checkpoints", trainer.keep_checkpoints, ranks)
@@ -268,9 +270,13 @@ def fit(
             truncate_metrics(run_dir, start)
         if start >= length.steps:
             return FitResult(module.counters, start, True, None, store.path(start))
+        # To verify and restore may have taken minutes, and the next agreement is after a step.
+        (signum,) = ranks.max(signals.received or 0)
+        if signum:
+            signals.learn(signum)
+            return FitResult(module.counters, start, False, signum, store.path(start) if start else None)
         if trainer.compile:
             compile_model(model)
-        signals = signals or StopSignals()
         watch = HangWatch(trainer.hang_timeout, run_dir, ranks)
         lightning = build_trainer(
             trainer,
@@ -297,13 +303,16 @@ def fit(
             ],
             loggers=build_loggers(logger, run_dir, run_id, run_config, start_step=start),
         )
+        # Lightning's handler of SIGTERM runs a collective inside the handler.
+        lightning._signal_connector.register_signal_handlers = signals.install  # type: ignore[method-assign]
         seed_loop_counters(lightning, start, accumulation)
         interrupted = None
         try:
-            with signals.deferred(), watch:
+            with watch:
                 lightning.fit(module, datamodule=datamodule)
         except TrainingInterrupted as stop:
             interrupted = stop.signum
+            signals.learn(interrupted)
         module.counters.seconds = module.clock.seconds
     newest = store.path(module.step)
     return FitResult(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
+
+from powertrain.training.signals import POLL, Stopped, StopSignals
 
 T = TypeVar("T")
 CPU = torch.device("cpu")
@@ -51,3 +55,34 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def agree_to_start(store: torch.distributed.Store, size: int, signals: StopSignals, timeout: timedelta) -> None:
+    """Wait until all of `size` processes are here and begin together, or end together where one gets a signal before.
+
+    To be called within `signals.deferred()`. What the store holds first decides: once all begin, the others count on
+    this process, and its signal is agreed on like those between steps.
+
+    Errors:
+        Stopped: a process got a signal before all were here.
+        TimeoutError: some did not come.
+    """
+    deadline = time.monotonic() + timeout.total_seconds()
+    try:
+        last = store.add("here", 1) == size
+        while not store.check(["start"]):
+            if last or signals.received is not None:
+                store.compare_set("start", "", str(signals.received or 0))
+            elif time.monotonic() > deadline:
+                here = store.add("here", 0)
+                raise TimeoutError(f"{here} of {size} processes have come within {timeout.total_seconds():g} s")
+            else:
+                time.sleep(POLL)
+        signum = int(store.get("start"))
+    except torch.distributed.DistError:
+        # The process that keeps the store got the signal too, and was faster.
+        signals.raise_received()
+        raise
+    if signum:
+        signals.learn(signum)
+        raise Stopped(signum)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+POLL = 0.1  # seconds between two looks at what may have come
 
 
 class Stopped(KeyboardInterrupt):
@@ -63,17 +67,37 @@ class StopSignals:
             self._deferred = True
             try:
                 yield
-            except BaseException:
-                self._ending = self.received is not None
-                raise
             finally:
+                self._ending = self.received is not None
                 self._deferred = False
+
+    def learn(self, signum: int) -> None:
+        """Take over a signal that another process got: all end together, whether or not one comes here as well."""
+        self.received = self.received or signum
 
     def raise_received(self) -> None:
         """Raise `Stopped` for a signal that was deferred, and that came too late for a step to look at it."""
         if self.received is not None:
             self._ending = True
             raise Stopped(self.received)
+
+    def wait_for(self, function: Callable[[], T]) -> T:
+        """Return what `function` returns; within `deferred()`, a signal meanwhile raises `Stopped` and leaves it alone.
+
+        In a thread: while native code waits in the main one, Python does not learn of signals.
+        """
+        result: Future[T] = Future()
+
+        def work() -> None:
+            try:
+                result.set_result(function())
+            except BaseException as error:
+                result.set_exception(error)
+
+        threading.Thread(target=work, daemon=True).start()
+        while not wait([result], timeout=POLL).done:
+            self.raise_received()
+        return result.result()
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.received is not None and signum == signal.SIGINT:

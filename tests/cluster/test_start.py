@@ -1,0 +1,83 @@
+"""Signals while a run starts: whatever its ranks are doing, they end together and the job is queued again."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from powertrain.run_status import read_status
+from tests.training.test_launch import OPTIONS, complaints, corpus  # noqa: F401
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+class Start:
+    """A run on two processes of a Slurm job, the second of which pauses at a place of its start-up."""
+
+    def __init__(self, place: str, corpus: Path, directory: Path) -> None:  # noqa: F811
+        self.directory = directory / place
+        self.directory.mkdir()
+        environment = {
+            **os.environ,
+            **{"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2]), "SLURM_JOB_ID": "7"},
+            **{"WORLD_SIZE": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()},
+        }
+        paths = [f"data.files={corpus}/*.py", f"paths.cache={corpus / 'cache'}", f"paths.runs={self.directory}"]
+        command = [sys.executable, "-m", "tests.training.paused_train", f"{place}:1", str(self.directory)]
+        self.ranks = [
+            subprocess.Popen(
+                [*command, *OPTIONS, *paths, "run_id=run", "trainer.max_steps=100000"],
+                env={**environment, "RANK": rank, "LOCAL_RANK": rank},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in ("0", "1")
+        ]
+
+    def interrupt(self, signum: int, *ranks: int) -> None:
+        """Send a signal once the second process pauses and the first waits for it, and end the pause."""
+        deadline = time.monotonic() + 240
+        while not ((self.directory / "paused").exists() and read_status(self.directory / "run")):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(2)
+        for rank in ranks:
+            self.ranks[rank].send_signal(signum)
+        time.sleep(0.5)
+        (self.directory / "go").touch()
+
+    def ends(self) -> list[tuple[int, list[str]]]:
+        try:
+            errors = [process.communicate(timeout=60)[1] for process in self.ranks]
+            return [(process.returncode, complaints(error)) for process, error in zip(self.ranks, errors, strict=True)]
+        finally:
+            for process in self.ranks:
+                process.kill()
+
+
+@pytest.mark.slow
+def test_a_signal_while_a_rank_is_late_queues_the_job_again(corpus, tmp_path, stub):  # noqa: F811
+    calls = stub("scontrol", "JobId=7 JobState=RUNNING Reason=None PreemptTime=2026-01-01T00:00:00\n")
+    # One at a time would take four times as long.
+    starts = {place: Start(place, corpus, tmp_path) for place in ("data", "meeting", "restore", "train_start")}
+    starts["data"].interrupt(signal.SIGUSR1, 0, 1)
+    starts["meeting"].interrupt(signal.SIGTERM, 0, 1)
+    # All learn of a signal to one.
+    starts["restore"].interrupt(signal.SIGUSR1, 1)
+    starts["train_start"].interrupt(signal.SIGTERM, 1)
+    for place, start in starts.items():
+        assert start.ends() == [(0, []), (0, [])], place
+        assert read_status(start.directory / "run").state == "interrupted", place
+    requeued = [c["argv"] for c in map(json.loads, calls.read_text().splitlines()) if c["argv"][0] == "requeue"]
+    assert requeued == [["requeue", "7"]] * len(starts)

@@ -1,0 +1,101 @@
+"""What processes agree on before they are a group."""
+
+import os
+import signal
+import threading
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+
+from powertrain.training.ranks import agree_to_start
+from powertrain.training.signals import Stopped, StopSignals
+
+SECOND = timedelta(seconds=1)
+
+
+def meet(store, *ranks, timeout=60 * SECOND):
+    """Let a rank a thread meet; return for each 0 where it begins, or the signal at which it ends."""
+    outcomes = {}
+
+    def arrive(number, signals):
+        try:
+            agree_to_start(store, len(ranks), signals, timeout)
+            outcomes[number] = 0
+        except Stopped as stop:
+            outcomes[number] = stop.signum
+
+    threads = [threading.Thread(target=arrive, args=item) for item in enumerate(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [outcomes[number] for number in range(len(ranks))]
+
+
+def signalled(signum):
+    signals = StopSignals()
+    signals.learn(signum)
+    return signals
+
+
+def test_all_begin_where_nobody_got_a_signal():
+    assert meet(torch.distributed.HashStore(), StopSignals(), StopSignals(), StopSignals()) == [0, 0, 0]
+
+
+def test_a_signal_to_one_before_all_are_here_ends_all():
+    store = torch.distributed.HashStore()
+    with pytest.raises(Stopped):
+        agree_to_start(store, 3, signalled(signal.SIGUSR1), SECOND)
+    for late in (StopSignals(), signalled(signal.SIGTERM)):
+        with pytest.raises(Stopped) as stop:
+            agree_to_start(store, 3, late, SECOND)
+        assert stop.value.signum == signal.SIGUSR1
+
+
+def test_whoever_gets_a_signal_once_all_begin_begins_too():
+    """It did not yet know: the others count on it."""
+    store = torch.distributed.HashStore()
+    assert store.add("here", 2) == 2
+    agree_to_start(store, 3, StopSignals(), SECOND)
+    agree_to_start(store, 3, signalled(signal.SIGUSR1), SECOND)
+
+
+def test_who_does_not_come_is_waited_for_and_counted():
+    with pytest.raises(TimeoutError, match=r"1 of 2 processes have come within 0\.2 s"):
+        agree_to_start(torch.distributed.HashStore(), 2, StopSignals(), SECOND / 5)
+
+
+def test_a_lost_store_is_an_interruption_where_a_signal_came_here_too():
+    server = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    client = torch.distributed.TCPStore("127.0.0.1", server.port, wait_for_workers=False)
+    del server
+    with pytest.raises(torch.distributed.DistError):
+        agree_to_start(client, 2, StopSignals(), SECOND)
+    with pytest.raises(Stopped):
+        agree_to_start(client, 2, signalled(signal.SIGUSR1), SECOND)
+
+
+def test_a_signal_is_seen_while_native_code_waits():
+    release = threading.Event()
+    with StopSignals() as signals:
+        assert signals.wait_for(lambda: 7) == 7
+        with pytest.raises(TimeoutError, match="of the function"):
+            signals.wait_for(lambda: (_ for _ in ()).throw(TimeoutError("of the function")))
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+        started = time.monotonic()
+        with pytest.raises(Stopped), signals.deferred():
+            signals.wait_for(lambda: release.wait(60))
+        assert time.monotonic() - started < 30
+        # What follows the first changes nothing.
+        os.kill(os.getpid(), signal.SIGTERM)
+    release.set()
+
+
+def test_a_signal_after_that_of_another_process_changes_nothing():
+    with StopSignals() as signals:
+        with signals.deferred():
+            signals.learn(signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert signals.received == signal.SIGUSR1
