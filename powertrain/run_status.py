@@ -87,8 +87,8 @@ class RunBusyError(ValueError):
 def check_free(run_dir: str | Path, job_id: str | None = None) -> None:
     """Check that nobody works on a run.
 
-    The file system's lock on the run directory decides in the end; this says it before minutes of preparation, and
-    where a file system has no locks.
+    The file system's lock on the run directory decides; this says it before a job is submitted, and where a file
+    system has no locks, or has them for each machine alone.
 
     Args:
         job_id: of the Slurm job that asks; its own earlier attempt does not count.

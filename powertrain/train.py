@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from powertrain.cluster.queue import SlurmError, current_job_id
 from powertrain.cluster.snapshot import code_version
 from powertrain.config import GROUPS, RunConfig, changes, compose, from_values, options, share_dir, to_values
-from powertrain.run_status import RunBusyError, StatusReport, check_free
+from powertrain.run_status import RunBusyError, StatusReport
 from powertrain.schema import ConfigError
 
 if TYPE_CHECKING:
@@ -247,12 +248,10 @@ def run(config: RunConfig, *, command: str = "", signals: StopSignals | None = N
     model_config = dataclasses.replace(config.model, vocab_size=datamodule.vocab_size)
     length = _length(config, model_config)
     _check_data(config, datamodule)
-    if _is_main_process():
-        check_free(run_dir, current_job_id())
-        _describe_run(run_dir, config, command)
-        datamodule.tokenizer.save(run_dir / "tokenizer")
-    report = StatusReport(run_dir, job_id=current_job_id(), enabled=_is_main_process())
-    with report, isolate_rng():
+    with _claimed(run_dir, config) as report, isolate_rng():
+        if _is_main_process():
+            _describe_run(run_dir, config, command)
+            datamodule.tokenizer.save(run_dir / "tokenizer")
         pl.seed_everything(config.seed, workers=True, verbose=False)
         # Sharded, no process may ever hold all of it: `fit` makes the weights.
         with torch.device("meta") if config.trainer.strategy == "fsdp" else contextlib.nullcontext():
@@ -312,11 +311,26 @@ def _check_same_run(run_dir: Path, config: RunConfig) -> None:
         )
 
 
+@contextlib.contextmanager
+def _claimed(run_dir: Path, config: RunConfig) -> Iterator[StatusReport]:
+    """Make this process the only one that writes in the run directory, before it writes anything."""
+    from powertrain.training.fit import sole_writer
+
+    if not _is_main_process():
+        yield StatusReport(run_dir, enabled=False)
+        return
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with sole_writer(run_dir):
+        # Another start may have begun a run here while this one prepared its data.
+        _check_same_run(run_dir, config)
+        with StatusReport(run_dir, job_id=current_job_id()) as report:
+            yield report
+
+
 def _describe_run(run_dir: Path, config: RunConfig, command: str) -> None:
     """Write the resolved configuration and the environment into the run directory."""
     import yaml
 
-    run_dir.mkdir(parents=True, exist_ok=True)
     for name, text in (
         ("config.yaml", yaml.safe_dump(to_values(config), sort_keys=False)),
         ("environment.json", json.dumps(environment(command), indent=2) + "\n"),

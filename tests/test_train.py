@@ -1,5 +1,7 @@
 """The whole journey, from the command line to the run directory, on a small corpus."""
 
+import errno
+import fcntl
 import json
 import os
 import shlex
@@ -14,8 +16,11 @@ import yaml
 
 from powertrain.cli import main
 from powertrain.config import compose, options, share_dir
+from powertrain.run_status import RunBusyError, RunStatus, write_status
 from powertrain.train import environment, run
+from powertrain.training.fit import RunLockedError
 from powertrain.training.loggers import read_metrics
+from tests.training.fakes import locked_by_another
 
 TINY = [
     "model=1m", "model.n_layers=1", "model.d_model=32", "model.n_heads=1", "model.n_kv_heads=1", "model.head_dim=32",
@@ -117,6 +122,35 @@ def test_another_run_of_the_same_id_is_refused_and_nothing_is_lost(tiny, tmp_pat
     assert main(["train", *tiny, "trainer.max_steps=2", "run_id=mine", "optim.lr=0.5"]) == 2
     assert "holds another run (optim.lr was 0.001, now 0.5)" in capsys.readouterr().err
     assert {p: p.read_bytes() for p in (tmp_path / "runs" / "mine").iterdir() if p.is_file()} == before
+
+
+def test_a_second_start_changes_nothing_of_a_live_run(tiny, tmp_path):
+    run_dir = run(compose([*tiny, "trainer.max_steps=2", "run_id=mine"])).run_dir
+    # Its heartbeat is late, and its lock is not.
+    write_status(run_dir, RunStatus("running", step=2, host="elsewhere", pid=9, updated=time.time() - 61))
+    with locked_by_another(run_dir):
+        before = {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()}
+        with pytest.raises(RunLockedError, match="process 9 on elsewhere"):
+            run(compose([*tiny, "trainer.max_steps=9", "run_id=mine"]))
+        assert {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()} == before
+
+
+def test_where_there_are_no_locks_the_heartbeat_keeps_a_second_start_out(tiny, tmp_path, monkeypatch):
+    flock = fcntl.flock
+
+    def only_of_data(file, how):
+        if not isinstance(file, int):  # as filelock does
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", only_of_data)
+    with pytest.warns(UserWarning, match="has no locks"):
+        run_dir = run(compose([*tiny, "trainer.max_steps=2", "run_id=mine"])).run_dir
+    config = (run_dir / "config.yaml").read_bytes()
+    write_status(run_dir, RunStatus("running", step=2, host="elsewhere", pid=9, updated=time.time()))
+    with pytest.warns(UserWarning, match="has no locks"), pytest.raises(RunBusyError, match="process 9 on elsewhere"):
+        run(compose([*tiny, "trainer.max_steps=9", "run_id=mine"]))
+    assert (run_dir / "config.yaml").read_bytes() == config
 
 
 def test_a_context_that_the_data_cannot_fill_is_one_sentence(tiny, tmp_path, capsys):

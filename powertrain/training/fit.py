@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -10,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import lightning.pytorch as pl
 import torch
@@ -57,13 +58,15 @@ class RunLockedError(RuntimeError):
     """Another process trains in this run directory."""
 
 
-_locks: set[int] = set()  # descriptors of the run directories' locks that this process holds
+_locks: dict[Path, int] = {}  # run directories that this process writes, and descriptors of their lock files
+# Lustre without its option flock, NFS without its lock daemon, and others that have none.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 def _leave_locks_to_the_parent() -> None:
     # Data workers outlive a killed parent by some seconds, and must not hold its lock for it.
     nothing = os.open(os.devnull, os.O_RDWR)
-    for descriptor in _locks:
+    for descriptor in _locks.values():
         os.dup2(nothing, descriptor)
     os.close(nothing)
     _locks.clear()
@@ -72,31 +75,48 @@ def _leave_locks_to_the_parent() -> None:
 os.register_at_fork(after_in_child=_leave_locks_to_the_parent)
 
 
+def _lock(file: TextIO, run_dir: Path) -> str | None:
+    """Lock the file and write into it who does; where another process has it, return a sentence that says so."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        return (
+            f"the run in {run_dir} is being trained by another process ({file.read().strip() or 'unknown'});"
+            " stop that one, or give this run another run_id"
+        )
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        warnings.warn(
+            f"the file system of {run_dir} has no locks ({error.strerror}): only the heartbeat in status.json keeps a"
+            " second process out",
+            stacklevel=2,
+        )
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+    file.flush()
+    return None
+
+
 @contextlib.contextmanager
 def sole_writer(run_dir: Path, ranks: Ranks = ALONE) -> Iterator[None]:
     """Hold the run directory's lock on rank 0, for all; the operating system frees it however the process ends.
+
+    A process that holds it already goes on holding it. Where the file system has no locks, a warning says so.
 
     Errors:
         RunLockedError: on every rank, where a process of another run holds it.
     """
     with contextlib.ExitStack() as stack:
         fault = None
-        if ranks.is_main:
+        held = run_dir.resolve()
+        if ranks.is_main and held not in _locks:
             file = stack.enter_context((run_dir / ".lock").open("a+"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                fault = (
-                    f"the run in {run_dir} is being trained by another process ({file.read().strip() or 'unknown'});"
-                    " stop that one, or give this run another run_id"
-                )
-            else:
-                file.truncate(0)
-                file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-                file.flush()
-                _locks.add(file.fileno())
-                stack.callback(_locks.discard, file.fileno())
+            fault = _lock(file, run_dir)
+            if fault is None:
+                _locks[held] = file.fileno()
+                stack.callback(_locks.pop, held)
         fault = ranks.broadcast(fault)
         if fault is not None:
             raise RunLockedError(fault)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -138,6 +141,16 @@ def saved_tensors(checkpoint: Path) -> dict[str, Tensor]:
     tensors = {name: torch.empty(shape) for name, shape in opened.shapes.items()}
     opened.read_into(tensors)
     return tensors
+
+
+@contextlib.contextmanager
+def locked_by_another(run_dir: Path) -> Iterator[None]:
+    """Lock a run directory as another process does."""
+    with (run_dir / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.write("process 9 on elsewhere\n")
+        file.flush()
+        yield
 
 
 def run_tiny(

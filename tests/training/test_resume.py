@@ -1,5 +1,7 @@
 """A run that was interrupted, killed or damaged continues as if nothing had happened, bit for bit."""
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -15,7 +17,7 @@ from powertrain.training.checkpoint import Checkpoint, CheckpointError
 from powertrain.training.config import ScheduleConfig
 from powertrain.training.fit import RunLockedError, sole_writer
 from powertrain.training.records import read_metrics
-from tests.training.fakes import FakeData, TinyModel, run_tiny, saved_tensors
+from tests.training.fakes import FakeData, TinyModel, locked_by_another, run_tiny, saved_tensors
 
 NOT_REPRODUCIBLE = ("seconds", "train/tokens_per_second")
 
@@ -196,12 +198,42 @@ def test_a_full_disk_stops_with_one_message_and_the_run_can_continue(tmp_path, u
 
 
 def test_two_processes_do_not_train_one_run(tmp_path):
-    tmp_path.joinpath("run").mkdir()
     with (
-        sole_writer(tmp_path / "run"),
-        pytest.raises(RunLockedError, match=rf"trained by another process \(process {os.getpid()}"),
+        locked_by_another(tmp_path),
+        pytest.raises(RunLockedError, match=r"by another process \(process 9 on elsewhere"),
     ):
-        run_tiny(tmp_path / "run", steps=1)
+        run_tiny(tmp_path, steps=1)
+    run_tiny(tmp_path, steps=1)
+
+
+def test_a_process_that_holds_the_lock_goes_on_holding_it(tmp_path):
+    with sole_writer(tmp_path):
+        run_tiny(tmp_path, steps=1)
+        with (tmp_path / ".lock").open() as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with locked_by_another(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_trains_with_one_warning(tmp_path, monkeypatch, number):
+    def fails(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", fails)
+    said = rf"has no locks \({os.strerror(number)}\): only the heartbeat"
+    with pytest.warns(UserWarning, match=said) as warned, sole_writer(tmp_path), sole_writer(tmp_path):
+        pass
+    assert len(warned) == 1
+
+
+def test_a_lock_that_fails_otherwise_is_an_error(tmp_path, monkeypatch):
+    def fails(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(fcntl, "flock", fails)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)), sole_writer(tmp_path):
+        pass
 
 
 def test_children_of_a_killed_run_do_not_hold_its_lock(tmp_path):
