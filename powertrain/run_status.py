@@ -111,7 +111,7 @@ class StatusReport:
     """Keeps `status.json` up to date while a block runs: a heartbeat from a thread, and how the block ended.
 
     `with StatusReport(run_dir) as status:` writes `running` at once. Leaving the block writes `finished`, or `failed`
-    with the error's sentence, or `interrupted` (Ctrl-C, or after `interrupted()`). A file that cannot be written is a
+    with the error's sentence, or `interrupted` (a signal, or after `interrupted()`). A file that cannot be written is a
     warning: the run is worth more than its status.
 
     Args:
@@ -163,6 +163,12 @@ class StatusReport:
         """Note that the block ends early and on purpose, with everything saved."""
         self._interruption = reason
 
+    def failed(self, reason: str) -> None:
+        """Write that the run failed, for a process that ends without leaving the block."""
+        if self.enabled:
+            self._end_beat()
+            self._write("failed", reason)
+
     def __enter__(self) -> StatusReport:
         if self.enabled:
             check_free(self.run_dir, self._status.job_id)
@@ -175,16 +181,19 @@ class StatusReport:
     ) -> None:
         if not self.enabled:
             return
-        self._ended.set()
-        self._thread.join()
+        self._end_beat()
         if kind is None and self._interruption is None:
             self._write("finished", None)
         elif kind is None or issubclass(kind, KeyboardInterrupt):
-            self._write("interrupted", self._interruption or "Ctrl-C")
+            self._write("interrupted", self._interruption or str(error) or "Ctrl-C")
         else:
             assert error is not None
             sentence = " ".join(str(error).split())[:500]
             self._write("failed", f"{kind.__name__}: {sentence}" if sentence else kind.__name__)
+
+    def _end_beat(self) -> None:
+        self._ended.set()
+        self._thread.join()
 
     def _beat(self) -> None:
         while not self._ended.wait(HEARTBEAT_SECONDS):

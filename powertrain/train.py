@@ -271,6 +271,7 @@ def run(config: RunConfig, *, command: str = "", signals: StopSignals | None = N
             run_config=to_values(config),
             callbacks=[TellProgress(report.update)],
             signals=signals,
+            on_hang=report.failed,
         )
         if result.interrupted_by is not None:
             report.interrupted(signal.Signals(result.interrupted_by).name)

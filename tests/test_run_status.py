@@ -45,6 +45,7 @@ def test_a_block_that_ends_well_is_a_finished_run(tmp_path):
         (ValueError("a\n  b"), "failed", "ValueError: a b"),
         (SystemExit(), "failed", "SystemExit"),
         (KeyboardInterrupt(), "interrupted", "Ctrl-C"),
+        (KeyboardInterrupt("SIGUSR1"), "interrupted", "SIGUSR1"),
     ],
 )
 def test_how_a_block_ended_is_said(tmp_path, error, state, message):
@@ -58,6 +59,16 @@ def test_an_interruption_on_purpose_is_no_failure(tmp_path):
     with StatusReport(tmp_path) as report:
         report.interrupted("SIGUSR1")
     assert (read_status(tmp_path).state, read_status(tmp_path).message) == ("interrupted", "SIGUSR1")
+
+
+def test_a_process_that_ends_inside_its_block_can_say_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_status, "HEARTBEAT_SECONDS", 0.01)
+    code = (
+        "import os, sys; from powertrain.run_status import StatusReport\n"
+        "with StatusReport(sys.argv[1]) as report: report.failed('hang: here'); os._exit(70)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == 70
+    assert (read_status(tmp_path).state, read_status(tmp_path).message) == ("failed", "hang: here")
 
 
 def test_progress_reaches_the_file_with_the_heartbeat(tmp_path, monkeypatch):

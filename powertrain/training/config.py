@@ -118,7 +118,7 @@ class TrainerConfig:
     # divided over them) or auto (ddp). One process alone needs none.
     strategy: str = "auto"
     context_parallel: int = 1  # processes that share each sequence, which divides into as many slices; 1 shares none
-    hang_timeout: float = 1800.0  # seconds without a finished batch after which all processes show their stacks and end
+    hang_timeout: float = 1800.0  # seconds with nothing finished after which all processes show their stacks and end
     compile: bool = False  # torch.compile of the model
     val_every_steps: int = 100  # steps between validations; the last step always validates
     log_every_steps: int = 10  # steps between training records; the last step always records

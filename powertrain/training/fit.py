@@ -8,7 +8,7 @@ import fcntl
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -219,6 +219,7 @@ def fit(
     callbacks: list[pl.Callback] | None = None,
     progress: ProgressReport | None = None,
     signals: StopSignals | None = None,
+    on_hang: Callable[[str], None] = lambda _: None,
 ) -> FitResult:
     """Train to the end of `length`, or to a signal; where the run directory has a checkpoint, continue from it.
 
@@ -230,6 +231,7 @@ def fit(
         run_config: plain values of the whole configuration, for checkpoints and W&B.
         callbacks: of the caller, besides those of a run.
         signals: of the caller, who learns from them of a signal that came after the last step, or before an error.
+        on_hang: called with a sentence before a hang ends this process; see `HangWatch`.
     Returns:
         How it ended; the process's exit code after a signal is 128 plus its number (130 for Ctrl-C).
     Errors:
@@ -251,12 +253,16 @@ def fit(
     with (
         _quiet_lightning(),
         signals.deferred(),
+        HangWatch(trainer.hang_timeout, run_dir, on_hang) as watch,
         process_group(trainer, devices, signals) as ranks,
         sole_writer(run_dir, ranks),
     ):
+        watch.start(ranks)  # which writes in the run directory too
         store = CheckpointStore(run_dir / "checkpoints", trainer.keep_checkpoints, ranks)
         checkpoint = store.latest()
+        watch.beat()
         micro_batch_size = choose_micro_batch_size(model, trainer, devices)
+        watch.beat()
         rows = trainer.global_batch_tokens // trainer.context_length
         accumulation = rows // (micro_batch_size * devices.data_parallel)
         datamodule.micro_batch_size = micro_batch_size  # type: ignore[attr-defined]
@@ -267,6 +273,7 @@ def fit(
         if trainer.strategy == "fsdp" and ranks.size > 1:
             shard_model(model, ranks, trainer.precision)
         materialize(model, ranks.device)
+        watch.beat()
         on_gpu = devices.accelerator == "gpu"
         device_name = torch.cuda.get_device_name(ranks.device) if on_gpu else "cpu"
         module = PowertrainModule(
@@ -286,6 +293,7 @@ def fit(
             restore_before_fit(checkpoint, module, datamodule)
             start = module.step
             assert start == checkpoint.step
+            watch.beat()
         if ranks.is_main:
             truncate_metrics(run_dir, start)
         if start >= length.steps:
@@ -297,7 +305,6 @@ def fit(
             return FitResult(module.counters, start, False, signum, store.path(start) if start else None)
         if trainer.compile:
             compile_model(model)
-        watch = HangWatch(trainer.hang_timeout, run_dir, ranks)
         lightning = build_trainer(
             trainer,
             debug,
@@ -328,11 +335,11 @@ def fit(
         seed_loop_counters(lightning, start, accumulation)
         interrupted = None
         try:
-            with watch:
-                lightning.fit(module, datamodule=datamodule)
+            lightning.fit(module, datamodule=datamodule)
         except TrainingInterrupted as stop:
             interrupted = stop.signum
             signals.learn(interrupted)
+        watch.beat()
         module.counters.seconds = module.clock.seconds
     newest = store.path(module.step)
     return FitResult(

@@ -8,43 +8,58 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 
-from powertrain.training.ranks import Ranks
+from powertrain.training.ranks import ALONE, Ranks
 
 EXIT_CODE = 70  # EX_SOFTWARE of sysexits.h
+_REPORT_SECONDS = 60.0  # for what a process that ends has to write, on a file system that may be the cause
 
 
 class HangWatch(pl.Callback):
-    """Ends all processes when one has not finished a batch for too long; as a context, it watches while it is open.
+    """Ends all processes when one has finished nothing for too long; watches from `start` until its block is left.
+
+    Finished is a batch, or what `beat` is called after: a phase of the start, such as a restore.
 
     Each process writes the stacks of its threads to `<run_dir>/hang/rank-R.txt` and to stderr. The first that notices
     tells the others through the store, so that those that only wait show where, before any of them ends.
 
     Args:
-        timeout: seconds without a finished batch.
+        timeout: seconds without anything finished.
+        on_hang: called with a sentence, once the stacks are written and before the process ends.
     """
 
-    def __init__(self, timeout: float, run_dir: Path, ranks: Ranks) -> None:
+    def __init__(self, timeout: float, run_dir: Path, on_hang: Callable[[str], None] = lambda _: None) -> None:
         self.timeout = timeout
-        self.path = run_dir / "hang" / f"rank-{ranks.rank}.txt"
-        self.ranks = ranks
+        self.directory = run_dir / "hang"
+        self.on_hang = on_hang
+        self.ranks = ALONE
+        self._store: torch.distributed.Store | None = None
         self._interval = min(max(timeout / 10, 0.05), 5.0)
         self._stop = threading.Event()
         self._beat = time.monotonic()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> HangWatch:
-        self._beat = time.monotonic()
-        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def start(self, ranks: Ranks) -> None:
+        """Begin to watch this process, one of `ranks`."""
+        self.ranks = ranks
+        # A connection of its own: who waits for a key has the other one for himself.
+        self._store = ranks.store.clone() if ranks.store is not None else None  # type: ignore[attr-defined]
+        self.beat()
+        self._thread.start()
 
     def beat(self, *_: Any, **__: Any) -> None:
         """Say that something was finished."""
@@ -54,8 +69,9 @@ class HangWatch(pl.Callback):
     on_validation_start = on_validation_batch_end = on_validation_end = beat
 
     def _watch(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("w") as file:
+        path = self.directory / f"rank-{self.ranks.rank}.txt"
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with path.open("w+") as file:
             while not self._stop.wait(self._interval):
                 # Where native code holds Python's lock this thread stands too, and faulthandler's own takes over.
                 faulthandler.dump_traceback_later(self.timeout + 10 * self._interval, exit=True, file=file)
@@ -63,29 +79,31 @@ class HangWatch(pl.Callback):
                 if idle > self.timeout or self._told():
                     self._end(idle, file)
             faulthandler.cancel_dump_traceback_later()
-        self.path.unlink()
+        path.unlink()
         with contextlib.suppress(OSError):
-            self.path.parent.rmdir()
+            self.directory.rmdir()
 
     def _told(self) -> bool:
         try:
-            return self.ranks.store is not None and self.ranks.store.check(["hang"])
+            return self._store is not None and self._store.check(["hang"])
         except RuntimeError:
             return False  # rank 0 is gone, and with it the store
 
     def _end(self, idle: float, file: Any) -> None:
-        faulthandler.cancel_dump_traceback_later()
-        if self.ranks.store is not None and not self._told():
+        faulthandler.dump_traceback_later(_REPORT_SECONDS, exit=True)
+        if self._store is not None and not self._told():
             with contextlib.suppress(RuntimeError):
-                self.ranks.store.set("hang", str(self.ranks.rank))
+                self._store.set("hang", str(self.ranks.rank))
         faulthandler.dump_traceback(file, all_threads=True)
-        file.flush()
+        file.seek(0)
         who = f"rank {self.ranks.rank}: " if self.ranks.size > 1 else ""
+        sentence = f"{who}nothing was finished for {idle:.1f} s (trainer.hang_timeout={self.timeout:g})"
         sys.stderr.write(
-            f"powertrain train: {who}no batch was finished for {idle:.1f} s (trainer.hang_timeout={self.timeout:g});"
-            f" the run is stopped, and this process stood here ({self.path}):\n{self.path.read_text()}"
+            f"powertrain train: {sentence}; the run is stopped, and this process stood here ({file.name}):\n"
+            f"{file.read()}"
         )
         sys.stderr.flush()
+        self.on_hang(f"hang: {sentence}")
         # The others need a moment to notice and to write.
         time.sleep(3 * self._interval + 1.0)
         os._exit(EXIT_CODE)

@@ -1,5 +1,7 @@
 """`powertrain train` in which something happens on one rank at the end of a step, before anything is saved of it.
 
+At step 0 it happens while the rank starts, before its model has weights.
+
 python -m tests.training.faulty_train FAULT:RANK:STEP OVERRIDES...      FAULT: error, kill, hang, nan, disk or none
 """
 
@@ -8,15 +10,16 @@ import os
 import signal
 import sys
 import time
+from typing import Any
 
 import torch
 
 from powertrain import cli
-from powertrain.training import checkpoint
+from powertrain.training import checkpoint, distribution, fit
 from powertrain.training.module import PowertrainModule
 
 
-def happen(fault: str, module: PowertrainModule) -> None:
+def happen(fault: str, module: PowertrainModule | None = None) -> None:
     match fault:
         case "error":
             raise KeyError("the fault of this rank")
@@ -25,6 +28,7 @@ def happen(fault: str, module: PowertrainModule) -> None:
         case "hang":
             time.sleep(600)
         case "nan":
+            assert module is not None
             with torch.no_grad():
                 next(module.parameters()).fill_(float("nan"))
         case "disk":
@@ -45,6 +49,12 @@ def main() -> int:
         if self.step == int(step) and self.ranks.rank == int(rank):
             happen(fault, self)
 
+    def materialize(*args: Any) -> None:
+        if int(step) == 0 and os.environ["RANK"] == rank:
+            happen(fault)
+        distribution.materialize(*args)
+
+    fit.materialize = materialize
     PowertrainModule.optimizer_step = optimizer_step  # type: ignore[method-assign]
     return cli.main(["train", *sys.argv[2:]])
 

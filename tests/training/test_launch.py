@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from powertrain.run_status import read_status
 from powertrain.training import launch as launching
 from powertrain.training.launch import launch, launcher
 from powertrain.training.records import read_metrics
@@ -82,6 +83,7 @@ def test_a_fault_of_one_rank_ends_all_and_is_said_first(corpus, tmp_path):
         error=("error:1:5",),
         kill=("kill:1:5",),
         hang=("hang:1:5", "trainer.hang_timeout=20", "trainer.strategy=fsdp"),
+        hang_at_start=("hang:1:0", "trainer.hang_timeout=20"),
     )
 
     code, stderr = ended["error"]
@@ -97,14 +99,18 @@ def test_a_fault_of_one_rank_ends_all_and_is_said_first(corpus, tmp_path):
     assert first.endswith("was ended by SIGKILL (out of memory?); the other processes are stopped")
 
     # A hang shows the stacks of all ranks.
-    code, stderr = ended["hang"]
-    assert code == 70
-    for rank, place in ((0, "_agree"), (1, "in happen")):
-        stacks = (tmp_path / "hang" / "hang" / f"rank-{rank}.txt").read_text()
-        assert place in stacks
-        assert stacks in stderr
-        assert f"rank {rank}: no batch was finished for " in stderr
-    assert len(complaints(stderr)) == 2
+    for name, waits in (("hang", "_agree"), ("hang_at_start", "in fit")):
+        code, stderr = ended[name]
+        assert code == 70
+        for rank, place in ((0, waits), (1, "in happen")):
+            stacks = (tmp_path / name / "hang" / f"rank-{rank}.txt").read_text()
+            assert place in stacks
+            assert stacks in stderr
+            assert f"rank {rank}: nothing was finished for " in stderr
+        assert len(complaints(stderr)) == 2
+        status = read_status(tmp_path / name)
+        assert status.state == "failed"
+        assert status.message.startswith("hang: rank 0: nothing was finished for ")
 
 
 @pytest.mark.slow
