@@ -11,6 +11,8 @@ import functools
 import gc
 import itertools
 import os
+import socket
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -32,7 +34,7 @@ from powertrain.training.batching import Devices
 from powertrain.training.config import TrainerConfig
 from powertrain.training.launch import launcher
 from powertrain.training.ranks import Ranks, agree_to_start
-from powertrain.training.signals import StopSignals
+from powertrain.training.signals import POLL, StopSignals
 
 
 def launcher_environment(devices: Devices) -> ClusterEnvironment | None:
@@ -61,8 +63,29 @@ def _common_store(rank: int, size: int, address: str, port: str, timeout: timede
 
     Address and port are those of the environment, which is where they are read from.
     """
+    if _keeps_store(rank):
+        # Without waiting for the others: native code that waits lets no signal through.
+        return torch.distributed.TCPStore(
+            address, int(port), size, True, timeout, wait_for_workers=False, multi_tenant=True
+        )
     store, _, _ = next(torch.distributed.rendezvous("env://", rank, size, timeout=timeout))
     return store
+
+
+def _keeps_store(rank: int) -> bool:
+    return rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+
+
+def _wait_for_store(address: str, port: str, signals: StopSignals, timeout: timedelta) -> None:
+    deadline = time.monotonic() + timeout.total_seconds()
+    while time.monotonic() < deadline:
+        signals.raise_received()
+        try:
+            socket.create_connection((address, int(port)), timeout=1.0).close()
+            return
+        except OSError:
+            time.sleep(POLL)
+    raise TimeoutError(f"the first process has not opened {address}:{port} within {timeout.total_seconds():g} s")
 
 
 @contextlib.contextmanager
@@ -99,7 +122,9 @@ def process_group(config: TrainerConfig, devices: Devices, signals: StopSignals)
     # The watch over hangs must speak first: it knows the stacks.
     timeout = timedelta(seconds=2 * config.hang_timeout + 60)
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    common = signals.wait_for(lambda: _common_store(rank, size, address, port, timeout))
+    if not _keeps_store(rank):
+        _wait_for_store(address, port, signals, timeout)
+    common = _common_store(rank, size, address, port, timeout)
     store = torch.distributed.PrefixStore(f"fit/{next(_meetings)}", common)
     agree_to_start(torch.distributed.PrefixStore("meeting", store), size, signals, timeout)
     torch.distributed.init_process_group(

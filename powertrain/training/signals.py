@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, wait
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any
 
-T = TypeVar("T")
 POLL = 0.1  # seconds between two looks at what may have come
 
 
@@ -80,24 +78,6 @@ class StopSignals:
         if self.received is not None:
             self._ending = True
             raise Stopped(self.received)
-
-    def wait_for(self, function: Callable[[], T]) -> T:
-        """Return what `function` returns; within `deferred()`, a signal meanwhile raises `Stopped` and leaves it alone.
-
-        In a thread: while native code waits in the main one, Python does not learn of signals.
-        """
-        result: Future[T] = Future()
-
-        def work() -> None:
-            try:
-                result.set_result(function())
-            except BaseException as error:
-                result.set_exception(error)
-
-        threading.Thread(target=work, daemon=True).start()
-        while not wait([result], timeout=POLL).done:
-            self.raise_received()
-        return result.result()
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.received is not None and signum == signal.SIGINT:

@@ -3,7 +3,6 @@
 import os
 import signal
 import threading
-import time
 from datetime import timedelta
 
 import pytest
@@ -75,22 +74,6 @@ def test_a_lost_store_is_an_interruption_where_a_signal_came_here_too():
         agree_to_start(client, 2, StopSignals(), SECOND)
     with pytest.raises(Stopped):
         agree_to_start(client, 2, signalled(signal.SIGUSR1), SECOND)
-
-
-def test_a_signal_is_seen_while_native_code_waits():
-    release = threading.Event()
-    with StopSignals() as signals:
-        assert signals.wait_for(lambda: 7) == 7
-        with pytest.raises(TimeoutError, match="of the function"):
-            signals.wait_for(lambda: (_ for _ in ()).throw(TimeoutError("of the function")))
-        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGUSR1)).start()
-        started = time.monotonic()
-        with pytest.raises(Stopped), signals.deferred():
-            signals.wait_for(lambda: release.wait(60))
-        assert time.monotonic() - started < 30
-        # What follows the first changes nothing.
-        os.kill(os.getpid(), signal.SIGTERM)
-    release.set()
 
 
 def test_a_signal_after_that_of_another_process_changes_nothing():
