@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
 
 from powertrain.ops.context_shard import ContextGroup
 from powertrain.training.inputs import model_inputs
@@ -79,7 +80,8 @@ def diagnose(
     """
     weights = next((name for name, parameter in model.named_parameters() if not _finite(parameter)), None)
     found: dict[str, str] = {}
-    handles = []
+    handles: list[RemovableHandle] = []
+    observed: set[str] = set()  # parameters whose gradients are looked at
     # Only the first micro-batch in which something was found tells where it began.
     observing = True
 
@@ -96,12 +98,17 @@ def diagnose(
             if tensor.requires_grad:
                 tensor.register_hook(lambda gradient: observe_gradient(f"{name}'s output", gradient))
 
+    def observe_parameters(prefix: str, module: nn.Module) -> None:
+        for name, parameter in module.named_parameters(prefix):
+            if parameter.requires_grad and name not in observed and not isinstance(parameter, DTensor):
+                observed.add(name)
+                handles.append(parameter.register_hook(lambda gradient, name=name: observe_gradient(name, gradient)))
+
     for name, module in model.named_modules():
         label = name or "the loss"
         handles.append(module.register_forward_hook(lambda _m, _i, output, label=label: observe_output(label, output)))
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            handles.append(parameter.register_hook(lambda gradient, name=name: observe_gradient(name, gradient)))
+        # Gradients of a sharded model arrive at the gathered parameters, which modules have only while they run.
+        handles.append(module.register_forward_pre_hook(lambda module, _i, name=name: observe_parameters(name, module)))
     total, labels_seen = 0.0, 0
     try:
         # Compiled code would run without the observers.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import lightning.pytorch as pl
 import torch
+import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
@@ -57,4 +58,34 @@ class CountMessages(pl.Callback):
         assert counts.get(torch.ops.c10d._reduce_scatter_base_, 0) == (units if pl_module.at_step_end else 0)
 
 
-SCENES = {"keep": KeepGradients, "sharded": CheckSharded, "count": CountMessages}
+class _NanWeightGradient(torch.autograd.Function):
+    """A linear map of which only the weight's gradient is not finite."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (weight,) = ctx.saved_tensors
+        return gradient @ weight, torch.full_like(weight, float("nan"))
+
+
+class SpoilGradient(pl.Callback):
+    """Spoils one weight's gradient on rank 1 in step 2, and writes what is said of it to `<run_dir>/said.txt`."""
+
+    def on_fit_start(self, trainer, pl_module):
+        down = pl_module.model.blocks[1].mlp.down
+
+        def forward(x):
+            spoiled = trainer.global_rank == 1 and pl_module.step == 1
+            return _NanWeightGradient.apply(x, down.weight) if spoiled else F.linear(x, down.weight)
+
+        assert down.bias is None
+        down.forward = forward
+        if trainer.is_global_zero:
+            pl_module.print = (pl_module.run_dir / "said.txt").write_text
+
+
+SCENES = {"keep": KeepGradients, "sharded": CheckSharded, "count": CountMessages, "spoil": SpoilGradient}

@@ -60,6 +60,8 @@ def two(tmp_path_factory):
         {"name": "compiled", "compile": True, **fsdp},
         {"name": "bf16 ddp", "model": "gpt", "strategy": "ddp", "precision": "bf16-mixed"},
         {"name": "bf16 fsdp", "precision": "bf16-mixed", "scene": "sharded", **fsdp},
+        {"name": "spoiled ddp", "model": "gpt", "strategy": "ddp", "scene": "spoil", "steps": 2, "nonfinite": "skip"},
+        {"name": "spoiled fsdp", "scene": "spoil", **fsdp, "steps": 2, "nonfinite": "skip"},
         # The same run in two parts, and one that changes its strategy.
         {"name": "resumed", **fsdp, "steps": 2},
         {"name": "resumed", **fsdp},
@@ -103,6 +105,13 @@ def test_a_resumed_run_on_equal_ranks_has_the_bits_of_the_unbroken_one(two):
     mine, theirs = (saved_tensors(two / name / "checkpoints" / "last") for name in ("resumed", "fsdp"))
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_gradient_that_is_not_finite_is_found_on_its_rank(two, strategy):
+    said = (two / f"spoiled {strategy}" / "said.txt").read_text()
+    where = "the gradient of blocks.1.mlp.down.weight went first"
+    assert said.startswith(f"step 2: the gradient is not finite on rank 1: {where};")
 
 
 def test_four_ranks_train_as_one_process(four, alone):
