@@ -58,6 +58,7 @@ NOT_IDENTITY = {
         "devices",
         "num_nodes",
         "strategy",
+        "fsdp_accumulation",
         "context_parallel",
         "micro_batch_size",
         "log_every_steps",

@@ -17,6 +17,7 @@ UNITS = ("tokens", "steps", "flops")
 PRECISIONS = ("bf16-mixed", "32-true")
 ACCELERATORS = ("auto", "cpu", "gpu")
 STRATEGIES = ("auto", "ddp", "fsdp")
+FSDP_ACCUMULATIONS = ("auto", "whole", "sharded")
 NONFINITE_POLICIES = ("stop", "skip")
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 PROFILERS = ("simple", "pytorch")
@@ -115,8 +116,13 @@ class TrainerConfig:
     devices: int | str = "auto"  # processes on this node; auto is every GPU, or one process on a CPU
     num_nodes: int = 1  # machines
     # How processes share the model: ddp (each has all of it), fsdp (FSDP2: parameters, gradients and optimizer are
-    # divided over them) or auto (ddp). One process alone needs none.
+    # divided over them; gradients of several micro-batches by the next option) or auto (ddp). One process alone needs
+    # none.
     strategy: str = "auto"
+    # What a process holds from one micro-batch of an fsdp step to the next: sharded (its part of the gradients; each
+    # micro-batch gathers and reduces), whole (all gradients and gathered weights; a step gathers and reduces once) or
+    # auto (whole where that takes at most a tenth of the smallest GPU, and on CPUs).
+    fsdp_accumulation: str = "auto"
     context_parallel: int = 1  # processes that share each sequence, which divides into as many slices; 1 shares none
     hang_timeout: float = 1800.0  # seconds with nothing finished after which all processes show their stacks and end
     compile: bool = False  # torch.compile of the model
@@ -148,6 +154,7 @@ class TrainerConfig:
         _one_of("trainer.precision", self.precision, PRECISIONS)
         _one_of("trainer.accelerator", self.accelerator, ACCELERATORS)
         _one_of("trainer.strategy", self.strategy, STRATEGIES)
+        _one_of("trainer.fsdp_accumulation", self.fsdp_accumulation, FSDP_ACCUMULATIONS)
         _one_of("trainer.nonfinite", self.nonfinite, NONFINITE_POLICIES)
         _flags(self, "trainer", "compile", "deterministic")
         if self.devices != "auto":

@@ -36,6 +36,9 @@ from powertrain.training.launch import launcher
 from powertrain.training.ranks import Ranks, agree_to_start
 from powertrain.training.signals import POLL, StopSignals
 
+# Largest share of a GPU's memory that fsdp takes unasked, to gather and reduce once a step.
+WHOLE_SHARE = 0.1
+
 
 def launcher_environment(devices: Devices) -> ClusterEnvironment | None:
     """Return Lightning's view of what started this process as one of several, or None where it is alone."""
@@ -203,7 +206,15 @@ def compile_model(model: nn.Module) -> None:
 
 
 class ShardedStrategy(DDPStrategy):
-    """Lightning's distributed strategy for a model that is sharded already: nothing is wrapped, FSDP2 synchronises."""
+    """Lightning's distributed strategy for a model that is sharded already: nothing is wrapped, FSDP2 synchronises.
+
+    Args:
+        keeps_whole: between the micro-batches of a step, keep whole gradients and gathered blocks, instead of shards.
+    """
+
+    def __init__(self, *, keeps_whole: bool) -> None:
+        super().__init__()
+        self.keeps_whole = keeps_whole
 
     def setup(self, trainer: Any) -> None:
         assert self.accelerator is not None
@@ -229,7 +240,10 @@ class ShardedStrategy(DDPStrategy):
 
     @contextlib.contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """Keep what a micro-batch that is not the last has: its gradients, whole and unreduced, and the weights."""
+        """Keep what a micro-batch that is not the last has, if asked to: whole, unreduced gradients and the weights."""
+        if not self.keeps_whole:
+            yield
+            return
         self._sharded.set_requires_gradient_sync(False)
         self._sharded.set_reshard_after_backward(False)
         try:
@@ -239,10 +253,10 @@ class ShardedStrategy(DDPStrategy):
             self._sharded.set_reshard_after_backward(True)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        # Whole gradients are kept from one micro-batch to the next: weights in 16 bits beside them cost half as much
-        # again, and are gathered once a step.
+        # Beside whole gradients, weights in 16 bits cost half as much again, and are gathered once a step.
         assert self.lightning_module is not None
-        self._drop_blocks_after_forward(self.lightning_module.trainer.accumulate_grad_batches == 1)
+        alone = self.lightning_module.trainer.accumulate_grad_batches == 1
+        self._drop_blocks_after_forward(alone or not self.keeps_whole)
         return super().training_step(*args, **kwargs)
 
     def post_backward(self, closure_loss: Tensor) -> None:
@@ -285,12 +299,24 @@ class ReproducibleStrategy(DDPStrategy):
         self.model.register_comm_hook(None, _mean_in_order_of_ranks)
 
 
-def lightning_strategy(model: nn.Module, ranks: Ranks) -> Strategy | str:
-    """Return Lightning's strategy for `model` on these processes."""
+def _accumulates_whole(model: nn.Module, ranks: Ranks, config: TrainerConfig) -> bool:
+    """Whether micro-batches keep whole gradients and weights (`TrainerConfig.fsdp_accumulation`); a collective."""
+    if config.fsdp_accumulation != "auto":
+        return config.fsdp_accumulation == "whole"
+    if ranks.device.type == "cpu":
+        return True
+    # Gradients in fp32, and the blocks' weights in the precision that they are gathered in.
+    held = sum(p.numel() for p in model.parameters()) * (6 if config.precision == "bf16-mixed" else 8)
+    (smallest,) = ranks.max(-torch.cuda.get_device_properties(ranks.device).total_memory)
+    return held <= WHOLE_SHARE * -smallest
+
+
+def lightning_strategy(model: nn.Module, ranks: Ranks, config: TrainerConfig) -> Strategy | str:
+    """Return Lightning's strategy for `model` on these processes; a collective where the model is sharded."""
     if ranks.size == 1:
         return "auto"
     if isinstance(model, FSDPModule):
-        return ShardedStrategy()
+        return ShardedStrategy(keeps_whole=_accumulates_whole(model, ranks, config))
     strategy = ReproducibleStrategy if ranks.device.type == "cpu" else DDPStrategy
     # Gradients alias the communication buckets: one copy less of all gradients.
     return strategy(gradient_as_bucket_view=True)

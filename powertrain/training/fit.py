@@ -178,7 +178,7 @@ def build_trainer(
         accelerator=devices.accelerator,
         devices=devices.per_node,
         num_nodes=devices.num_nodes,
-        strategy=lightning_strategy(model, ranks),
+        strategy=lightning_strategy(model, ranks, config),
         precision=config.precision,  # type: ignore[arg-type]
         logger=loggers,
         callbacks=callbacks,

@@ -24,15 +24,20 @@ from powertrain.training.config import ScheduleConfig
 from powertrain.training.fit import FitResult
 from tests.training.fakes import VOCAB, TinyModel, run_tiny
 from tests.training.scenes import SCENES
+from tests.training.test_gradients import round_anew
 
 
-def gpt(*, meta: bool = False, **options: Any) -> nn.Module:
+def gpt(*, meta: bool = False, rounded: tuple[int, float] | None = None, **options: Any) -> nn.Module:
+    """A small GPT; `rounded` is the seed and the relative size of an error in every weight."""
     torch.manual_seed(0)
     config = ModelConfig(
         n_layers=2, d_model=32, n_heads=2, vocab_size=VOCAB, mixer=MixerConfig(kind="power", chunk_size=16), **options
     )
     with torch.device("meta") if meta else nullcontext():
-        return GPT(config)
+        model = GPT(config)
+    if rounded is not None:
+        round_anew(model, *rounded)
+    return model
 
 
 def train(

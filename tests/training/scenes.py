@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
@@ -40,22 +42,73 @@ class CheckSharded(KeepGradients):
                 assert tensor.dtype == torch.float32
 
 
-class CountMessages(pl.Callback):
-    """Asserts what each micro-batch of a step sends: the first gathers each block's weights, and the rest's, and the
-    last reduces their gradients.
+def bytes_held() -> int:
+    """Bytes of the numbers that this process holds: every floating-point tensor with its gradient, views once.
+
+    Not those without numbers, which a compilation leaves.
     """
+    gc.collect()
+    storages = {}
+    for tensor in [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter, DTensor)]:
+        for x in (tensor, tensor.grad if tensor.is_leaf else None):
+            local = x.to_local() if isinstance(x, DTensor) else x
+            if local is not None and local.is_floating_point():
+                storage = local.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+class CheckAccumulation(KeepGradients):
+    """Asserts what each micro-batch of a step sends, what is held after it, and that all ends and validates sharded."""
+
+    def setup(self, trainer, pl_module, stage):
+        assert trainer.accumulate_grad_batches >= 3
 
     def on_train_batch_start(self, trainer, pl_module, *_):
         self._first = pl_module.at_step_end
+        if self._first:
+            # The gradients of the step before are still there, unless a validation dropped them.
+            gradients = [p.grad.to_local() for p in pl_module.model.parameters() if p.grad is not None]
+            self._before = bytes_held() - sum(gradient.nbytes for gradient in gradients)
         self._mode = CommDebugMode()
         self._mode.__enter__()
 
     def on_train_batch_end(self, trainer, pl_module, *_):
         self._mode.__exit__(None, None, None)
-        assert trainer.accumulate_grad_batches > 1
-        counts, units = self._mode.get_comm_counts(), len(pl_module.model.blocks) + 1
-        assert counts.get(torch.ops.c10d._allgather_base_, 0) == (units if self._first else 0)
-        assert counts.get(torch.ops.c10d._reduce_scatter_base_, 0) == (units if pl_module.at_step_end else 0)
+        model, last = pl_module.model, pl_module.at_step_end
+        counts, blocks = self._mode.get_comm_counts(), len(model.blocks)
+        gathers = counts.get(torch.ops.c10d._allgather_base_, 0)
+        reductions = counts.get(torch.ops.c10d._reduce_scatter_base_, 0)
+        whole = sum(4 * parameter.numel() for parameter in model.parameters())  # bytes
+        if pl_module.config.fsdp_accumulation == "sharded":
+            # Blocks once for each direction; what is not in a block stays from its forward to its backward pass.
+            assert (gathers, reductions) == (2 * blocks + 1, blocks + 1)
+            self.check_sharded(model)
+        else:
+            assert (gathers, reductions) == (blocks + 1 if self._first else 0, blocks + 1 if last else 0)
+        if last:
+            self.check_sharded(model)
+        elif pl_module.step > 0:  # before the first there are no moments
+            # What an earlier run of this process left may end meanwhile, which only lowers the difference.
+            held = bytes_held() - self._before
+            if pl_module.config.fsdp_accumulation == "sharded":
+                assert held < 1.01 * whole / trainer.world_size, held  # gradients
+            else:
+                assert whole < held < 2.01 * whole, held  # weights and gradients
+        super().on_train_batch_end(trainer, pl_module)
+
+    def check_sharded(self, module):
+        assert all(isinstance(parameter, DTensor) for parameter in module.parameters())
+
+    def on_validation_start(self, trainer, pl_module):
+        self.check_sharded(pl_module.model)
+
+    def on_validation_batch_end(self, trainer, pl_module, *_):
+        # What is not in a block is gathered once for all batches.
+        self.check_sharded(pl_module.model.blocks)
+
+    def on_validation_end(self, trainer, pl_module):
+        self.check_sharded(pl_module.model)
 
 
 class _NanWeightGradient(torch.autograd.Function):
@@ -88,4 +141,4 @@ class SpoilGradient(pl.Callback):
             pl_module.print = (pl_module.run_dir / "said.txt").write_text
 
 
-SCENES = {"keep": KeepGradients, "sharded": CheckSharded, "count": CountMessages, "spoil": SpoilGradient}
+SCENES = {"keep": KeepGradients, "sharded": CheckSharded, "accumulate": CheckAccumulation, "spoil": SpoilGradient}

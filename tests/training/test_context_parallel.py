@@ -11,16 +11,19 @@ from powertrain.training.batching import Devices, resolve_devices
 from powertrain.training.config import TrainerConfig
 from powertrain.training.records import read_metrics
 from tests.training.rank_script import train
-from tests.training.test_distribution import FP32, STEPS, assert_same_training, run_ranks, values
+from tests.training.test_distribution import STEPS, assert_same_training, run_ranks, train_alone, values
 from tests.training.test_launch import OPTIONS
+
+# Losses are means of a few hundred terms in fp32, summed in another order; two orders beyond the rounding of one term.
+FP32 = 1e-5
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """One process, two that share every sequence, and two pairs that do; a launch each."""
     directory = tmp_path_factory.mktemp("runs")
-    train(directory, name="alone", model="gpt", **STEPS)
-    shared = {"model": "gpt", "context_parallel": 2}
+    train_alone(directory, "alone", model="gpt")
+    shared = {"model": "gpt", "context_parallel": 2, "scene": "keep"}
     run_ranks(
         directory,
         2,
@@ -37,7 +40,7 @@ def runs(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "compiled", "compiled again", "pairs"])
 def test_shared_sequences_train_as_whole_ones(runs, name):
-    assert_same_training(runs / name, runs / "alone", FP32)
+    assert_same_training(runs / name, runs / "alone")
 
 
 def test_everything_that_is_logged_is_of_whole_sequences(runs):
@@ -52,7 +55,7 @@ def test_everything_that_is_logged_is_of_whole_sequences(runs):
 
 def test_a_run_goes_on_where_sequences_are_no_longer_shared(runs):
     assert train(runs, name="moved", model="gpt", **STEPS).resumed_step == 2
-    assert_same_training(runs / "moved", runs / "alone", FP32)
+    assert_same_training(runs / "moved", runs / "alone")
 
 
 def test_groups_of_processes_share_the_global_batch():
@@ -100,4 +103,5 @@ def test_one_command_shares_the_packed_documents_of_a_corpus(tmp_path):
         command = [sys.executable, "-m", "powertrain", "train", *arguments, f"run_id={name}", *changes]
         subprocess.run(command, env=environment, check=True, timeout=240)
     assert len(values(tmp_path / "one", "train/loss")) == 8
-    assert_same_training(tmp_path / "two", tmp_path / "one", FP32)
+    for key, rtol in {"train/loss": FP32, "val/loss": FP32, "train/grad_norm": 10 * FP32}.items():
+        assert values(tmp_path / "two", key) == pytest.approx(values(tmp_path / "one", key), rel=rtol), key
