@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from powertrain.scaling.run import Outcome, SweepState
     from powertrain.training.signals import StopSignals
 
+DIRECTORY = Path("sweeps")
+
 DESCRIPTION = """\
 From FLOPs budgets to perplexity curves: a recipe says which mixers, sizes and budgets; `plan` says what that costs,
 `run` trains what is missing, `report` fits and draws what the records hold.
@@ -54,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     for command in (plan, prepare, run, status, timing, report):
         command.add_argument("recipe", metavar="RECIPE", help="path or shipped name")
         command.add_argument(
-            "--directory", type=Path, default=Path("sweeps"), help="holds one directory per sweep (default: sweeps)"
+            "--directory", type=Path, default=DIRECTORY, help="holds one directory per sweep (default: sweeps)"
         )
     plan.add_argument("--device", default="H200", help="what to price for, such as H100, or cpu (default: H200)")
     plan.add_argument("--json", action="store_true", help="one JSON object per cell instead of tables")
@@ -91,7 +93,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> int:
-    """Run `powertrain sweep` and return its exit code: 0 done, 1 some cells failed, 2 bad input, 130 interrupted."""
+    """Run `powertrain sweep` and return its exit code: 0 done, 1 cells have failed, 2 bad input, 130 interrupted."""
     from powertrain.scaling.recipe import load_recipe
 
     arguments = parser().parse_args(argv)
@@ -105,6 +107,16 @@ def main(argv: list[str]) -> int:
         "report": _report,
     }
     return commands[arguments.command](recipe, arguments)
+
+
+def _hint(command: str, arguments: argparse.Namespace) -> str:
+    """Return the command line of another command on the same sweep."""
+    import shlex
+
+    words = ["powertrain", "sweep", command, arguments.recipe]
+    if arguments.directory != DIRECTORY:
+        words += ["--directory", str(arguments.directory)]
+    return shlex.join(words)
 
 
 def _state(recipe: Recipe, directory: Path, device: str | None = None) -> SweepState:
@@ -143,9 +155,7 @@ def _plan(recipe: Recipe, arguments: argparse.Namespace) -> int:
 def _prepare(recipe: Recipe, arguments: argparse.Namespace) -> int:
     from powertrain.data.prepare import prepare
 
-    config = _state(recipe, arguments.directory).catalog.config(
-        next(iter(recipe.mixers)), next(iter(recipe.ladder)), recipe.contexts[0]
-    )
+    config = _state(recipe, arguments.directory).shared_config()
     print(f"data: {prepare(config.data, config.paths.cache).directory}")
     return 0
 
@@ -165,11 +175,21 @@ def _run(recipe: Recipe, arguments: argparse.Namespace) -> int:
     state = _state(recipe, arguments.directory)
     if arguments.retry_failed:
         state.failures.forget(state.failures.ids())
+    failed_earlier = state.failed(state.expand())
     code = _run_on_gpus(state, arguments) if arguments.gpus is not None else _run_here(state, arguments)
     if not arguments.quiet:
         _print_status(state)
-        if not state.missing(state.expand()):
-            print(f"next: powertrain sweep report {arguments.recipe}")
+    expansion = state.expand()
+    failed = state.failed(expansion)
+    if failed:
+        print(
+            f"{len(failed)} {'cell' if len(failed) == 1 else 'cells'} failed"
+            f"{' earlier' if failed <= failed_earlier else ''}: see `{_hint('status', arguments)}`; "
+            f"--retry-failed tries {'it' if len(failed) == 1 else 'them'} again"
+        )
+        return code or 1
+    if not arguments.quiet and not state.missing(expansion):
+        print(f"next: {_hint('report', arguments)}")
     return code
 
 
@@ -183,7 +203,7 @@ def _run_here(state: SweepState, arguments: argparse.Namespace) -> int:
         except Stopped as stop:
             outcome = Outcome(interrupted_by=stop.signum)
         if outcome.interrupted_by is None:
-            return 1 if outcome.failed else 0
+            return 0
         print("Interrupted. Everything is saved; the same command continues.")
         if arguments.requeue:
             from powertrain.scaling.launch import requeue
@@ -198,10 +218,10 @@ def _run_cells(state: SweepState, arguments: argparse.Namespace, signals: StopSi
     from rich.console import Console
 
     from powertrain.scaling.display import LiveStatus, deadline
-    from powertrain.scaling.execute import TrainingExecutor, check_data
+    from powertrain.scaling.execute import TrainingExecutor, check
     from powertrain.scaling.run import run
 
-    check_data(state)
+    check(state)
     executor = TrainingExecutor(
         state.recipe,
         state.paths,
@@ -233,8 +253,11 @@ def _run_on_gpus(state: SweepState, arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from powertrain.scaling.display import LiveStatus
+    from powertrain.scaling.execute import check
     from powertrain.scaling.launch import run_on_gpus, visible_gpus
 
+    gpus = visible_gpus(arguments.gpus)
+    check(state, devices=False)
     passed_on = ["sweep", "run", arguments.recipe, "--directory", str(arguments.directory), "--quiet"]
     passed_on += ["--shared-by", str(arguments.per_gpu)]
     for flag in ("no_wait", "keep_checkpoints", "wandb"):
@@ -243,7 +266,7 @@ def _run_on_gpus(state: SweepState, arguments: argparse.Namespace) -> int:
     if arguments.max_hours is not None:
         passed_on += ["--max-hours", str(arguments.max_hours)]
     with LiveStatus(state, Console(file=sys.stdout), live=not arguments.quiet):
-        return run_on_gpus(passed_on, visible_gpus(arguments.gpus), state.paths.logs, arguments.per_gpu)
+        return run_on_gpus(passed_on, gpus, state.paths.logs, arguments.per_gpu)
 
 
 def _submit(recipe: Recipe, arguments: argparse.Namespace) -> int:
@@ -267,7 +290,7 @@ def _submit(recipe: Recipe, arguments: argparse.Namespace) -> int:
         return 0
     array_id, report_id = submit(cluster, array, report, paths)
     print(f"submitted runners {array_id}[0-{arguments.slurm - 1}] and report {report_id}; logs in {array.log_dir}")
-    print(f"follow: powertrain sweep status {arguments.recipe} --directory {arguments.directory}")
+    print(f"follow: {_hint('status', arguments)}")
     return 0
 
 
@@ -287,10 +310,11 @@ def _status(recipe: Recipe, arguments: argparse.Namespace) -> int:
 
 def _time(recipe: Recipe, arguments: argparse.Namespace) -> int:
     from powertrain.scaling.timing import run_timings
+    from powertrain.schema import ConfigError
 
     state = _state(recipe, arguments.directory)
     if not state.store.finished():
-        raise ValueError(f"sweep {recipe.name!r} has no records yet: powertrain sweep run {arguments.recipe}")
+        raise ConfigError(f"sweep {recipe.name!r} has no records yet: {_hint('run', arguments)}")
     made = run_timings(state, state.paths.timings, state.paths.logs / "timings.log", print)
     print(f"{len(made)} timings in {state.paths.timings}" if made else "everything that won is timed on this device")
     return 0

@@ -63,7 +63,7 @@ def status_table(state: SweepState) -> RenderableType:
     from rich.text import Text
 
     expansion = state.expand()
-    finished, failed = state.store.finished(), state.failures.ids()
+    finished, failed = state.store.finished(), state.failed(expansion)
     holders = {t: state.claims.holder(t) for t in {c.trunk for c in expansion.cells if c.id not in finished}}
     running: dict[str, str] = {}
     for trunk, cells in state.missing(expansion).items():
@@ -101,7 +101,7 @@ def status_table(state: SweepState) -> RenderableType:
         loss_text = f", loss {loss:.3f}" if loss is not None else ""
         what = f"{c.mixer} {c.size} {c.budget:.3g}, lr {c.learning_rate:.3g}, seed {c.seed}"
         lines.append(Text(f"running {cell}  {what}: {fraction:.0%}{loss_text}  ({holder})", style="cyan"))
-    for cell in sorted(failed & set(cells_by_id)):
+    for cell in sorted(failed):
         c = cells_by_id[cell]
         text = f"failed  {cell}  {c.mixer} {c.size} {c.budget:.3g}: {state.failures.message(cell)}"
         lines.append(Text(text, style="red", overflow="ellipsis", no_wrap=True))

@@ -76,21 +76,35 @@ def printing_to(path: Path) -> Iterator[None]:
         yield
 
 
-def check_data(state: SweepState) -> None:
-    """Prepare the sweep's data and compare them with those of its records, before anything is trained in vain.
+def check(state: SweepState, *, devices: bool = True) -> None:
+    """Judge what the missing cells share, before one is claimed: it would fail them one by one. Prepares the data.
 
+    Args:
+        devices: judge those of this process too; not where it only starts runners, which see one GPU each.
     Errors:
-        ConfigError: this machine has other documents, as `python_packages` has wherever other packages are installed.
+        ConfigError: the tokenizer is not the planned one, or this machine has other documents than the records, as
+            `python_packages` has wherever other packages are installed.
+        ValueError: there are no such data or devices.
     """
     from powertrain.data.prepare import prepare
+    from powertrain.training.batching import resolve_devices
 
-    known = {r.data["tokens"] for r in state.store.read() if r.data.get("tokens")}
-    if not known:
+    missing = state.missing(state.expand())
+    if not missing:
         return
-    recipe = state.recipe
-    config = state.catalog.config(next(iter(recipe.mixers)), next(iter(recipe.ladder)), recipe.contexts[0])
-    here = prepare(config.data, config.paths.cache).fingerprint
-    if here not in known:
+    if devices:
+        # A cell's own, because the sequences of a step are shared out too.
+        resolve_devices(next(iter(missing.values()))[0].config.trainer)
+    config = state.shared_config()
+    store = prepare(config.data, config.paths.cache)
+    if store.vocab_size != config.model.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {store.vocab_size} entries, but cells are planned with {config.model.vocab_size}: set "
+            f"data.tokenizer.vocab_size to what the corpus yields"
+        )
+    known = {r.data["tokens"] for r in state.store.read() if r.data.get("tokens")}
+    here = store.fingerprint
+    if known and here not in known:
         raise ConfigError(
             f"the records in {state.paths.records} are of the tokens {', '.join(sorted(known))}, and this machine's "
             f"data.source={config.data.source} yields {here}: cells of both do not compare; continue where the same "
@@ -173,12 +187,7 @@ class TrainingExecutor:
         devices = resolve_devices(config.trainer)
         device = devices.torch_device
         assert result.fit.checkpoint is not None
-        model, tokenizer = load_run(result.fit.checkpoint, device)
-        if tokenizer.vocab_size != cell.config.model.vocab_size:
-            raise ConfigError(
-                f"the tokenizer has {tokenizer.vocab_size} entries, but the cell was planned with "
-                f"{cell.config.model.vocab_size}: set data.tokenizer.vocab_size to what the corpus yields"
-            )
+        model, _ = load_run(result.fit.checkpoint, device)
         data = TokenDataModule(
             config.data,
             context_length=cell.context,

@@ -15,6 +15,7 @@ from pathlib import Path
 from powertrain.cluster.config import ClusterConfig
 from powertrain.cluster.script import BatchJob, batch_script
 from powertrain.scaling.run import SweepPaths
+from powertrain.schema import ConfigError
 
 # Runners import torch at once; a little apart they do not compete for the disk.
 STAGGER_SECONDS = 1.0
@@ -22,21 +23,21 @@ _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def visible_gpus(wanted: str) -> list[str]:
-    """Return the GPUs of a list such as `0,1,2`, or all of this machine.
+    """Return the GPUs of a list such as `0,1,2`, or all of this machine, by the numbers that torch gives them.
 
     Errors:
-        ValueError: not a list of numbers, one given twice, or none there.
+        ConfigError: not a list of numbers, one given twice, or none there.
     """
-    if wanted == "all":
-        import torch
+    import torch
 
-        found = [str(i) for i in range(torch.cuda.device_count())]
-        if not found:
-            raise ValueError("--gpus all: this machine has no GPU that torch can see")
-        return found
-    gpus = [g.strip() for g in wanted.split(",")]
+    found = [str(i) for i in range(torch.cuda.device_count())]
+    gpus = found if wanted == "all" else [g.strip() for g in wanted.split(",")]
     if not all(g.isdigit() for g in gpus) or len(set(gpus)) != len(gpus):
-        raise ValueError(f"--gpus {wanted}: allowed are numbers separated by commas, each once, or `all`")
+        raise ConfigError(f"--gpus {wanted}: allowed are numbers separated by commas, each once, or `all`")
+    if not found:
+        raise ConfigError(f"--gpus {wanted}: this machine has no GPU that torch can see")
+    if not set(gpus) <= set(found):
+        raise ConfigError(f"--gpus {wanted}: torch sees {len(found)} here; allowed are {', '.join(found)}, or `all`")
     return gpus
 
 
@@ -50,6 +51,8 @@ def run_on_gpus(arguments: Sequence[str], gpus: Sequence[str], logs: Path, per_g
     processes: list[subprocess.Popen[bytes]] = []
     command = [sys.executable, "-m", "powertrain", *arguments]
     received: list[int] = []
+    # Where this process sees only some of the machine's GPUs, torch counts those.
+    shown = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
 
     def forward(signum: int, frame: object) -> None:
         received.append(signum)
@@ -66,7 +69,7 @@ def run_on_gpus(arguments: Sequence[str], gpus: Sequence[str], logs: Path, per_g
                 break
             name = f"runner-{gpu}" + (f"-{number}" if per_gpu > 1 else "")
             with (logs / f"{name}.log").open("ab") as log:
-                environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
+                environment = {**os.environ, "CUDA_VISIBLE_DEVICES": shown[int(gpu)] if shown else gpu}
                 processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
             if received:
                 # It came while this one was being started, and not yet in the list.

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from powertrain.config import RunConfig
 from powertrain.scaling.cells import Catalog, Cell, Expander, Expansion
 from powertrain.scaling.claims import LEASE_SECONDS, Claims
 from powertrain.scaling.recipe import Recipe
@@ -139,6 +140,15 @@ class SweepState:
         """Return the cells that the recipe and the results so far amount to."""
         failed = self.failures.ids()
         return Expander(self.recipe, self.catalog, self.outcomes(), failed, self.memory_gib, self._made).expand()
+
+    def shared_config(self) -> RunConfig:
+        """Return a configuration that stands for all cells in what they share: data and devices."""
+        recipe = self.recipe
+        return self.catalog.config(next(iter(recipe.mixers)), next(iter(recipe.ladder)), recipe.contexts[0])
+
+    def failed(self, expansion: Expansion) -> set[str]:
+        """Return the cells of the recipe that failed; their files may hold others, of a recipe that has changed."""
+        return self.failures.ids() & {c.id for c in expansion.cells}
 
     def missing(self, expansion: Expansion) -> dict[str, list[Cell]]:
         """Return the cells that are neither finished nor failed, by trunk, each trunk's smallest budget first."""

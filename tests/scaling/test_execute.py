@@ -222,7 +222,9 @@ def test_a_signal_to_all_processes_of_a_sweep_interrupts_what_runs_and_starts_no
         # Minutes for a cell, many times what a step takes.
         .replace("6.0e+7, 1.2e+8", "6.0e+10, 1.2e+11")
     )
-    command = [sys.executable, "-m", "powertrain", "sweep", "run", str(path), "--directory", str(tmp_path / "sweeps")]
+    # Its runners train on the CPU, but the parent wants the GPU that it is told to use.
+    parent = "import sys, torch; torch.cuda.device_count = lambda: 1; from powertrain.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", parent, "sweep", "run", str(path), "--directory", str(tmp_path / "sweeps")]
     command += ["--gpus", "0", "--per-gpu", "2", "--quiet"]
     process = subprocess.Popen(command, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     state = state_in(path, tmp_path / "sweeps")

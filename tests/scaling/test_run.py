@@ -1,24 +1,28 @@
+import dataclasses
 import multiprocessing
 import os
 import random
 import shutil
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from powertrain import __version__
 from powertrain.cli import main
+from powertrain.scaling.catalog import ComposedCatalog
 from powertrain.scaling.cli import parser
-from powertrain.scaling.launch import run_on_gpus
+from powertrain.scaling.launch import run_on_gpus, visible_gpus
 from powertrain.scaling.plan import coverage
-from powertrain.scaling.recipe import Analysis, Limits, Stage
+from powertrain.scaling.recipe import Analysis, Limits, Stage, load_recipe
 from powertrain.scaling.records import table
 from powertrain.scaling.report import build
 from powertrain.scaling.run import Failures, Interrupted, SweepPaths, SweepState, run
 
 from . import synthetic
 from .fakes import FakeCatalog, FakeExecutor
+from .test_execute import recipe_in
 
 RECIPE = synthetic.recipe(
     stages=(
@@ -191,10 +195,84 @@ def test_runners_share_a_gpu_only_where_gpus_are_named(tmp_path, capsys, where):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("*.txt", "*.none", "no file matches data.files"),
+        ("accelerator=cpu", "accelerator=gpu", "on this machine, which has 0"),
+        ("tokenizer.kind=bytes", "tokenizer.vocab_size=300", "cells are planned with 300"),
+    ],
+)
+def test_what_would_fail_every_cell_is_said_once_before_any(tmp_path, capsys, monkeypatch, old, new, words):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    path = recipe_in(tmp_path)
+    path.write_text(path.read_text().replace(old, new))
+    assert main(["sweep", "run", str(path), "--directory", str(tmp_path / "sweeps"), "--quiet"]) == 2
+    error = capsys.readouterr().err
+    assert error.count(words) == 1
+    assert not (tmp_path / "sweeps").exists(), "nothing was claimed, and nothing failed"
+
+
+def test_failed_cells_are_named_until_they_are_tried_again(tmp_path, capsys):
+    path = recipe_in(tmp_path)
+    here = ["--directory", str(tmp_path / "my sweeps")]
+    recipe = load_recipe(str(path))
+    state = SweepState(recipe, ComposedCatalog(recipe), SweepPaths(tmp_path / "my sweeps" / recipe.name))
+    cells = state.expand().cells
+    for cell in cells:
+        state.failures.add(cell, RuntimeError("out of memory"))
+    for quiet in ([], ["--quiet"]):
+        assert main(["sweep", "run", str(path), *here, *quiet]) == 1
+        (line,) = [x for x in capsys.readouterr().out.splitlines() if "--retry-failed" in x]
+        assert line == (
+            f"{len(cells)} cells failed earlier: see `powertrain sweep status {path} --directory "
+            f"'{tmp_path / 'my sweeps'}'`; --retry-failed tries them again"
+        )
+    state.failures.forget(state.failures.ids())
+    # Of a recipe that has changed since.
+    state.failures.add(dataclasses.replace(cells[0], id="tiny-0"), RuntimeError("out of memory"))
+    assert main(["sweep", "run", str(path), *here, "--quiet", "--max-hours", "0"]) == 0
+
+
+def test_gpus_that_torch_does_not_see_are_refused(tmp_path, capsys, monkeypatch):
+    command = ["sweep", "run", "smoke", "--directory", str(tmp_path), "--quiet", "--gpus"]
+    for there, given, words in (
+        (0, "all", "this machine has no GPU that torch can see"),
+        (0, "0,1", "this machine has no GPU that torch can see"),
+        (2, "1,2", "torch sees 2 here; allowed are 0, 1, or `all`"),
+        (2, "1,1", "each once"),
+    ):
+        monkeypatch.setattr("torch.cuda.device_count", lambda there=there: there)
+        assert main([*command, given]) == 2
+        assert f"--gpus {given}" in (error := capsys.readouterr().err)
+        assert words in error
+    assert not list(tmp_path.iterdir())
+    assert visible_gpus("all") == ["0", "1"]
+    assert visible_gpus("1") == ["1"]
+
+
+def test_of_the_gpus_that_a_process_sees_a_runner_sees_one(tmp_path, monkeypatch):
+    started = []
+
+    def start(command, *, env, **_):
+        started.append(env["CUDA_VISIBLE_DEVICES"])
+        return SimpleNamespace(poll=lambda: 0, returncode=0)
+
+    monkeypatch.setattr("subprocess.Popen", start)
+    monkeypatch.setattr("powertrain.scaling.launch.STAGGER_SECONDS", 0.0)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    run_on_gpus([], ["0", "1"], tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-5f")
+    run_on_gpus([], ["0", "1"], tmp_path)
+    assert started == ["0", "1", "2", "GPU-5f"]
+
+
 def test_those_who_share_a_gpu_are_told_how_many_they_are(tmp_path, monkeypatch):
     started = []
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr("powertrain.scaling.launch.run_on_gpus", lambda *given: started.append(given) or 0)
-    command = ["sweep", "run", "smoke", "--directory", str(tmp_path), "--quiet", "--gpus", "0,1", "--per-gpu", "3"]
+    recipe, place = str(recipe_in(tmp_path)), str(tmp_path / "sweeps")
+    command = ["sweep", "run", recipe, "--directory", place, "--quiet", "--gpus", "0,1", "--per-gpu", "3"]
     assert main(command) == 0
     ((passed_on, gpus, _, per_gpu),) = started
     assert (gpus, per_gpu) == (["0", "1"], 3)
