@@ -27,7 +27,8 @@ examples:
   powertrain sweep run flops_65k --gpus 0,1,2,3  one runner per GPU
   powertrain sweep run flops_65k --gpus 0 --per-gpu 6   small models fill a GPU only together
   powertrain sweep time flops_65k                measure the winners' speed, each alone on the device
-  powertrain sweep run flops_65k --slurm 16      an array of 16 runners, and a report when they are done
+  powertrain sweep run flops_65k --slurm 16 --cluster gpus_per_node=1
+                                                 an array of 16 runners, and a report when they are done
   powertrain sweep status flops_65k              what is finished, running, failed
   powertrain sweep report flops_65k              figures, page and table, from the records alone
 
@@ -282,6 +283,10 @@ def _submit(recipe: Recipe, arguments: argparse.Namespace) -> int:
             raise ConfigError(f"--cluster {text}: write KEY=VALUE, such as gpus_per_node=1")
         values[key] = int(value) if value.isdigit() else value
     cluster = build(ClusterConfig, {"kind": "slurm", **values}, "cluster")
+    trainer = _state(recipe, arguments.directory).shared_config().trainer
+    if trainer.accelerator == "gpu" and not cluster.gpus_per_node:
+        count = 1 if trainer.devices == "auto" else trainer.devices
+        raise ConfigError(f"{recipe.name} trains on GPUs: give --cluster gpus_per_node={count}")
     paths = SweepPaths(arguments.directory / recipe.name)
     flags = [f"--{f.replace('_', '-')}" for f in ("keep_checkpoints", "wandb") if getattr(arguments, f)]
     array, report = slurm_jobs(arguments.recipe, arguments.directory, paths, arguments.slurm, flags)

@@ -280,6 +280,17 @@ def test_those_who_share_a_gpu_are_told_how_many_they_are(tmp_path, monkeypatch)
     assert (child.shared_by, child.per_gpu, child.gpus) == (3, 1, None)
 
 
+def test_an_array_that_trains_on_gpus_asks_for_them(tmp_path, capsys):
+    command = ["sweep", "run", "flops_65k", "--directory", str(tmp_path), "--slurm", "16", "--dry-run"]
+    assert main(command) == 2
+    assert "flops_65k trains on GPUs: give --cluster gpus_per_node=1" in capsys.readouterr().err
+    assert main([*command, "--cluster", "gpus_per_node=1"]) == 0
+    assert "#SBATCH --gpus-per-node=1" in capsys.readouterr().out
+    assert main(["sweep", "run", "smoke", *command[3:]]) == 0
+    (example,) = [line for line in parser().format_help().splitlines() if "--slurm" in line]
+    assert main([*example.split()[1:], "--directory", str(tmp_path), "--dry-run"]) == 0
+
+
 def test_runners_share_a_gpu(tmp_path):
     """Each has a log of its own; what they do with one sweep is tested above."""
     assert run_on_gpus(["--version"], ["0", "3"], tmp_path, per_gpu=2) == 0
