@@ -133,7 +133,7 @@ def _state(recipe: Recipe, directory: Path, device: str | None = None) -> SweepS
 
 def _plan(recipe: Recipe, arguments: argparse.Namespace) -> int:
     from powertrain.scaling import timing
-    from powertrain.scaling.plan import as_rows, find_device, make_plan, render
+    from powertrain.scaling.plan import as_rows, find_device, make_plan, render, rounded_batches
 
     state = _state(recipe, arguments.directory, arguments.device)
     records = timing.with_timings(state.store.read(), timing.read(state.paths.timings))
@@ -150,6 +150,9 @@ def _plan(recipe: Recipe, arguments: argparse.Namespace) -> int:
         console = Console(width=160)
     for item in render(plan):
         console.print(item)
+    batches = rounded_batches(recipe, plan.expansion)
+    if batches is not None:
+        console.print(batches, highlight=False)
     return 0
 
 

@@ -293,6 +293,22 @@ def render(plan: Plan) -> list[Any]:
     return result
 
 
+def rounded_batches(recipe: Recipe, expansion: Expansion) -> str | None:
+    """Return how whole sequences change what the recipe asks for as `batch_tokens`, in one line; None: not at all."""
+    rounded = {}
+    for c in (*expansion.cells, *(c for p in expansion.pending for c in p.candidates)):
+        asked = recipe.batch_tokens.at(c.cost.parameters, c.batch_factor)
+        if asked != c.batch_tokens:
+            rounded[asked, c.context] = c.batch_tokens
+    if not rounded:
+        return None
+    (asked, context), tokens = next(iter(rounded.items()))
+    count = tokens // context
+    sequences = "1 sequence" if count == 1 else f"{count} sequences"
+    others = f", and so with {len(rounded) - 1} others" if len(rounded) > 1 else ""
+    return f"batch_tokens={asked:.6g} becomes {tokens} ({sequences} of {context}){others}"
+
+
 def summary(plan: Plan) -> str:
     """Return how many cells there are and what the rest costs, in one line."""
     remaining = plan.remaining

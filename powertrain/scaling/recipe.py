@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from dataclasses import asdict, dataclass, field
@@ -24,6 +25,32 @@ CONVENTIONS: tuple[Convention, ...] = get_args(Convention)
 Sizes = Literal["all", "frontier", "best"]
 # Learning rates of a stage: the whole grid; the best of the same mixer and size at the nearest lower tuned budget.
 Rates = Literal["grid", "tuned"]
+
+
+# What a sweep sets in every cell, and the field of the recipe that decides it: as an override it would be replaced.
+DECIDED = {
+    "name": "name",
+    "run_id": "name",
+    "seed": "stages.seeds",
+    "optim.lr": "learning_rate",
+    "schedule": "warmup_steps and decay_fraction",
+    "schedule.kind": "decay_fraction",
+    "schedule.warmup": "warmup_steps",
+    "schedule.decay": "decay_fraction",
+    "schedule.unit": "warmup_steps and decay_fraction",
+    "budget": "stages.budgets",
+    "budget.kind": "stages.budgets",
+    "budget.value": "stages.budgets",
+    "trainer.max_steps": "stages.budgets",
+    "trainer.max_tokens": "stages.budgets",
+    "trainer.context_length": "contexts",
+    "trainer.global_batch_tokens": "batch_tokens",
+    "data.max_val_tokens": "evaluation.tokens",
+    "logger.wandb_group": "name",
+    "logger.wandb_job_type": "name",
+    "logger.wandb_tags": "mixers and ladder",
+    "paths.runs": "--directory",
+}
 
 
 @dataclass(frozen=True)
@@ -154,6 +181,13 @@ class Recipe:
             raise ValueError(f"name={self.name!r} must be letters, digits, '_', '.' and '-' (it names a directory)")
         if not self.contexts or min(self.contexts) < 1:
             raise ValueError(f"contexts={list(self.contexts)} must be at least one number of tokens above 0")
+        variants = [*self.mixers.values(), *self.ladder.values()]
+        for override in itertools.chain(self.overrides, *(variant.overrides for variant in variants)):
+            key = override.partition("=")[0].lstrip("+~")
+            if key in DECIDED:
+                raise ValueError(
+                    f"the override {override} would be replaced in every cell: give {DECIDED[key]} instead"
+                )
         for option in ("subject", "baseline"):
             chosen = getattr(self, option)
             if chosen not in self.mixers:

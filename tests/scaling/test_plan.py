@@ -15,9 +15,10 @@ from powertrain.scaling.plan import (
     Pricer,
     find_device,
     make_plan,
+    rounded_batches,
     summary,
 )
-from powertrain.scaling.recipe import Limits, Recipe, Stage
+from powertrain.scaling.recipe import Limits, Recipe, Rule, Stage
 from powertrain.schema import ConfigError, build
 
 from . import synthetic
@@ -176,6 +177,18 @@ def test_without_a_known_rate_there_is_no_time():
     plan = fake_plan((Stage((1e15,), "all", "grid"),), device="cpu")
     assert plan.hours is None
     assert "unknown" in summary(plan)
+
+
+def test_a_batch_that_becomes_another_is_said_once():
+    recipe = synthetic.recipe(batch_tokens=Rule(100_000), limits=Limits(min_steps=20), warmup_steps=5)
+    expansion = Expander(recipe, FakeCatalog(), {}).expand()
+    assert rounded_batches(recipe, expansion) == "batch_tokens=100000 becomes 131072 (2 sequences of 65536)"
+    whole = dataclasses.replace(recipe, batch_tokens=Rule(131072))
+    assert rounded_batches(whole, Expander(whole, FakeCatalog(), {}).expand()) is None
+    grown = dataclasses.replace(recipe, batch_tokens=Rule(100_000, reference_parameters=1e6, exponent=0.5))
+    line = rounded_batches(grown, Expander(grown, FakeCatalog(), {}).expand())
+    assert line.endswith("others")
+    assert "\n" not in line
 
 
 def test_an_unknown_device_names_the_nearest():

@@ -1,11 +1,12 @@
+import dataclasses
 from pathlib import Path
 
 import pytest
 
-from powertrain.config import share_dir
+from powertrain.config import override_keys, share_dir
 from powertrain.scaling.catalog import ComposedCatalog
 from powertrain.scaling.cells import make_cell
-from powertrain.scaling.recipe import Recipe, Rule, load_recipe
+from powertrain.scaling.recipe import DECIDED, Recipe, Rule, load_recipe
 from powertrain.scaling.records import RecordStore
 from powertrain.schema import ConfigError, build
 
@@ -52,6 +53,14 @@ def test_shipped_recipes_are_valid(name):
         ({"warmup_steps": 90}, ["warmup_steps=90", "min_steps=100"]),
         ({"batch_tokens": {"value": 1024, "grid": [2, 1]}}, ["grid=[2.0, 1.0]"]),
         ({"analysis": {"confidence": 95}}, ["confidence=95"]),
+        ({"overrides": ["trainer.max_steps=10"]}, ["trainer.max_steps=10", "stages.budgets"]),
+        ({"overrides": ["+optim.lr=1e-3"]}, ["+optim.lr=1e-3", "give learning_rate"]),
+        ({"overrides": ["schedule=cosine"]}, ["schedule=cosine", "decay_fraction"]),
+        ({"ladder": {"1m": {"overrides": ["model=1m", "trainer.global_batch_tokens=2048"]}}}, ["give batch_tokens"]),
+        (
+            {"mixers": {**minimal()["mixers"], "softmax": {"overrides": ["mixer=softmax", "seed=1"]}}},
+            ["seed=1", "stages.seeds"],
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence_with_what_was_given_and_what_is_allowed(changes, words):
@@ -59,6 +68,20 @@ def test_a_mistake_is_one_sentence_with_what_was_given_and_what_is_allowed(chang
         build(Recipe, minimal(**changes))
     for word in words:
         assert word in str(error.value)
+
+
+def test_every_key_that_a_sweep_decides_is_one_that_it_replaces():
+    assert {key for key in DECIDED if "." in key or key in ("name", "run_id", "seed")} <= set(override_keys())
+    recipe = build(Recipe, minimal())
+    cell = make_cell(recipe, ComposedCatalog(recipe), "power", "1m", 128, 1e12)
+    given = ["name=other", "run_id=other", "seed=7", "optim.lr=0.7", "schedule.kind=cosine", "schedule.warmup=7"]
+    given += ["schedule.decay=7", "schedule.unit=flops", "trainer.max_steps=7", "trainer.context_length=256"]
+    given += ["trainer.global_batch_tokens=512", "data.max_val_tokens=7", "logger.wandb_group=other"]
+    given += ["logger.wandb_job_type=other", "logger.wandb_tags=[other]"]
+    replaced = dataclasses.replace(recipe)
+    # Past the check that refuses them.
+    object.__setattr__(replaced, "overrides", tuple(given))
+    assert make_cell(replaced, ComposedCatalog(replaced), "power", "1m", 128, 1e12).config == cell.config
 
 
 @pytest.mark.parametrize(
