@@ -87,6 +87,9 @@ class Dropped:
     budget: float
     reason: str
 
+    def __str__(self) -> str:
+        return f"{self.mixer}, {self.size}, {self.budget:.3g} FLOPs, context {self.context}: {self.reason}"
+
 
 @dataclass(frozen=True)
 class Pending:

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from powertrain.scaling.cells import Expansion
     from powertrain.scaling.recipe import Recipe
+    from powertrain.scaling.records import CellRecord
     from powertrain.scaling.run import Outcome, SweepState
     from powertrain.training.signals import StopSignals
 
@@ -131,13 +133,35 @@ def _state(recipe: Recipe, directory: Path, device: str | None = None) -> SweepS
     return SweepState(recipe, catalog, SweepPaths(directory / recipe.name), memory)
 
 
+def _cells_within_limits(state: SweepState) -> Expansion:
+    """Return what the recipe amounts to; `ConfigError` where that is nothing."""
+    from powertrain.schema import ConfigError
+
+    expansion = state.expand()
+    if not expansion.cells:
+        first, *others = expansion.dropped
+        more = f"; and {len(others)} more" if others else ""
+        raise ConfigError(f"no cell of {state.recipe.name} is within its limits: {first}{more}")
+    return expansion
+
+
+def _records(state: SweepState, arguments: argparse.Namespace) -> list[CellRecord]:
+    """Return all records; `ConfigError` where there are none."""
+    from powertrain.schema import ConfigError
+
+    records = state.store.read()
+    if not records:
+        raise ConfigError(f"sweep {state.recipe.name!r} has no records yet: {_hint('run', arguments)}")
+    return records
+
+
 def _plan(recipe: Recipe, arguments: argparse.Namespace) -> int:
     from powertrain.scaling import timing
     from powertrain.scaling.plan import as_rows, find_device, make_plan, render, rounded_batches
 
     state = _state(recipe, arguments.directory, arguments.device)
     records = timing.with_timings(state.store.read(), timing.read(state.paths.timings))
-    plan = make_plan(state.expand(), find_device(arguments.device), records, state.store.finished())
+    plan = make_plan(_cells_within_limits(state), find_device(arguments.device), records, state.store.finished())
     if arguments.json:
         for row in as_rows(plan):
             print(json.dumps(row))
@@ -177,9 +201,10 @@ def _run(recipe: Recipe, arguments: argparse.Namespace) -> int:
     if arguments.slurm is not None:
         return _submit(recipe, arguments)
     state = _state(recipe, arguments.directory)
+    failed_earlier = state.failed(_cells_within_limits(state))
     if arguments.retry_failed:
         state.failures.forget(state.failures.ids())
-    failed_earlier = state.failed(state.expand())
+        failed_earlier = set()
     code = _run_on_gpus(state, arguments) if arguments.gpus is not None else _run_here(state, arguments)
     if not arguments.quiet:
         _print_status(state)
@@ -276,7 +301,6 @@ def _run_on_gpus(state: SweepState, arguments: argparse.Namespace) -> int:
 def _submit(recipe: Recipe, arguments: argparse.Namespace) -> int:
     from powertrain.cluster.config import ClusterConfig
     from powertrain.scaling.launch import scripts, slurm_jobs, submit
-    from powertrain.scaling.run import SweepPaths
     from powertrain.schema import ConfigError, build
 
     values = {}
@@ -286,17 +310,18 @@ def _submit(recipe: Recipe, arguments: argparse.Namespace) -> int:
             raise ConfigError(f"--cluster {text}: write KEY=VALUE, such as gpus_per_node=1")
         values[key] = int(value) if value.isdigit() else value
     cluster = build(ClusterConfig, {"kind": "slurm", **values}, "cluster")
-    trainer = _state(recipe, arguments.directory).shared_config().trainer
+    state = _state(recipe, arguments.directory)
+    _cells_within_limits(state)
+    trainer = state.shared_config().trainer
     if trainer.accelerator == "gpu" and not cluster.gpus_per_node:
         count = 1 if trainer.devices == "auto" else trainer.devices
         raise ConfigError(f"{recipe.name} trains on GPUs: give --cluster gpus_per_node={count}")
-    paths = SweepPaths(arguments.directory / recipe.name)
     flags = [f"--{f.replace('_', '-')}" for f in ("keep_checkpoints", "wandb") if getattr(arguments, f)]
-    array, report = slurm_jobs(arguments.recipe, arguments.directory, paths, arguments.slurm, flags)
+    array, report = slurm_jobs(arguments.recipe, arguments.directory, state.paths, arguments.slurm, flags)
     if arguments.dry_run:
         print(scripts(cluster, array, report), end="")
         return 0
-    array_id, report_id = submit(cluster, array, report, paths)
+    array_id, report_id = submit(cluster, array, report, state.paths)
     print(f"submitted runners {array_id}[0-{arguments.slurm - 1}] and report {report_id}; logs in {array.log_dir}")
     print(f"follow: {_hint('status', arguments)}")
     return 0
@@ -318,11 +343,9 @@ def _status(recipe: Recipe, arguments: argparse.Namespace) -> int:
 
 def _time(recipe: Recipe, arguments: argparse.Namespace) -> int:
     from powertrain.scaling.timing import run_timings
-    from powertrain.schema import ConfigError
 
     state = _state(recipe, arguments.directory)
-    if not state.store.finished():
-        raise ConfigError(f"sweep {recipe.name!r} has no records yet: {_hint('run', arguments)}")
+    _records(state, arguments)
     made = run_timings(state, state.paths.timings, state.paths.logs / "timings.log", print)
     print(f"{len(made)} timings in {state.paths.timings}" if made else "everything that won is timed on this device")
     return 0
@@ -335,8 +358,9 @@ def _report(recipe: Recipe, arguments: argparse.Namespace) -> int:
 
     state = _state(recipe, arguments.directory)
     paths = state.paths
+    records = _records(state, arguments)
     parts = coverage(recipe, state.expand(), state.store.finished())
-    files = build(recipe, state.store.read(), parts, timing.read(paths.timings))
+    files = build(recipe, records, parts, timing.read(paths.timings))
     output = arguments.output or paths.report
     write(files, output)
     print(f"report: {output / 'README.md'}")

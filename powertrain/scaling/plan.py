@@ -287,8 +287,7 @@ def render(plan: Plan) -> list[Any]:
             )
         )
     for dropped in plan.expansion.dropped:
-        where = f"{dropped.mixer}, {dropped.size}, {dropped.budget:.3g} FLOPs, context {dropped.context}"
-        result.append(Text(f"dropped: {where}: {dropped.reason}", style="yellow"))
+        result.append(Text(f"dropped: {dropped}", style="yellow"))
     result.append(summary(plan))
     return result
 

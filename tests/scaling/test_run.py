@@ -234,6 +234,24 @@ def test_failed_cells_are_named_until_they_are_tried_again(tmp_path, capsys):
     assert main(["sweep", "run", str(path), *here, "--quiet", "--max-hours", "0"]) == 0
 
 
+@pytest.mark.parametrize("command", [["plan"], ["run"], ["run", "--slurm", "2", "--dry-run"]])
+def test_a_sweep_without_a_cell_within_its_limits_is_refused(tmp_path, capsys, command):
+    path = recipe_in(tmp_path)
+    path.write_text(path.read_text().replace("min_steps: 5", "min_steps: 5000"))
+    name, *flags = command
+    assert main(["sweep", name, str(path), "--directory", str(tmp_path / "sweeps"), *flags]) == 2
+    error = capsys.readouterr().err
+    assert "no cell of tiny is within its limits: power, one, 6e+07 FLOPs, context 32: " in error
+    assert "fewer than 5000; and 3 more" in error
+
+
+@pytest.mark.parametrize("command", ["report", "time"])
+def test_what_needs_records_names_the_command_that_makes_them(tmp_path, capsys, command):
+    here = [str(recipe_in(tmp_path)), "--directory", str(tmp_path / "sweeps")]
+    assert main(["sweep", command, *here]) == 2
+    assert f"sweep 'tiny' has no records yet: powertrain sweep run {' '.join(here)}\n" in capsys.readouterr().err
+
+
 def test_gpus_that_torch_does_not_see_are_refused(tmp_path, capsys, monkeypatch):
     command = ["sweep", "run", "smoke", "--directory", str(tmp_path), "--quiet", "--gpus"]
     for there, given, words in (
