@@ -35,16 +35,20 @@ def unsupported_tensor(x: torch.Tensor) -> str | None:
     return None
 
 
-def unsupported(query: torch.Tensor, value: torch.Tensor, deg: int) -> str | None:
-    """Return why the power-retention kernels do not take these inputs, or None where they do."""
-    K, V = query.shape[3], value.shape[3]
-    reason = unsupported_tensor(query)
-    if reason is not None:
-        return reason
+def unsupported_head(K: int, V: int, deg: int) -> str | None:
+    """Return why the power-retention kernels take no head of this shape at this degree, or None where they do."""
     if deg != 2:
         return f"deg is {deg}, and the kernels are written for deg 2"
     if K != V or K not in HEAD_DIMS:
         return f"the head dims are K = {K}, V = {V}, and the kernels take K = V of 32, 64 or 128"
+    return None
+
+
+def unsupported(query: torch.Tensor, value: torch.Tensor, deg: int) -> str | None:
+    """Return why the power-retention kernels do not take these inputs, or None where they do."""
+    reason = unsupported_tensor(query) or unsupported_head(query.shape[3], value.shape[3], deg)
+    if reason is not None:
+        return reason
     if query.shape[0] * query.shape[2] > 65535:
         return f"there are {query.shape[0] * query.shape[2]} rows of query heads, and the kernels take 65535"
     return None

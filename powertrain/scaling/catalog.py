@@ -74,15 +74,10 @@ def model_cost(model: ModelConfig, context: int, device_type: DeviceType) -> Cos
 
 
 class ComposedCatalog:
-    """The catalog of a recipe; every combination is composed and counted once.
+    """The catalog of a recipe; every combination is composed and counted once."""
 
-    Args:
-        device_type: where the cells will run; only executed FLOPs depend on it.
-    """
-
-    def __init__(self, recipe: Recipe, device_type: DeviceType = "cuda") -> None:
+    def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self.device_type = device_type
         self._configs: dict[tuple[str, str, int], RunConfig] = {}
         self._costs: dict[tuple[str, str, int], Cost] = {}
 
@@ -114,8 +109,10 @@ class ComposedCatalog:
         return self._configs[key]
 
     def cost(self, mixer: str, size: str, context: int) -> Cost:
-        """Return what a token of training costs."""
+        """Return what a token of training costs where the recipe trains; only executed FLOPs depend on that."""
         key = (mixer, size, context)
         if key not in self._costs:
-            self._costs[key] = model_cost(self.config(*key).model, context, self.device_type)
+            config = self.config(*key)
+            device_type: DeviceType = "cpu" if config.trainer.accelerator == "cpu" else "cuda"
+            self._costs[key] = model_cost(config.model, context, device_type)
         return self._costs[key]

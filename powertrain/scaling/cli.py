@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--directory", type=Path, default=DIRECTORY, help="holds one directory per sweep (default: sweeps)"
         )
-    plan.add_argument("--device", default="H200", help="what to price for, such as H100, or cpu (default: H200)")
+    plan.add_argument("--device", help="what to price for, such as H100, or cpu (default: cpu or H200, by the recipe)")
     plan.add_argument("--json", action="store_true", help="one JSON object per cell instead of tables")
     where = run.add_mutually_exclusive_group()
     where.add_argument("--gpus", help="one runner per GPU of this list, such as 0,1,2,3, or `all`")
@@ -122,15 +122,12 @@ def _hint(command: str, arguments: argparse.Namespace) -> str:
     return shlex.join(words)
 
 
-def _state(recipe: Recipe, directory: Path, device: str | None = None) -> SweepState:
-    """Return the sweep as its directory shows it, for a named device or for the one of this machine."""
+def _state(recipe: Recipe, directory: Path) -> SweepState:
+    """Return the sweep as its directory shows it."""
     from powertrain.scaling.catalog import ComposedCatalog
-    from powertrain.scaling.plan import find_device
     from powertrain.scaling.run import SweepPaths, SweepState
 
-    catalog = ComposedCatalog(recipe, "cpu" if device == "cpu" else "cuda")
-    memory = find_device(device).memory_gib if device is not None else None
-    return SweepState(recipe, catalog, SweepPaths(directory / recipe.name), memory)
+    return SweepState(recipe, ComposedCatalog(recipe), SweepPaths(directory / recipe.name))
 
 
 def _cells_within_limits(state: SweepState) -> Expansion:
@@ -159,9 +156,12 @@ def _plan(recipe: Recipe, arguments: argparse.Namespace) -> int:
     from powertrain.scaling import timing
     from powertrain.scaling.plan import as_rows, find_device, make_plan, render, rounded_batches
 
-    state = _state(recipe, arguments.directory, arguments.device)
+    state = _state(recipe, arguments.directory)
+    on_cpu = state.shared_config().trainer.accelerator == "cpu"
+    device = find_device(arguments.device or ("cpu" if on_cpu else "H200"))
+    state.memory_gib = device.memory_gib
     records = timing.with_timings(state.store.read(), timing.read(state.paths.timings))
-    plan = make_plan(_cells_within_limits(state), find_device(arguments.device), records, state.store.finished())
+    plan = make_plan(_cells_within_limits(state), device, records, state.store.finished())
     if arguments.json:
         for row in as_rows(plan):
             print(json.dumps(row))

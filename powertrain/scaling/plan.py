@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
@@ -67,11 +67,25 @@ def find_device(name: str) -> Device:
     return Device(full, dict(PEAK_BF16_FLOPS)[full], memory)
 
 
+def without_kernels(cell: Cell) -> str | None:
+    """Return why layers of a cell run without kernels on a GPU, where no share of the peak is a fair guess, or None."""
+    from powertrain.ops.cuda_plan import unsupported_head
+
+    model = cell.config.model
+    for mixer in model.layer_mixers:
+        if mixer.kind in ("power", "linear"):
+            deg = mixer.deg if mixer.kind == "power" else 1
+            reason = unsupported_head(model.head_dim, model.head_dim, deg)
+            if reason is not None:
+                return reason
+    return None
+
+
 @dataclass(frozen=True)
 class Estimate:
     """Time of one cell on one device."""
 
-    seconds: float | None  # None: the device's speed is not known
+    seconds: float | None  # None: nothing was measured, and the device's or the mixer's speed is not known
     new_steps: int  # steps that no other cell of its trunk has run before
     measured: bool  # from records of this device, not from an assumed utilisation
 
@@ -95,7 +109,7 @@ class Pricer:
         measured = self.rates.get((cell.mixer, cell.context))
         if measured:
             return min(measured, key=lambda m: (abs(math.log(m[0] / cell.cost.parameters)), m))[1], True
-        if self.device.peak_flops is None:
+        if self.device.peak_flops is None or without_kernels(cell) is not None:
             return None, False
         return self.device.peak_flops * ASSUMED_UTILISATION, False
 
@@ -127,14 +141,15 @@ class Plan:
 
     @property
     def hours(self) -> float | None:
-        """Device-hours of all cells not finished, pending ones at most; None where a speed is not known."""
-        total = 0.0
-        for cell in self.remaining:
-            seconds = self.estimates[cell.id].seconds
-            if seconds is None:
-                return None
-            total += seconds
-        return total / 3600
+        """Device-hours of all cells not finished, pending ones at most, without `unpriced`; None where that is all."""
+        seconds = [self.estimates[cell.id].seconds for cell in self.remaining]
+        known = [s for s in seconds if s is not None]
+        return sum(known) / 3600 if known or not seconds else None
+
+    @property
+    def unpriced(self) -> list[Cell]:
+        """Cells that would run, but whose time is not known."""
+        return [cell for cell in self.remaining if self.estimates[cell.id].seconds is None]
 
     @property
     def remaining(self) -> list[Cell]:
@@ -289,7 +304,19 @@ def render(plan: Plan) -> list[Any]:
     for dropped in plan.expansion.dropped:
         result.append(Text(f"dropped: {dropped}", style="yellow"))
     result.append(summary(plan))
+    if plan.unpriced and plan.hours is not None:
+        result.append(unpriced(plan))
     return result
+
+
+def unpriced(plan: Plan) -> str:
+    """Return which cells are not in the sum of times, in one line."""
+    counts = Counter((cell.mixer, without_kernels(cell) if plan.device.peak_flops else None) for cell in plan.unpriced)
+    cells = ", ".join(
+        f"{count} {'cell' if count == 1 else 'cells'} of {mixer}" + (f" ({reason})" if reason else "")
+        for (mixer, reason), count in counts.items()
+    )
+    return f"not in the sum, as their speed is not known before some are measured: {cells}"
 
 
 def rounded_batches(recipe: Recipe, expansion: Expansion) -> str | None:
@@ -319,7 +346,8 @@ def summary(plan: Plan) -> str:
     done = sum(c.id in plan.finished for c in plan.expansion.cells)
     hours = plan.hours
     cost = f"{hours:.2f} {plan.device.name}-hours" if hours is not None else f"time on {plan.device.name} unknown"
-    assumed = any(not plan.estimates[c.id].measured for c in remaining)
+    priced = [estimate for c in remaining if (estimate := plan.estimates[c.id]).seconds is not None]
+    assumed = not all(estimate.measured for estimate in priced)
     basis = f" (assuming {ASSUMED_UTILISATION:.0%} of the peak where nothing was measured)" if assumed and hours else ""
     later = f" and at most {at_most} more once these are known" if at_most else ""
     return f"{planned} cells, {done} finished{later}; {flops:.3g} FLOPs to go, {cost}{basis}"

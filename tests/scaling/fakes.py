@@ -20,7 +20,9 @@ class FakeCatalog:
     """Sizes and costs of `synthetic`, configurations that differ as real ones do."""
 
     def config(self, mixer: str, size: str, context: int) -> RunConfig:
-        model = ModelConfig(d_model=64 + 8 * list(SIZES).index(size), vocab_size=256, mixer=MixerConfig(kind=mixer))
+        width = 64 + 8 * list(SIZES).index(size)
+        # Heads that kernels take.
+        model = ModelConfig(d_model=width, head_dim=32, vocab_size=256, mixer=MixerConfig(kind=mixer))
         return RunConfig(model=model, data=DataConfig(), trainer=TrainerConfig(context_length=context,
                          global_batch_tokens=context))  # fmt: skip
 

@@ -70,7 +70,7 @@ def recipe_in(directory):
 
 def state_in(path, root):
     recipe = load_recipe(str(path))
-    return SweepState(recipe, ComposedCatalog(recipe, "cpu"), SweepPaths(root / recipe.name))
+    return SweepState(recipe, ComposedCatalog(recipe), SweepPaths(root / recipe.name))
 
 
 def rows(state):

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from powertrain.scaling import cli
-from powertrain.scaling.catalog import ComposedCatalog, state_size
+from powertrain.scaling.catalog import ComposedCatalog, model_cost, state_size
 from powertrain.scaling.cells import Expander
 from powertrain.scaling.plan import (
     ASSUMED_UTILISATION,
@@ -17,8 +17,9 @@ from powertrain.scaling.plan import (
     make_plan,
     rounded_batches,
     summary,
+    unpriced,
 )
-from powertrain.scaling.recipe import Limits, Recipe, Rule, Stage
+from powertrain.scaling.recipe import Limits, Recipe, Rule, Stage, load_recipe
 from powertrain.schema import ConfigError, build
 
 from . import synthetic
@@ -133,13 +134,15 @@ def test_time_is_executed_flops_over_the_assumed_rate_or_that_of_launching_kerne
     plan = fake_plan((Stage((1e15,), "all", "grid"),))
     bound = set()
     for cell in plan.expansion.cells:
+        if cell.mixer == "linear":
+            continue
         working = cell.tokens * cell.cost.flops_per_token["executed"] / (989.4e12 * ASSUMED_UTILISATION)
         launching = cell.steps * cell.config.model.n_layers * LAYER_SECONDS
         bound.add(working > launching)
         expected = max(working, launching) + OVERHEAD_SECONDS
         assert plan.estimates[cell.id].seconds == pytest.approx(expected)
     assert bound == {True, False}
-    assert plan.hours == pytest.approx(sum(e.seconds for e in plan.estimates.values()) / 3600)
+    assert plan.hours == pytest.approx(sum(e.seconds for e in plan.estimates.values() if e.seconds) / 3600)
     assert "assuming 30%" in summary(plan)
 
 
@@ -171,6 +174,36 @@ def test_finished_cells_cost_nothing_more():
     after = fake_plan((Stage((1e15,), "all", "grid"),), finished=done)
     assert after.hours == 0
     assert "finished" in summary(after)
+
+
+def test_mixers_without_kernels_are_left_out_of_the_sum_until_measured():
+    stages = (Stage((1e15,), "all", "grid"),)
+    plan = fake_plan(stages)
+    linear = [c for c in plan.expansion.cells if c.mixer == "linear"]
+    assert plan.unpriced == linear
+    assert plan.hours > 0
+    assert unpriced(plan).endswith(f": {len(linear)} cells of linear (deg is 1, and the kernels are written for deg 2)")
+    # The rates of one count for all of its mixer.
+    record = dataclasses.replace(fake_record(linear[0]), seconds=100.0, device="NVIDIA H200")
+    measured = fake_plan(stages, [record])
+    assert not measured.unpriced
+    assert measured.hours > plan.hours
+
+
+def test_a_recipe_is_priced_on_the_device_that_it_asks_for(tmp_path, capsys):
+    here = ["--directory", str(tmp_path)]
+    assert cli.main(["plan", "smoke", *here]) == 0
+    output = capsys.readouterr().out
+    assert "time on cpu unknown" in output
+    assert "not in the sum" not in output
+    assert cli.main(["plan", "flops_65k", *here]) == 0
+    output = capsys.readouterr().out
+    assert "H200-hours" in output
+    assert "cells of linear (deg is 1, and the kernels are written for deg 2)" in output.replace("\n", " ")
+    recipe = load_recipe("smoke")
+    model = ComposedCatalog(recipe).config("power", "xs", 256).model
+    executed = {device: model_cost(model, 256, device).flops_per_token["executed"] for device in ("cpu", "cuda")}
+    assert ComposedCatalog(recipe).cost("power", "xs", 256).flops_per_token["executed"] == executed["cpu"]
 
 
 def test_without_a_known_rate_there_is_no_time():
