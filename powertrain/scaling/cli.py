@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -109,7 +111,14 @@ def main(argv: list[str]) -> int:
         "time": _time,
         "report": _report,
     }
-    return commands[arguments.command](recipe, arguments)
+    try:
+        code = commands[arguments.command](recipe, arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read the output, as `head` does, has read enough; at its end Python would write the rest once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1  # as `rich` does for what it prints
+    return code
 
 
 def _hint(command: str, arguments: argparse.Namespace) -> str:
@@ -242,8 +251,6 @@ def _run_here(state: SweepState, arguments: argparse.Namespace) -> int:
 
 
 def _run_cells(state: SweepState, arguments: argparse.Namespace, signals: StopSignals) -> Outcome:
-    import sys
-
     from rich.console import Console
 
     from powertrain.scaling.display import LiveStatus, deadline
@@ -277,8 +284,6 @@ def _run_cells(state: SweepState, arguments: argparse.Namespace, signals: StopSi
 
 
 def _run_on_gpus(state: SweepState, arguments: argparse.Namespace) -> int:
-    import sys
-
     from rich.console import Console
 
     from powertrain.scaling.display import LiveStatus
@@ -333,7 +338,7 @@ def _print_status(state: SweepState) -> None:
     from powertrain.scaling.display import status_table
 
     console = Console()
-    console.print(status_table(state))
+    console.print(status_table(state, bar=console.is_terminal))
 
 
 def _status(recipe: Recipe, arguments: argparse.Namespace) -> int:

@@ -55,8 +55,12 @@ def _done_share(state: SweepState, expansion: Expansion, progress: dict[str, flo
     return done / total if total else 1.0
 
 
-def status_table(state: SweepState) -> RenderableType:
-    """Return the sweep's progress: cells per mixer and budget, what is running where, and failures."""
+def status_table(state: SweepState, *, bar: bool) -> RenderableType:
+    """Return the sweep's progress: cells per mixer and budget, what is running where, and failures.
+
+    Args:
+        bar: draw the share that is done, for a terminal.
+    """
     from rich.console import Group
     from rich.progress_bar import ProgressBar
     from rich.table import Table
@@ -106,7 +110,11 @@ def status_table(state: SweepState) -> RenderableType:
         text = f"failed  {cell}  {c.mixer} {c.size} {c.budget:.3g}: {state.failures.message(cell)}"
         lines.append(Text(text, style="red", overflow="ellipsis", no_wrap=True))
     lines.append(Text(f"{share:.1%} of the sweep's FLOPs", style="bold"))
-    lines.append(ProgressBar(total=1.0, completed=share, width=60))
+    if bar:
+        # A row of a table ends its line; a bar by itself does not.
+        line = Table.grid()
+        line.add_row(ProgressBar(total=1.0, completed=share, width=60))
+        lines.append(line)
     return Group(*lines)
 
 
@@ -142,7 +150,7 @@ class LiveStatus:
         with Live(console=self.console, auto_refresh=False) as live:
             while True:
                 ended = self._stop.wait(0 if not self._started else REFRESH_SECONDS)
-                live.update(status_table(state), refresh=True)
+                live.update(status_table(state, bar=True), refresh=True)
                 if ended:
                     return
                 self._stop.wait(REFRESH_SECONDS)

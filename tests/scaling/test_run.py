@@ -1,18 +1,23 @@
 import dataclasses
+import io
 import multiprocessing
 import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from powertrain import __version__
 from powertrain.cli import main
 from powertrain.scaling.catalog import ComposedCatalog
 from powertrain.scaling.cli import parser
+from powertrain.scaling.display import status_table
 from powertrain.scaling.launch import run_on_gpus, visible_gpus
 from powertrain.scaling.plan import coverage
 from powertrain.scaling.recipe import Analysis, Limits, Stage, load_recipe
@@ -250,6 +255,27 @@ def test_what_needs_records_names_the_command_that_makes_them(tmp_path, capsys, 
     here = [str(recipe_in(tmp_path)), "--directory", str(tmp_path / "sweeps")]
     assert main(["sweep", command, *here]) == 2
     assert f"sweep 'tiny' has no records yet: powertrain sweep run {' '.join(here)}\n" in capsys.readouterr().err
+
+
+def test_status_ends_its_last_line_and_draws_a_bar_on_a_terminal_only(tmp_path):
+    state = state_in(tmp_path)
+    for terminal in (False, True):
+        console = Console(file=io.StringIO(), width=100, force_terminal=terminal)
+        console.print(status_table(state, bar=terminal))
+        text = console.file.getvalue()
+        assert text.endswith("\n")
+        assert ("━" in text) is terminal
+        assert "0.0% of the sweep's FLOPs" in text
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_whoever_stops_reading_ends_the_command_quietly(tmp_path, flags):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "powertrain", "sweep", "plan", str(recipe_in(tmp_path)), *flags]
+    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (1, "")
 
 
 def test_gpus_that_torch_does_not_see_are_refused(tmp_path, capsys, monkeypatch):
