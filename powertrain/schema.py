@@ -105,7 +105,7 @@ def _describe(kind: Any) -> str:
         return "null"
     origin = get_origin(kind)
     if origin is Literal:
-        return "one of " + ", ".join(map(str, get_args(kind)))
+        return "one of " + ", ".join(map(repr, get_args(kind)))
     if origin in (Union, types.UnionType):
         return " or ".join(_describe(k) for k in get_args(kind))
     if origin in (list, tuple):

@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from powertrain.config import RunConfig
 from powertrain.scaling.recipe import Convention, Recipe, Stage
 from powertrain.schema import ConfigError
 from powertrain.training.config import BudgetConfig
+
+Choice = TypeVar("Choice", bound=Hashable)
 
 # The compute-optimal size grows about as the square root of the budget (Hoffmann et al. 2022, table 2: 0.46 to 0.50).
 # Only where the frontier is searched depends on it, not what is found there.
@@ -207,6 +209,10 @@ def infeasible(recipe: Recipe, cell: Cell, memory_gib: float | None = None) -> s
 class Undecided(Exception):
     """A choice depends on cells that are neither finished nor failed."""
 
+    def __init__(self, cells: Iterable[str]) -> None:
+        first, *others = dict.fromkeys(cells)
+        super().__init__(f"{first} and {len(others)} more" if others else first)
+
 
 class Expander:
     """Expands the stages of a recipe, given the losses of finished cells; a pure function of its arguments.
@@ -249,17 +255,18 @@ class Expander:
         """Return every pair of learning-rate and batch factor."""
         return [(lr, b) for b in self.recipe.batch_tokens.grid for lr in self.recipe.learning_rate.grid]
 
-    def loss(self, cells: list[Cell]) -> float | None:
-        """Return the mean loss over seeds, or None where none finished.
+    def losses(self, choices: Mapping[Choice, list[Cell]]) -> dict[Choice, float]:
+        """Return the mean loss over the seeds of each choice, without those of which no cell finished.
 
         Errors:
-            Undecided: a cell is neither finished nor failed.
+            Undecided: cells are neither finished nor failed.
         """
-        for cell in cells:
-            if cell.id not in self.outcomes and cell.id not in self.failed:
-                raise Undecided(cell.id)
-        done = [self.outcomes[c.id] for c in cells if c.id in self.outcomes]
-        return sum(done) / len(done) if done else None
+        cells = [c.id for seeds in choices.values() for c in seeds]
+        undecided = [c for c in cells if c not in self.outcomes and c not in self.failed]
+        if undecided:
+            raise Undecided(undecided)
+        done = {key: [self.outcomes[c.id] for c in seeds if c.id in self.outcomes] for key, seeds in choices.items()}
+        return {key: sum(losses) / len(losses) for key, losses in done.items() if losses}
 
     def tuned(self, stage: int, mixer: str, size: str, context: int, budget: float) -> tuple[float, float]:
         """Return the best pair of factors at the nearest lower budget with a grid, of this size or the nearest one.
@@ -282,13 +289,13 @@ class Expander:
         for neighbour in sorted(
             self.sizes(index, mixer, context, at), key=lambda s: (abs(ladder.index(s) - here), ladder.index(s))
         ):
-            scores = []
-            for lr, batch in self.grid():
-                cells = [self.cell(mixer, neighbour, context, at, seed, lr, batch) for seed in grid_stage.seeds]
-                scores.append((self.loss(cells), (lr, batch)))
-            done = [(loss, pair) for loss, pair in scores if loss is not None]
-            if done:
-                return min(done)[1]
+            seeds = grid_stage.seeds
+            choices = {
+                pair: [self.cell(mixer, neighbour, context, at, seed, *pair) for seed in seeds] for pair in self.grid()
+            }
+            losses = self.losses(choices)
+            if losses:
+                return min(losses, key=lambda pair: (losses[pair], pair))
         raise ConfigError(f"no cell of {mixer}'s learning-rate grid at {at:g} FLOPs finished")
 
     def best_size(self, before: int, mixer: str, context: int, budget: float) -> str:
@@ -298,20 +305,19 @@ class Expander:
             Undecided: a cell there is not settled.
             ConfigError: all of them failed, or none is feasible.
         """
-        scores: list[tuple[float, int, str]] = []
-        ladder = list(self.recipe.ladder)
+        choices: dict[tuple[int, str, float, float], list[Cell]] = {}
         for index, stage in enumerate(self.recipe.stages[:before]):
             if stage.sizes == "best" or budget not in stage.budgets:
                 continue
             for size in self.sizes(index, mixer, context, budget):
                 for lr, batch in self.factors(index, mixer, size, context, budget):
                     cells = [self.cell(mixer, size, context, budget, seed, lr, batch) for seed in stage.seeds]
-                    loss = self.loss(cells)
-                    if loss is not None:
-                        scores.append((loss, ladder.index(size), size))
-        if not scores:
+                    choices[index, size, lr, batch] = cells
+        losses = self.losses(choices)
+        if not losses:
             raise ConfigError(f"no cell of {mixer} at {budget:g} FLOPs finished")
-        return min(scores)[2]
+        ladder = list(self.recipe.ladder)
+        return min(losses, key=lambda choice: (losses[choice], ladder.index(choice[1])))[1]
 
     def sizes(self, index: int, mixer: str, context: int, budget: float) -> list[str]:
         """Return the feasible rungs of a stage at a budget; see `Stage.sizes`.

@@ -90,6 +90,16 @@ def test_at_first_only_the_grid_is_decided_and_the_rest_is_priced():
     assert {(p.budget, p.mixer) for p in expansion.pending} == {(b, m) for b in (3e15, 1e16) for m in staged().mixers}
 
 
+def test_what_is_awaited_is_counted():
+    recipe = staged()
+    awaited = {p.reason for p in expand(recipe, {}).pending if p.mixer == "power" and p.budget == 3e15}
+    cells = [c for c in expand(recipe, {}).cells if c.mixer == "power"]
+    assert awaited == {f"sizes=frontier awaits {cells[0].id} and {len(cells) - 1} more"}
+    outcomes = {c.id: fake_record(c).loss for c in cells[:-1]}
+    awaited = {p.reason for p in expand(recipe, outcomes).pending if p.mixer == "power" and p.budget == 3e15}
+    assert awaited == {f"sizes=frontier awaits {cells[-1].id}"}
+
+
 def test_every_mixer_gets_the_same_grid_on_every_feasible_size():
     expansion = expand(staged(), {})
     tried = {}

@@ -48,7 +48,10 @@ def test_shipped_recipes_are_valid(name):
         ({"name": "../x"}, ["../x"]),
         ({"contexts": []}, ["contexts"]),
         ({"stages": [{"budgets": [1e12], "sizes": "frontier", "learning_rates": "grid"}]}, ["first stage"]),
-        ({"convention": "algorithmics"}, ["convention", "executed, no head"]),
+        (
+            {"convention": "algorithmics"},
+            ["convention", "'algorithmic, no head', 'executed, no head'"],
+        ),
         ({"decay_fraction": 1.0}, ["decay_fraction"]),
         ({"warmup_steps": 90}, ["warmup_steps=90", "min_steps=100"]),
         ({"batch_tokens": {"value": 1024, "grid": [2, 1]}}, ["grid=[2.0, 1.0]"]),
