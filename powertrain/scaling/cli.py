@@ -326,6 +326,8 @@ def _submit(recipe: Recipe, arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print(scripts(cluster, array, report), end="")
         return 0
+    if arguments.retry_failed:
+        state.failures.forget(state.failures.ids())
     array_id, report_id = submit(cluster, array, report, state.paths)
     print(f"submitted runners {array_id}[0-{arguments.slurm - 1}] and report {report_id}; logs in {array.log_dir}")
     print(f"follow: {_hint('status', arguments)}")

@@ -335,6 +335,20 @@ def test_an_array_that_trains_on_gpus_asks_for_them(tmp_path, capsys):
     assert main([*example.split()[1:], "--directory", str(tmp_path), "--dry-run"]) == 0
 
 
+def test_an_array_tries_failed_cells_again_where_asked(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("powertrain.scaling.launch.submit", lambda *_: ("1", "2"))
+    failures = Failures(tmp_path / "smoke" / "failures")
+    failures.directory.mkdir(parents=True)
+    (failures.directory / "smoke-0.json").write_text("{}")
+    command = ["sweep", "run", "smoke", "--directory", str(tmp_path), "--slurm", "2"]
+    assert main([*command, "--retry-failed", "--dry-run"]) == 0
+    assert main(command) == 0
+    assert failures.ids() == {"smoke-0"}
+    assert main([*command, "--retry-failed"]) == 0
+    assert not failures.ids()
+    assert f"follow: powertrain sweep status smoke --directory {tmp_path}\n" in capsys.readouterr().out
+
+
 def test_runners_share_a_gpu(tmp_path):
     """Each has a log of its own; what they do with one sweep is tested above."""
     assert run_on_gpus(["--version"], ["0", "3"], tmp_path, per_gpu=2) == 0
