@@ -24,9 +24,9 @@ EXTRAPOLATION = 10**0.5
 SAME_BUDGET = 1.02
 # An envelope follows the lowest point, and would reward the noisier curve; so curves enter it as means over at least
 # this ratio in FLOPs, which smooths late, and at least as many steps, which smooths early. One logged batch of
-# `flops_65k` (a sequence of 65536 tokens) deviates by 0.37 nats per token, means over 25, 50, 100 and 200 steps by
-# 0.16, 0.12, 0.10 and 0.09: more steps would cost the short runs their curves for little. In `smoke` (512 tokens) it is
-# 0.28 for one, and 0.04 over 50.
+# `flops_65k` (a sequence of 65536 tokens) deviates by 0.37 nats per token; means over 25, 50, 100 and 200 steps, of
+# which every fifth is logged, by 0.16, 0.12, 0.10 and 0.09: more steps would cost the short runs their curves for
+# little. In `smoke` (512 tokens) it is 0.28 for one, and 0.04 over 50.
 ENVELOPE_BIN = 1.1
 ENVELOPE_STEPS = 50
 
