@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -134,6 +135,18 @@ class ClusterConfig:
                 raise ValueError(f"cluster.sbatch.{key}={given!r} is not allowed: it must be a text, a number or true")
             if isinstance(given, str):
                 _one_line(f"cluster.sbatch.{key}", given)
+        if self.kind == "local":
+            self._refuse_options_of_a_job()
+
+    def _refuse_options_of_a_job(self) -> None:
+        for option in dataclasses.fields(self):
+            value = getattr(self, option.name)
+            default = option.default if option.default_factory is dataclasses.MISSING else option.default_factory()
+            if option.name != "kind" and value != default:
+                raise ValueError(
+                    f"cluster.{option.name}={value} needs cluster=slurm: without it a run stays on this machine, on "
+                    f"trainer.devices processes"
+                )
 
     @property
     def time_seconds(self) -> int | None:

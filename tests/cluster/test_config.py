@@ -32,13 +32,13 @@ from powertrain.schema import ConfigError
 )
 def test_each_mistake_is_one_clear_sentence(values, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        ClusterConfig(**values)
+        ClusterConfig(**{"kind": "slurm", **values})
 
 
 @pytest.mark.parametrize("option", sorted(OWN_OPTIONS))
 def test_options_that_powertrain_sets_are_refused_with_who_sets_them(option):
     with pytest.raises(ValueError, match=re.escape(f"that is set by {OWN_OPTIONS[option]}")):
-        ClusterConfig(sbatch={option: "1"})
+        ClusterConfig(kind="slurm", sbatch={option: "1"})
 
 
 @pytest.mark.parametrize(
@@ -48,11 +48,11 @@ def test_options_that_powertrain_sets_are_refused_with_who_sets_them(option):
 def test_sbatch_takes_the_beginning_of_a_name_and_so_it_is_refused_too(beginning, option):
     message = f"cluster.sbatch.{beginning} (--{option}) is not allowed: that is set by {OWN_OPTIONS[option]}"
     with pytest.raises(ValueError, match=re.escape(message)):
-        ClusterConfig(sbatch={beginning: "1"})
+        ClusterConfig(kind="slurm", sbatch={beginning: "1"})
 
 
 def test_options_whose_names_go_on_after_one_that_powertrain_sets_are_others():
-    ClusterConfig(sbatch={"time-min": "1:00:00", "mem-per-gpu": "8G", "exclude": "n1"})
+    ClusterConfig(kind="slurm", sbatch={"time-min": "1:00:00", "mem-per-gpu": "8G", "exclude": "n1"})
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_options_whose_names_go_on_after_one_that_powertrain_sets_are_others():
     ],
 )
 def test_time_limits_as_slurm_reads_them(time, seconds):
-    assert ClusterConfig(time=time).time_seconds == seconds
+    assert ClusterConfig(kind="slurm", time=time).time_seconds == seconds
 
 
 @pytest.mark.parametrize(
@@ -98,3 +98,10 @@ def test_options_and_variables_of_any_name_can_be_given_one_by_one():
 
 def test_where_a_run_executes_is_not_what_it_is():
     assert compose(["cluster=slurm", "cluster.nodes=2"]).resolved_run_id() == compose([]).resolved_run_id()
+
+
+@pytest.mark.parametrize("option", [{"nodes": 2}, {"tasks_per_node": 2}, {"time": "1:00:00"}, {"dry_run": True}])
+def test_options_of_a_job_without_one_are_refused(option):
+    ((name, value),) = option.items()
+    with pytest.raises(ValueError, match=f"cluster.{name}={value} needs cluster=slurm"):
+        ClusterConfig(**option)

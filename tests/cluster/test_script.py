@@ -80,7 +80,7 @@ def test_the_script_asks_again_where_slurm_did_not_answer_the_run(tmp_path, stub
 
 def test_a_failing_line_of_the_setup_ends_the_job_before_it_trains(tmp_path, stub):
     calls = stub("srun")
-    assert run_script(batch_script(ClusterConfig(setup=("false",)), job()), tmp_path).returncode == 1
+    assert run_script(batch_script(ClusterConfig(kind="slurm", setup=("false",)), job()), tmp_path).returncode == 1
     assert not calls.exists()
 
 
