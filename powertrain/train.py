@@ -393,11 +393,16 @@ def _introduce(
     from powertrain.training.progress import amount
 
     devices = resolve_devices(config.trainer)
-    where = "CPU"
+    kind = "CPU"
     if devices.accelerator == "gpu":
         import torch
 
-        where = f"{devices.world_size} x {torch.cuda.get_device_name(0)}"
+        kind = torch.cuda.get_device_name(0)
+    where = kind
+    if devices.world_size > 1:
+        strategy = "fsdp" if config.trainer.strategy == "fsdp" else "ddp"
+        shared = f", {devices.context_parallel} to a sequence" if devices.context_parallel > 1 else ""
+        where = f"{devices.world_size} x {kind} ({strategy}{shared})"
     parameters = sum(p.numel() for p in model.parameters())
     m = model.config
     kinds = ", ".join(dict.fromkeys(m.mixer.kinds))

@@ -57,9 +57,10 @@ def resolve_devices(config: TrainerConfig) -> Devices:
     if accelerator == "gpu":
         per_node = gpus if config.devices == "auto" else int(config.devices)
         if per_node < 1 or per_node > gpus:
+            needed = f"{per_node} GPUs" if per_node > 1 else "a GPU"
             raise ValueError(
                 f"trainer.accelerator={config.accelerator} with trainer.devices={config.devices} needs"
-                f" {max(1, per_node)} GPUs on this machine, which has {gpus}."
+                f" {needed} on this machine, which has {gpus or 'none'}."
             )
     else:
         per_node = 1 if config.devices == "auto" else int(config.devices)

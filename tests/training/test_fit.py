@@ -76,7 +76,7 @@ def test_processes_that_cannot_share_the_batch_are_refused():
 
 def test_gpus_that_are_not_there_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match=r"needs 2 GPUs on this machine, which has 0"):
+    with pytest.raises(ValueError, match=r"needs 2 GPUs on this machine, which has none"):
         resolve_devices(TrainerConfig(accelerator="gpu", devices=2))
     assert resolve_devices(TrainerConfig()).accelerator == "cpu"
 
