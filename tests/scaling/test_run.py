@@ -204,7 +204,7 @@ def test_runners_share_a_gpu_only_where_gpus_are_named(tmp_path, capsys, where):
     ("old", "new", "words"),
     [
         ("*.txt", "*.none", "no file matches data.files"),
-        ("accelerator=cpu", "accelerator=gpu", "on this machine, which has 0"),
+        ("accelerator=cpu", "accelerator=gpu", "on this machine, which has none"),
         ("tokenizer.kind=bytes", "tokenizer.vocab_size=300", "cells are planned with 300"),
     ],
 )
