@@ -16,7 +16,8 @@ from powertrain.scaling.records import CellRecord
 from powertrain.scaling.resample import Point, Sample, interval
 
 Array = NDArray[np.float64]
-Outcome = Literal["wins", "loses", "inconclusive"]
+# unfinished: the subject is lowest, but a mixer that other budgets have was not measured at this one.
+Outcome = Literal["wins", "loses", "inconclusive", "unfinished"]
 
 # Beyond the measured budgets a frontier is continued along its last segment, but no further than this factor.
 EXTRAPOLATION = 10**0.5
@@ -117,6 +118,7 @@ class Verdict:
     duels: tuple[Duel, ...]
     outcome: Outcome  # of the subject against its best rival
     extrapolated: tuple[str, ...]  # mixers whose loss lies outside their measured range
+    unmeasured: tuple[str, ...]  # mixers that were measured at other budgets only
 
 
 def outcome_of(low: float, high: float) -> Outcome:
@@ -157,6 +159,9 @@ def judge(
                 low, high = interval(replicates[subject] - replicates[rival], confidence)
                 duels.append(Duel(rival, losses[subject] - losses[rival], low, high, outcome_of(low, high)))
         everyone = np.stack([replicates[m] for m in ranked])
+        unmeasured = tuple(sorted({m for m, _ in selected} - losses.keys()))
+        # `ranked` puts the best rival first among the duels.
+        outcome = duels[0].outcome
         verdicts.append(
             Verdict(
                 budget=budget,
@@ -170,9 +175,9 @@ def judge(
                 margin_interval=interval(replicates[runner_up] - replicates[lowest], confidence),
                 lowest_share=float(np.mean(everyone.argmin(axis=0) == 0)),
                 duels=tuple(duels),
-                # `ranked` puts the best rival first among the duels.
-                outcome=duels[0].outcome,
+                outcome="unfinished" if unmeasured and outcome == "wins" else outcome,
                 extrapolated=tuple(m for m in ranked if not lines[m].measured(compute)),
+                unmeasured=unmeasured,
             )
         )
     return verdicts

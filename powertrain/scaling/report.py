@@ -92,11 +92,15 @@ def headline(recipe: Recipe, findings: Findings) -> str:
             f"only "
             "curves."
         )
-    by_outcome = {o: [v for v in verdicts if v.outcome == o] for o in ("wins", "loses", "inconclusive")}
     parts = []
-    for outcome, words in (("wins", "wins"), ("loses", "loses"), ("inconclusive", "is inconclusive")):
-        if by_outcome[outcome]:
-            budgets = ", ".join(f"{v.budget:.3g}" for v in by_outcome[outcome])
+    for outcome, words in (
+        ("wins", "wins"),
+        ("loses", "loses"),
+        ("inconclusive", "is inconclusive"),
+        ("unfinished", "is unfinished (lowest of what was measured)"),
+    ):
+        budgets = ", ".join(f"{v.budget:.3g}" for v in verdicts if v.outcome == outcome)
+        if budgets:
             parts.append(f"{words} at {budgets} FLOPs")
     return f"At context {findings.context}, {subject} against its best rival {'; '.join(parts)}."
 
@@ -144,7 +148,8 @@ def _verdict_rows(recipe: Recipe, findings: Findings, parts: Sequence[Coverage])
         flips = findings.flips(recipe, v.budget)
         used = {m: findings.selected[m, v.budget].size for m in (recipe.subject, duel.rival)}
         flags = [f for f in findings.flags if f.budget == v.budget and f.size == used.get(f.mixer)]
-        doubts = [f"{recipe.label(f.mixer)}, {f.kind}: {f.text}" for f in flags]
+        doubts = [f"not measured at this budget: {recipe.label(mixer)}" for mixer in v.unmeasured]
+        doubts += [f"{recipe.label(f.mixer)}, {f.kind}: {f.text}" for f in flags]
         doubts += [
             f"{recipe.label(p.mixer)}, incomplete: {_there_is(p, findings)}"
             for p in _incomplete(parts, findings.context)

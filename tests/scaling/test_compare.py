@@ -85,6 +85,19 @@ def test_no_difference_is_rarely_called_one():
 
 
 @pytest.mark.parametrize(("gap", "outcome"), [(-0.2, "wins"), (0.2, "loses")])
+def test_nobody_wins_where_a_rival_was_not_measured(gap, outcome):
+    """At another budget there are records of a third mixer: a loss stands, a win does not."""
+    third = [
+        dataclasses.replace(r, mixer="softmax", cell=f"softmax-{r.cell}", budget=10 * r.budget)
+        for r in pair(gap, seeds=(0, 1))
+        if r.mixer == "window"
+    ]
+    found = verdict(pair(gap, seeds=(0, 1)) + third)
+    assert found.outcome == ("unfinished" if outcome == "wins" else "loses")
+    assert found.unmeasured == ("softmax",)
+
+
+@pytest.mark.parametrize(("gap", "outcome"), [(-0.2, "wins"), (0.2, "loses")])
 def test_a_clear_difference_is_called(gap, outcome):
     found = verdict(pair(gap, seeds=(0, 1)))
     assert found.outcome == outcome
