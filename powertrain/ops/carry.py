@@ -42,7 +42,7 @@ def _by_blocks(x: Tensor, initial: Tensor | None, factors: Tensor | None) -> Ten
     """As `carried_sums` from the start, by products over blocks of chunks.
 
     Products of matrices: they follow `torch.set_float32_matmul_precision`, as those that formed the states do, and what
-    is not finite in one chunk spoils its whole block, earlier chunks included (0 times infinity).
+    is not finite in one chunk spoils all of them, earlier ones included (0 times infinity).
     """
     factors = x.new_ones(x.shape[:2]) if factors is None else factors.flatten(1)
     sums = x.flatten(2)
