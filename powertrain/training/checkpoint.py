@@ -416,16 +416,15 @@ class CheckpointStore:
                 warnings.warn(
                     f"{self.path(later)} is not of this attempt of the run; it is kept as {kept}", stacklevel=2
                 )
-            best = _best({**self._val_losses(), save.step: manifest["val_loss"]})
             os.rename(temporary, target)
             _fsync_directory(self.directory)
         except (OSError, TypeError, ValueError, CheckpointError) as error:
             save.error = self._explain(save.step, pieces, error)
             shutil.rmtree(temporary, ignore_errors=True)
             return
-        self._link_to(save.step, best)
+        best = self._link_to(save.step)
         for step in self.steps()[: -self.keep]:
-            if step != best:
+            if step not in best:
                 self._remove(step)
 
     @staticmethod
@@ -441,10 +440,20 @@ class CheckpointStore:
                 " nodes share"
             ) from error
 
-    def _link_to(self, last: int, best: int | None) -> None:
+    def _link_to(self, last: int) -> set[int]:
+        """Have the links name the newest checkpoint and the best; return the steps that are or might be the best."""
         self._link("last", self.path(last))
-        if best is not None:
-            self._link("best", self.path(best))
+        try:
+            best = _best(self._val_losses())
+        except UnreadableError as error:
+            warnings.warn(
+                f"{error}: until it can be read, `best` stays as it is and no checkpoint is removed", stacklevel=2
+            )
+            return set(self.steps())
+        if best is None:
+            return set()
+        self._link("best", self.path(best))
+        return {best}
 
     def _link(self, name: str, path: Path) -> None:
         temporary = self.directory / f".{name}.tmp"
@@ -544,8 +553,8 @@ class CheckpointStore:
                 message = f"{self._not_usable(damaged, fault)}; it is kept as {kept}; falling back to step {step}"
                 warnings.warn(message, stacklevel=3)
             # Also where nothing was passed over: an attempt may have been killed between a rename and its links.
-            self._link_to(step, _best(self._val_losses()))
-        except (OSError, CheckpointError) as error:
+            self._link_to(step)
+        except OSError as error:
             return f"the run cannot go on from {self.path(step)}: {error}"
         return None
 

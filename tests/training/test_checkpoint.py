@@ -284,20 +284,47 @@ def test_what_cannot_be_read_ends_the_run_and_is_not_taken_for_damaged(store, mo
     assert_holds(store, 2)
 
 
-def test_a_best_checkpoint_that_cannot_be_read_is_not_pruned(store, monkeypatch):
-    store.keep = 1
-    save(store, 1, val_loss=1.0)
+@contextlib.contextmanager
+def unreadable_step(monkeypatch, store, step):
+    """Let no manifest of that step be read, and expect the warning."""
+    broken = store.path(step) / "manifest.json"
+    original = Path.read_bytes
+
+    def read(path):
+        if path == broken:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return original(path)
+
+    message = rf"{broken} cannot be read \(Input/output error\): until it can be read, `best` stays as it is and no"
     with monkeypatch.context() as patch:
-        # Each save first reads back its own.
-        original = Path.read_bytes
-        broken = failing(original, errno.EIO, 4, "manifest.json")
-        patch.setattr(Path, "read_bytes", lambda path: (original if path.parent.suffix else broken)(path))
-        with pytest.raises(
-            CheckpointError, match=r"step 2 could not be written .*step-00000001/manifest.json cannot be"
-        ):
-            save(store, 2, val_loss=2.0)
-    save(store, 3, val_loss=3.0)
-    assert store.steps() == [1, 3]
+        patch.setattr(Path, "read_bytes", read)
+        with pytest.warns(UserWarning, match=message) as caught:
+            yield
+    assert len(caught) == 1
+
+
+def test_an_old_checkpoint_that_cannot_be_read_costs_no_save_and_is_not_pruned(store, monkeypatch):
+    for step, loss in ((10, 1.0), (20, 2.0)):
+        save(store, step, val_loss=loss)
+    with unreadable_step(monkeypatch, store, 10):
+        save(store, 30, val_loss=0.5)
+    assert store.steps() == [10, 20, 30]
+    assert (store.directory / "last").resolve() == store.path(30)
+    assert (store.directory / "best").resolve() == store.path(10)
+    assert_holds(store, 30)
+    save(store, 40, val_loss=3.0)
+    assert store.steps() == [30, 40]
+    assert (store.directory / "best").resolve() == store.path(30)
+
+
+def test_an_old_checkpoint_that_cannot_be_read_does_not_keep_a_run_from_going_on(store, monkeypatch):
+    for step, loss in ((10, 1.0), (20, 2.0)):
+        save(store, step, val_loss=loss)
+    (store.directory / "last").unlink()
+    with unreadable_step(monkeypatch, store, 10):
+        assert_holds(store, 20)
+    assert (store.directory / "last").resolve() == store.path(20)
+    assert (store.directory / "best").resolve() == store.path(10)
 
 
 def test_ranks_that_do_not_share_the_directory_lose_no_checkpoint(tmp_path):
