@@ -125,11 +125,12 @@ def process_group(config: TrainerConfig, devices: Devices, signals: StopSignals)
     # The watch over hangs must speak first: it knows the stacks.
     timeout = timedelta(seconds=2 * config.hang_timeout + 60)
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    if not _keeps_store(rank):
+    keeps_store = _keeps_store(rank)
+    if not keeps_store:
         _wait_for_store(address, port, signals, timeout)
     common = _common_store(rank, size, address, port, timeout)
     store = torch.distributed.PrefixStore(f"fit/{next(_meetings)}", common)
-    agree_to_start(torch.distributed.PrefixStore("meeting", store), size, signals, timeout)
+    agree_to_start(torch.distributed.PrefixStore("meeting", store), size, signals, timeout, keeps_store=keeps_store)
     torch.distributed.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=torch.distributed.PrefixStore("group", store),

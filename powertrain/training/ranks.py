@@ -13,6 +13,8 @@ from powertrain.training.signals import POLL, Stopped, StopSignals
 
 T = TypeVar("T")
 CPU = torch.device("cpu")
+# Seconds that the process that keeps the store stays for those that have not yet read why all end.
+PARTING = 5.0
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,16 @@ class Ranks:
 ALONE = Ranks()
 
 
-def agree_to_start(store: torch.distributed.Store, size: int, signals: StopSignals, timeout: timedelta) -> None:
+def agree_to_start(
+    store: torch.distributed.Store, size: int, signals: StopSignals, timeout: timedelta, *, keeps_store: bool
+) -> None:
     """Wait until all of `size` processes are here and begin together, or end together where one gets a signal before.
 
     To be called within `signals.deferred()`. What the store holds first decides: once all begin, the others count on
     this process, and its signal is agreed on like those between steps.
 
+    Args:
+        keeps_store: the store ends with this process, so that it leaves last of those that are here.
     Errors:
         Stopped: a process got a signal before all were here.
         TimeoutError: some did not come.
@@ -79,10 +85,15 @@ def agree_to_start(store: torch.distributed.Store, size: int, signals: StopSigna
             else:
                 time.sleep(POLL)
         signum = int(store.get("start"))
+        if signum:
+            signals.learn(signum)
+            store.add("left", 1)
     except torch.distributed.DistError:
-        # The process that keeps the store got the signal too, and was faster.
+        # The process that keeps the store got the signal too, and has not waited for this one.
         signals.raise_received()
         raise
     if signum:
-        signals.learn(signum)
+        deadline = time.monotonic() + PARTING
+        while keeps_store and store.add("left", 0) < store.add("here", 0) and time.monotonic() < deadline:
+            time.sleep(POLL)
         raise Stopped(signum)
