@@ -110,8 +110,8 @@ def batch_script(cluster: ClusterConfig, job: BatchJob) -> str:
     if job.last_resort is not None:
         lines += [
             "# Before the time limit, and when preempted, the run saves and asks Slurm for another attempt. Where the",
-            "# limit comes first (during a long validation, say), this asks instead.",
-            f"trap {shlex.quote(shlex.join(job.last_resort))} TERM",
+            "# limit comes first (during a long validation, say), this asks instead; in vain, it still waits for them.",
+            f"trap {shlex.quote(shlex.join(job.last_resort) + ' || true')} TERM",
             "",
         ]
     lines += [

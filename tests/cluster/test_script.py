@@ -78,6 +78,14 @@ def test_the_script_asks_again_where_slurm_did_not_answer_the_run(tmp_path, stub
     assert (done.returncode, done.stdout.split()) == (1, asked)
 
 
+def test_a_last_resort_that_fails_leaves_the_processes_their_time_to_save(tmp_path, stub):
+    stub("scontrol", "n1\n")
+    (tmp_path / "stubs" / "srun").write_text("#!/bin/sh\nkill -TERM $PPID\nsleep 1\necho saved\nexit 3\n")
+    (tmp_path / "stubs" / "srun").chmod(0o755)
+    done = run_script(batch_script(ClusterConfig(), job(last_resort=("sh", "-c", "echo asked; false"))), tmp_path)
+    assert (done.returncode, done.stdout.split()) == (3, ["asked", "saved"])
+
+
 def test_a_failing_line_of_the_setup_ends_the_job_before_it_trains(tmp_path, stub):
     calls = stub("srun")
     assert run_script(batch_script(ClusterConfig(kind="slurm", setup=("false",)), job()), tmp_path).returncode == 1
