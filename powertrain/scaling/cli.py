@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from powertrain.training.signals import StopSignals
 
 DIRECTORY = Path("sweeps")
+# What these print may be read in part; in the others a broken pipe is a failure of what they do.
+PRINTING = ("plan", "status", "report")
 
 DESCRIPTION = """\
 From FLOPs budgets to perplexity curves: a recipe says which mixers, sizes and budgets; `plan` says what that costs,
@@ -115,6 +117,8 @@ def main(argv: list[str]) -> int:
         code = commands[arguments.command](recipe, arguments)
         sys.stdout.flush()
     except BrokenPipeError:
+        if arguments.command not in PRINTING:
+            raise
         # Whoever read the output, as `head` does, has read enough; at its end Python would write the rest once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1  # as `rich` does for what it prints

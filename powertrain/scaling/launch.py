@@ -92,9 +92,9 @@ def slurm_jobs(
     Args:
         recipe: as the user named it; a path is made absolute.
         directory: holds the sweep's directory, on a file system that all nodes share.
+        flags: of `powertrain sweep run`, passed on to every runner.
     Errors:
         ValueError: no runners, or a directory that Slurm would misread.
-        flags: of `powertrain sweep run`, passed on to every runner.
     """
     from powertrain.cluster.submit import check_paths, python_command
 

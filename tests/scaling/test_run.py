@@ -268,14 +268,24 @@ def test_status_ends_its_last_line_and_draws_a_bar_on_a_terminal_only(tmp_path):
         assert "0.0% of the sweep's FLOPs" in text
 
 
-@pytest.mark.parametrize("flags", [[], ["--json"]])
-def test_whoever_stops_reading_ends_the_command_quietly(tmp_path, flags):
+@pytest.mark.parametrize(("name", "flags"), [("plan", []), ("plan", ["--json"]), ("status", [])])
+def test_whoever_stops_reading_ends_the_command_quietly(tmp_path, name, flags):
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-m", "powertrain", "sweep", "plan", str(recipe_in(tmp_path)), *flags]
+    command = [sys.executable, "-m", "powertrain", "sweep", name, str(recipe_in(tmp_path)), *flags]
     ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert (ended.returncode, ended.stderr) == (1, "")
+
+
+@pytest.mark.parametrize("name", ["prepare", "run", "time"])
+def test_a_pipe_that_breaks_within_the_work_is_a_failure(monkeypatch, capsys, name):
+    def work(*_):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(f"powertrain.scaling.cli._{name}", work)
+    assert main(["sweep", name, "smoke"]) == 2
+    assert "powertrain sweep: [Errno 32] Broken pipe\n" in capsys.readouterr().err
 
 
 def test_gpus_that_torch_does_not_see_are_refused(tmp_path, capsys, monkeypatch):
