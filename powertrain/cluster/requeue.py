@@ -1,4 +1,4 @@
-"""Another attempt for a job that ends early: asked for by rank 0 once everything is saved, or by the batch script.
+"""Another attempt for a job that ends early: asked for by the process that has saved, or by the batch script.
 
 Slurm itself starts a job again that it preempts (in its mode REQUEUE) or whose machine fails. Before a time limit, and
 where preemption only sends signals, nobody would: that is what `requeue` is for.
@@ -11,7 +11,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,23 +36,55 @@ class Answer(NamedTuple):
     sentence: str
 
 
-def requeue(run_dir: Path, signum: int) -> Answer:
+def requeue_job(signum: int, signal_seconds: int, check: Callable[[str], None] = lambda job_id: None) -> Answer:
     """Ask Slurm to start the job of this process again, where the signal that ended it means that it should go on.
 
     To be called by one process, when nothing is left to be saved: Slurm ends the job at once. Where Slurm does not
-    answer, it is asked again for most of the time between signal and limit; then the batch script takes over.
+    answer, it is asked again for most of the time between signal and limit.
 
     Args:
-        signum: USR1 or USR2, which nobody sends but to have the run saved and queued again; or TERM, which also ends
+        signum: USR1 or USR2, which nobody sends but to have the job saved and queued again; or TERM, which also ends
             a cancelled job, and the processes of a job of which one has failed.
+        signal_seconds: the time between signal and limit.
+        check: called with the job's id before it is queued again; a `SlurmRefusal` that it raises prevents that.
     Errors:
-        SlurmError: Slurm refuses or does not answer, or several attempts in a row have saved nothing new.
+        SlurmRefusal: by Slurm, or by `check`.
+        SlurmError: Slurm does not answer.
     """
     job_id = current_job_id()
-    assert job_id is not None, "requeue is for processes of a Slurm job"
-    seconds = ASKING_SHARE * _signal_seconds(run_dir)
+    assert job_id is not None, "requeue_job is for processes of a Slurm job"
+    seconds = ASKING_SHARE * signal_seconds
     try:
-        return patiently(lambda: _ask(run_dir, job_id, signum), seconds)
+        return patiently(lambda: _ask(job_id, signum, check), seconds)
+    except SlurmRefusal:
+        raise
+    except SlurmError as error:
+        raise SlurmError(
+            f"job {job_id} is not queued again, since Slurm gave no answer for {seconds:.0f} s ({error})"
+        ) from error
+
+
+def _ask(job_id: str, signum: int, check: Callable[[str], None]) -> Answer:
+    now = job_state(job_id)
+    # Cancelled, preempted without grace, or queued again already: all of them are COMPLETING, for other reasons.
+    wanted = now.state == "RUNNING" and (signum != signal.SIGTERM or now.preempted)
+    if not (wanted or now.reason == "TimeLimit"):
+        return Answer(False, f"job {job_id} is {now.state} and not queued again by this run")
+    check(job_id)
+    slurm("scontrol", "requeue", job_id)
+    return Answer(True, f"job {job_id} is queued again and will continue from what is saved")
+
+
+def requeue(run_dir: Path, signum: int) -> Answer:
+    """Do as `requeue_job` for the run in `run_dir`, unless its attempts lead nowhere.
+
+    Where Slurm does not answer, the batch script takes over.
+
+    Errors:
+        SlurmError: as of `requeue_job`, or several attempts in a row have saved nothing new.
+    """
+    try:
+        return requeue_job(signum, _signal_seconds(run_dir), lambda job_id: _check_progress(run_dir, job_id))
     except SlurmRefusal:
         raise
     except SlurmError as error:
@@ -61,8 +93,7 @@ def requeue(run_dir: Path, signum: int) -> Answer:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(f"{signum}\n")
         raise SlurmError(
-            f"job {job_id} is not queued again, since Slurm gave no answer for {seconds:.0f} s ({error}); where its "
-            f"batch script does not manage it either, the same command continues the run"
+            f"{error}; where its batch script does not manage it either, the same command continues the run"
         ) from error
 
 
@@ -74,12 +105,8 @@ def _signal_seconds(run_dir: Path) -> int:
         return ClusterConfig.signal_seconds
 
 
-def _ask(run_dir: Path, job_id: str, signum: int) -> Answer:
-    now = job_state(job_id)
-    # Cancelled, preempted without grace, or queued again already: all of them are COMPLETING, for other reasons.
-    wanted = now.state == "RUNNING" and (signum != signal.SIGTERM or now.preempted)
-    if not (wanted or now.reason == "TimeLimit"):
-        return Answer(False, f"job {job_id} is {now.state} and not queued again by this run")
+def _check_progress(run_dir: Path, job_id: str) -> None:
+    """Refuse another attempt after several in a row that have saved nothing new."""
     this = _count_attempt(run_dir, job_id)
     if this.fruitless >= MAX_FRUITLESS_ATTEMPTS:
         raise SlurmRefusal(
@@ -87,8 +114,6 @@ def _ask(run_dir: Path, job_id: str, signum: int) -> Answer:
             f"saved than when the one before it ended (now step {this.saved}); give it more time (cluster.time), or an "
             f"earlier signal (cluster.signal_seconds)"
         )
-    slurm("scontrol", "requeue", job_id)
-    return Answer(True, f"job {job_id} is queued again and will continue from its last checkpoint")
 
 
 class _Attempt(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -87,7 +88,12 @@ def parser() -> argparse.ArgumentParser:
         help="with --slurm: options of conf/cluster, such as gpus_per_node=1 or time=4:00:00",
     )
     run.add_argument("--dry-run", action="store_true", help="with --slurm: print the scripts, submit nothing")
-    run.add_argument("--requeue", action="store_true", help="in a Slurm job: ask for another attempt when interrupted")
+    run.add_argument(
+        "--requeue",
+        type=int,
+        metavar="SECONDS",
+        help="in a Slurm job that is signalled SECONDS before its limit: ask for another attempt when interrupted",
+    )
     run.add_argument("--retry-failed", action="store_true", help="try failed cells again")
     run.add_argument("--no-wait", action="store_true", help="end while others still run, instead of waiting for them")
     run.add_argument("--max-hours", type=float, help="start no further cell after this time")
@@ -236,6 +242,8 @@ def _run(recipe: Recipe, arguments: argparse.Namespace) -> int:
 
 
 def _run_here(state: SweepState, arguments: argparse.Namespace) -> int:
+    from powertrain.cluster.queue import SlurmError, current_job_id
+    from powertrain.cluster.requeue import requeue_job
     from powertrain.scaling.run import Outcome
     from powertrain.training.signals import Stopped, StopSignals
 
@@ -247,10 +255,12 @@ def _run_here(state: SweepState, arguments: argparse.Namespace) -> int:
         if outcome.interrupted_by is None:
             return 0
         print("Interrupted. Everything is saved; the same command continues.")
-        if arguments.requeue:
-            from powertrain.scaling.launch import requeue
-
-            print(requeue())
+        if arguments.requeue is not None and outcome.interrupted_by != signal.SIGINT and current_job_id() is not None:
+            try:
+                print(requeue_job(outcome.interrupted_by, arguments.requeue).sentence)
+            except SlurmError as error:
+                print(f"powertrain sweep: {error}", file=sys.stderr)
+                return 1
         return 128 + outcome.interrupted_by
 
 
@@ -325,7 +335,8 @@ def _submit(recipe: Recipe, arguments: argparse.Namespace) -> int:
     if trainer.accelerator == "gpu" and not cluster.gpus_per_node:
         count = 1 if trainer.devices == "auto" else trainer.devices
         raise ConfigError(f"{recipe.name} trains on GPUs: give --cluster gpus_per_node={count}")
-    flags = [f"--{f.replace('_', '-')}" for f in ("keep_checkpoints", "wandb") if getattr(arguments, f)]
+    flags = ["--requeue", str(cluster.signal_seconds)]
+    flags += [f"--{f.replace('_', '-')}" for f in ("keep_checkpoints", "wandb") if getattr(arguments, f)]
     array, report = slurm_jobs(arguments.recipe, arguments.directory, state.paths, arguments.slurm, flags)
     if arguments.dry_run:
         print(scripts(cluster, array, report), end="")

@@ -106,7 +106,7 @@ def slurm_jobs(
     check_paths(logs, Path.cwd())
     array = BatchJob(
         name=paths.root.name,
-        command=python_command("powertrain", "sweep", "run", *common, "--quiet", "--requeue", *flags),
+        command=python_command("powertrain", "sweep", "run", *common, "--quiet", *flags),
         work_dir=Path.cwd(),
         log_dir=logs,
         array=f"0-{runners - 1}",
@@ -137,17 +137,3 @@ def scripts(cluster: ClusterConfig, array: BatchJob, report: BatchJob) -> str:
     after = dataclasses.replace(report, dependency="afterany:<array>")
     single = dataclasses.replace(cluster, nodes=1, tasks_per_node=None, gpus_per_node=0)
     return batch_script(cluster, array) + "\n" + batch_script(single, after)
-
-
-def requeue() -> str:
-    """Ask Slurm for another attempt of this runner's job, unless somebody cancelled it; return what happened."""
-    from powertrain.cluster.queue import current_job_id, job_state, slurm
-
-    job_id = current_job_id()
-    if job_id is None:
-        return "not a Slurm job: start the command again to continue"
-    state = job_state(job_id).state
-    if state != "RUNNING":
-        return f"job {job_id} is {state}: Slurm ends it, or starts it again by itself"
-    slurm("scontrol", "requeue", job_id)
-    return f"job {job_id} is queued again and continues the sweep"

@@ -5,9 +5,11 @@ import time
 
 import pytest
 
+from powertrain.cli import main as powertrain
 from powertrain.cluster.queue import SlurmError
 from powertrain.cluster.requeue import MAX_FRUITLESS_ATTEMPTS, UNANSWERED_FILE, main, requeue
 from powertrain.run_status import RunStatus, write_status
+from powertrain.scaling.run import Outcome
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ def test_a_job_that_would_be_gone_is_queued_again_by_the_id_of_its_task(
 ):
     calls = in_job(state, reason, preempted)
     answer = requeue(tmp_path, signum)
-    assert answer == (True, "job 5_2 is queued again and will continue from its last checkpoint")
+    assert answer == (True, "job 5_2 is queued again and will continue from what is saved")
     assert requeued(calls) == [["requeue", "5_2"]]
 
 
@@ -218,3 +220,43 @@ def test_what_slurm_refuses_is_not_asked_again(in_job, stub, tmp_path):
         requeue(tmp_path, signal.SIGUSR1)
     assert len(calls.read_text().splitlines()) == 1
     assert not (tmp_path / "slurm" / UNANSWERED_FILE).exists()
+
+
+@pytest.fixture
+def sweep(tmp_path, monkeypatch):
+    """Return a function that has a signal end a runner of a sweep, and returns the exit code."""
+
+    def end(signum, seconds=300):
+        monkeypatch.setattr("powertrain.scaling.cli._run_cells", lambda *_: Outcome(interrupted_by=signum))
+        command = ["sweep", "run", "smoke", "--directory", str(tmp_path), "--quiet", "--requeue", str(seconds)]
+        return powertrain(command)
+
+    return end
+
+
+@pytest.mark.parametrize(
+    ("signum", "preempted", "again"),
+    [
+        (signal.SIGUSR1, None, True),
+        (signal.SIGTERM, "2026-01-01T00:00:00", True),
+        (signal.SIGTERM, None, False),
+        (signal.SIGINT, None, False),
+    ],
+)
+def test_a_runner_of_a_sweep_is_queued_again_as_a_run_is(in_job, sweep, signum, preempted, again):
+    calls = in_job("RUNNING", preempted=preempted)
+    assert sweep(signum) == 128 + signum
+    assert (calls.exists() and requeued(calls) == [["requeue", "5_2"]]) is again
+
+
+def test_a_runner_of_a_sweep_asks_a_controller_that_does_not_answer_again(flaky, sweep, capsys):
+    put, asked = flaky
+    put(failures=2)
+    assert sweep(signal.SIGUSR1) == 128 + signal.SIGUSR1
+    assert asked() == ["--oneliner", "--oneliner", "--oneliner", "requeue"]
+    put(failures=1000)
+    assert sweep(signal.SIGUSR1, seconds=1) == 1
+    printed = capsys.readouterr()
+    assert "the same command continues" in printed.out
+    assert printed.err.startswith("powertrain sweep: job 5_2 is not queued again, since Slurm gave no answer for 1 s (")
+    assert len(printed.err.splitlines()) == 1

@@ -340,6 +340,10 @@ def test_an_array_that_trains_on_gpus_asks_for_them(tmp_path, capsys):
     assert "flops_65k trains on GPUs: give --cluster gpus_per_node=1" in capsys.readouterr().err
     assert main([*command, "--cluster", "gpus_per_node=1"]) == 0
     assert "#SBATCH --gpus-per-node=1" in capsys.readouterr().out
+    assert main([*command, "--cluster", "gpus_per_node=1", "--cluster", "signal_seconds=60"]) == 0
+    script = capsys.readouterr().out
+    assert "#SBATCH --signal=USR1@60" in script
+    assert " --requeue 60 " in script
     assert main(["sweep", "run", "smoke", *command[3:]]) == 0
     (example,) = [line for line in parser().format_help().splitlines() if "--slurm" in line]
     assert main([*example.split()[1:], "--directory", str(tmp_path), "--dry-run"]) == 0
