@@ -431,8 +431,8 @@ def test_where_nothing_comes_from_outside_two_calls_are_as_one(T: int) -> None:
     ours, states = in_two_calls(case, tensors, cotangents)
     final, grads = states[:2], states[2:]
     assert all(torch.equal(state, whole[name]) for state, name in zip(final, ("out1", "out2"), strict=True))
-    # Only the normaliser's sums are split into hi and lo anew, which changes them by roundings in fp32: up to one result
-    # in fifty then rounds to the next 16-bit number, by eps / sqrt(12) of it on average.
+    # Only the normaliser's sums are split into hi and lo anew, which changes them by roundings in fp32: up to one
+    # result in fifty then rounds to the next 16-bit number, by eps / sqrt(12) of it on average.
     ours |= zip(("grad_initial_state", "grad_sum_of_keys"), grads, strict=True)
     for name, value in ours.items():
         assert relative_error(value, whole[name]) <= torch.finfo(BF16).eps / math.sqrt(12 * 50), name
