@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from powertrain.run_status import read_status
-from tests.training.test_launch import OPTIONS, complaints, corpus  # noqa: F401
+from tests.training.test_launch import OPTIONS, complaints, corpus  # noqa: F401  `corpus` is a fixture, which the tests below name ...
 
 
 def free_port() -> str:
@@ -24,7 +24,7 @@ def free_port() -> str:
 class Start:
     """A run on two processes of a Slurm job, the second of which pauses at a place of its start-up."""
 
-    def __init__(self, place: str, corpus: Path, directory: Path) -> None:  # noqa: F811
+    def __init__(self, place: str, corpus: Path, directory: Path) -> None:  # noqa: F811  ... as a parameter
         self.directory = directory / place
         self.directory.mkdir()
         environment = {
@@ -67,7 +67,7 @@ class Start:
 
 
 @pytest.mark.slow
-def test_a_signal_while_a_rank_is_late_queues_the_job_again(corpus, tmp_path, stub):  # noqa: F811
+def test_a_signal_while_a_rank_is_late_queues_the_job_again(corpus, tmp_path, stub):  # noqa: F811  the same
     calls = stub("scontrol", "JobId=7 JobState=RUNNING Reason=None PreemptTime=2026-01-01T00:00:00\n")
     # One at a time would take four times as long.
     starts = {place: Start(place, corpus, tmp_path) for place in ("data", "meeting", "restore", "train_start")}
