@@ -35,7 +35,7 @@ class Decay:
         """
         G = None
         if log_g is not None:
-            G = torch.nn.functional.pad(log_g.double().clamp(min=_MIN_LOG_GATE).cumsum(-1), (1, 0))
+            G = torch.nn.functional.pad(_cumsum(log_g.double().clamp(min=_MIN_LOG_GATE)), (1, 0))
         if document is not None:
             document = torch.cat([document[:, :1], document], dim=-1)
         return cls(G, document)
@@ -73,6 +73,17 @@ class Decay:
         """
         before = Segment(segment.start, segment.chunks, 1, segment.stride)
         return ChunkDecay(tokens=self[:, 1:].cut(segment), before=self.cut(before))
+
+
+@torch.library.custom_op("powertrain::cumsum", mutates_args=())
+def _cumsum(x: Tensor) -> Tensor:
+    """Return `x.cumsum(-1)`, as an op of its own: what torch.compile (2.11) makes of it in fp64 on a GPU may fail."""
+    return x.contiguous().cumsum(-1)
+
+
+@_cumsum.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True)

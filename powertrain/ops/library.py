@@ -2,10 +2,12 @@
 activation checkpointing and `FlopCounterMode` see ops.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.utils.flop_counter import register_flop_formula
 
 from powertrain.ops.flops import OpPassFlops, power_retention_flops
@@ -13,6 +15,9 @@ from powertrain.ops.layout import compute_dtype, without_autocast
 from powertrain.ops.normalized import normalized_bwd, normalized_fwd
 from powertrain.ops.plan import make_plan
 from powertrain.ops.sympow import phi_dimension
+
+SHOWN_ON = ["cuda"]
+"""Device types on which a compiler sees the body of degree 1; tests add "cpu"."""
 
 
 @torch.library.custom_op("powertrain::power_retention", mutates_args=())
@@ -123,6 +128,28 @@ def _(
         return q.new_empty(0) if x is None else x.new_empty(x.shape)
 
     return like(q), like(k), like(v), like(log_g), like(state), like(sum_of_keys)
+
+
+def _show_to_compiler(op: Any, function: Callable[..., Any]) -> None:
+    """Let `torch.compile` see the body of `op` for degree 1 on a GPU, as `torch.library.triton_op` does for all.
+
+    There the body is element-wise operations and small products, one launch each: the compiler joins what is not a
+    product, with what surrounds the op too. Of the other degrees most is one product after another, each with a tile of
+    monomials, which as a graph would be long and take its memory at once; on CPU threads share out the body.
+    """
+
+    def decompose(mode: FunctionalTensorMode, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        call = {argument.name: value for argument, value in zip(op._schema.arguments, args, strict=False)}
+        if call["deg"] != 1 or call["q"].device.type not in SHOWN_ON:
+            return mode.__torch_dispatch__(op, types, args, kwargs)
+        with mode:
+            return function(*args, **(kwargs or {}))
+
+    op.register_torch_dispatch(FunctionalTensorMode, decompose)
+
+
+_show_to_compiler(power_retention_op, without_autocast(normalized_fwd))
+_show_to_compiler(power_retention_bwd_op, without_autocast(normalized_bwd))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

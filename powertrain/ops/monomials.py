@@ -142,8 +142,10 @@ class _Suffixes(Monomials):
             monomials = x.new_empty(M, phi_dimension(K, degree), C)
             _multiply(x, self._by_degree[-1], monomials, lexicographic_blocks(K, degree))
             self._by_degree.append(monomials)
-        self._deg, self._tiles = deg, _tiles(K, deg, max(1, tile_elements // (M * C)))
-        rows = K if deg == 1 else max(tile.stop - tile.start for tile, _ in self._tiles)
+        self._deg, rows = deg, K
+        if deg > 1:
+            self._tiles = _tiles(K, deg, max(1, tile_elements // (M * C)))
+            rows = max(tile.stop - tile.start for tile, _ in self._tiles)
         self._buffer = x.new_empty(M, rows, C)
 
     def tiles(self) -> Iterator[tuple[slice, Tensor]]:

@@ -172,6 +172,9 @@ def build_trainer(
 ) -> pl.Trainer:
     """Return Lightning's Trainer for a run; what Lightning would do by epoch or on its own is switched off."""
     environment = launcher_environment(devices)
+    if devices.accelerator == "gpu" and config.precision == "bf16-mixed":
+        # What stays in fp32 beside bf16 products may round its factors to TF32's 11 bits, more than bf16's 8.
+        torch.set_float32_matmul_precision("high")
     # Every kernel here writes the whole of its outputs; filling them before would only cost time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return pl.Trainer(

@@ -5,10 +5,19 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from powertrain.ops import linear_cross_entropy, power_retention, softmax_attention, window_attention
+from powertrain.ops import (
+    library,
+    linear_attention,
+    linear_cross_entropy,
+    power_retention,
+    softmax_attention,
+    window_attention,
+)
 from powertrain.ops.blocked_attention import blocked_attention_bwd_op, blocked_attention_op
 from powertrain.ops.flops import OpPassFlops, power_retention_flops, softmax_attention_flops
 from powertrain.ops.library import power_retention_bwd_op, power_retention_op
@@ -18,7 +27,7 @@ from powertrain.ops.linear_cross_entropy import (
     linear_cross_entropy_sum_op,
 )
 from powertrain.ops.normalized import normalized_bwd, normalized_fwd
-from tests.ops.accuracy import evaluate, make_inputs, relative_error
+from tests.ops.accuracy import Inputs, assert_as_accurate, evaluate, make_inputs, relative_error
 
 CU_SEQLENS = torch.tensor([0, 5, 20], dtype=torch.int32)
 
@@ -112,6 +121,50 @@ def test_autocast_casts_mixed_inputs() -> None:
     assert loss.dtype == torch.float32
     low = {name: x if name == "log_G" else x.bfloat16() for name, x in mixed.items()}
     assert torch.equal(outputs[0], power_retention(**low))
+
+
+def shown_ops(graphs: list[torch.fx.GraphModule]) -> set[str]:
+    return {str(node.target) for graph in graphs for node in graph.graph.nodes if node.op == "call_function"}
+
+
+@pytest.mark.parametrize(("deg", "shown"), [(1, True), (2, False)])
+def test_a_compiler_sees_the_products_of_degree_1(deg: int, shown: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "SHOWN_ON", ["cpu"])
+    inputs = make_inputs(2, 150, 4, 2, 8, 6, dtype=torch.float32)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, _: object) -> object:
+        graphs.append(graph)
+        return make_boxed_func(graph)
+
+    def call(**tensors: torch.Tensor) -> torch.Tensor:
+        return power_retention(**tensors, deg=deg, chunk_size=32)
+
+    torch.compiler.reset()
+    compiled = torch.compile(call, backend=aot_autograd(fw_compiler=keep), fullgraph=True)
+    expected, _ = evaluate(call, inputs)
+    actual, _ = evaluate(compiled, inputs)
+    names = shown_ops(graphs)
+    assert len(graphs) == 2
+    assert any("power_retention" in name for name in names) is not shown
+    assert any("bmm" in name for name in names) is shown
+    for name, value in expected.items():
+        assert relative_error(actual[name], value) < 1e-6, name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("T", [700, 5000])
+def test_compiled_linear_attention_on_a_gpu(T: int) -> None:
+    """As accurate as the uncompiled op, in TF32 as in training; the heads of gates lie last, as a model's do."""
+    inputs = make_inputs(1, T, 4, 2, 32, 32, dtype=torch.bfloat16)
+    on_gpu = Inputs({name: x.cuda() for name, x in inputs.tensors.items()}, {"chunk_size": 128})
+    torch.compiler.reset()
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert_as_accurate(torch.compile(linear_attention, dynamic=False), linear_attention, on_gpu)
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_activation_checkpointing() -> None:

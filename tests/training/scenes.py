@@ -20,7 +20,7 @@ class KeepGradients(pl.Callback):
         gradients = {}
         for name, parameter in pl_module.model.named_parameters():
             gradient = parameter.grad
-            gradients[name] = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+            gradients[name] = (gradient.full_tensor() if isinstance(gradient, DTensor) else gradient).cpu()
         if trainer.is_global_zero:
             torch.save(gradients, pl_module.run_dir / "gradients.pt")
 

@@ -201,3 +201,27 @@ def test_each_rank_writes_its_part(four):
         # Beside the numbers: headers, and the random states within.
         assert 4 * elements < sum(sizes) < 4 * elements + ranks * 40_000
         assert max(sizes) < 1.5 * min(sizes)
+
+
+@pytest.mark.multigpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_two_gpus_train_as_one(precision, tmp_path):
+    common = {"model": "gpt", "accelerator": "gpu", "precision": precision}
+    error = EPS if precision == "32-true" else torch.finfo(torch.bfloat16).eps / 4
+    train_alone(tmp_path, "alone", error, devices=1, **common)
+    strategies = {
+        "ddp": {"strategy": "ddp"},
+        "fsdp": {"strategy": "fsdp"},
+        "sharded": {"strategy": "fsdp", "fsdp_accumulation": "sharded"},
+        "context ddp": {"strategy": "ddp", "context_parallel": 2},
+        "context fsdp": {"strategy": "fsdp", "context_parallel": 2},
+    }
+    run_ranks(tmp_path, 2, *({"name": name, "scene": "keep", **common, **s} for name, s in strategies.items()))
+    failures = []
+    for name in strategies:
+        try:
+            assert_same_training(tmp_path / name, tmp_path / "alone")
+        except AssertionError as failure:
+            failures.append(f"{name}: {failure}")
+    assert not failures, "\n".join(failures)
