@@ -336,9 +336,8 @@ class Expander:
         ladder = list(self.recipe.ladder)
         parameters = [math.log(self.catalog.cost(mixer, s, context).parameters) for s in ladder]
         wanted = parameters[ladder.index(best)] + OPTIMUM_EXPONENT * math.log(budget / before)
-        centre = min(range(len(ladder)), key=lambda i: (abs(parameters[i] - wanted), i))
-        near = {ladder[i] for i in range(centre - stage.width, centre + stage.width + 1) if 0 <= i < len(ladder)}
-        return [s for s in feasible if s in near]
+        nearest = sorted(feasible, key=lambda s: (abs(parameters[ladder.index(s)] - wanted), ladder.index(s)))
+        return [s for s in feasible if s in nearest[: stage.rungs]]
 
     def factors(self, index: int, mixer: str, size: str, context: int, budget: float) -> list[tuple[float, float]]:
         """Return the pairs of factors that a stage runs; see `Stage.learning_rates`.
@@ -363,7 +362,7 @@ class Expander:
                 sizes = self.sizes(index, mixer, context, budget)
             except Undecided as undecided:
                 # What a budget costs hardly depends on the rung, and small rungs use a device least: an upper estimate.
-                count = 1 if stage.sizes == "best" else 2 * stage.width + 1
+                count = 1 if stage.sizes == "best" else stage.rungs
                 sizes = self.feasible_sizes(mixer, context, budget)[:count]
                 candidates = self._candidates(stage, mixer, sizes, context, budget)
                 pending.append(

@@ -91,18 +91,18 @@ class Stage:
     """One round of cells; later stages may depend on what earlier ones found, the same way for every mixer."""
 
     budgets: tuple[float, ...]  # FLOPs, under the recipe's convention
-    sizes: Sizes = "all"  # all, frontier (`width` rungs around the optimum of the budget before) or best
+    sizes: Sizes = "all"  # all, frontier (the rungs nearest to where the optimum should be) or best
     learning_rates: Rates = "tuned"  # grid or tuned
     seeds: tuple[int, ...] = (0,)  # seed of initialisation and data order; the same for every mixer
-    width: int = 1  # frontier only: rungs on each side of the optimum
+    rungs: int = 3  # frontier only: how many of those on which the budget can be spent
 
     def __post_init__(self) -> None:
         if not self.budgets or min(self.budgets) <= 0 or list(self.budgets) != sorted(set(self.budgets)):
             raise ValueError(f"budgets={list(self.budgets)} must be FLOPs above 0, each once, in rising order")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
             raise ValueError(f"seeds={list(self.seeds)} must be whole numbers of at least 0, each once")
-        if self.width < 0:
-            raise ValueError(f"width={self.width} must be at least 0")
+        if self.rungs < 1:
+            raise ValueError(f"rungs={self.rungs} must be at least 1")
 
 
 @dataclass(frozen=True)

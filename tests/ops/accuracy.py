@@ -77,7 +77,7 @@ def evaluate(
         generator = torch.Generator().manual_seed(1)
         cotangents = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in outputs]
     grads = torch.autograd.grad(
-        outputs, list(leaves.values()), [c.to(x.dtype) for x, c in zip(outputs, cotangents, strict=True)]
+        outputs, list(leaves.values()), [c.to(x) for x, c in zip(outputs, cotangents, strict=True)]
     )
     results = {f"out{i}": x.detach() for i, x in enumerate(outputs)}
     results |= {f"grad_{name}": grad for name, grad in zip(leaves, grads, strict=True)}

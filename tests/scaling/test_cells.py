@@ -117,12 +117,26 @@ def test_later_stages_follow_the_results():
     for mixer in staged().mixers:
         frontier = [c for c in later if c.mixer == mixer and c.budget == 3e15]
         rungs = sorted(sizes.index(c.size) for c in frontier)
-        assert len(rungs) in (2, 3)
+        assert len(rungs) == 3
         assert rungs == list(range(rungs[0], rungs[-1] + 1))
         seeds = [c for c in expansion.cells if c.mixer == mixer and c.seed > 0]
         at = [c for c in expansion.cells if c.mixer == mixer and c.budget == 1e16 and c.seed == 0]
         best = min(at, key=lambda c: fake_record(c).loss)
         assert {(c.size, c.seed) for c in seeds} == {(best.size, 1), (best.size, 2)}
+
+
+def test_a_frontier_takes_the_nearest_rungs_that_the_limits_allow():
+    limits = Limits(min_steps=20, max_tokens_per_parameter=20.0)
+    stages = (Stage((1e15,), "all", "grid"), Stage((3e15,), "frontier", "tuned", rungs=2))
+    recipe = synthetic.recipe(stages=stages, limits=limits, warmup_steps=5)
+    # The smallest is always the best, so that the rungs around the next optimum are those with too many tokens.
+    expansion, _ = run_all(recipe, loss=lambda cell: cell.cost.parameters * 1e-6)
+    expander = Expander(recipe, FakeCatalog(), {})
+    for mixer in recipe.mixers:
+        feasible = expander.feasible_sizes(mixer, 65536, 3e15)
+        taken = [c.size for c in expansion.cells if c.mixer == mixer and c.budget == 3e15]
+        assert taken == feasible[:2]
+        assert feasible[0] != next(iter(recipe.ladder))
 
 
 def test_a_tuned_rate_is_that_of_its_own_mixer():
