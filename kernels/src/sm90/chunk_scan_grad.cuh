@@ -177,50 +177,51 @@ struct ChunkScanGrad {
         }
     }
 
-    // x_i of block I as pairs (2 s, 2 s + 1) for every thread of a row, as in chunk_scan.
-    __device__ __forceinline__ void load_scalars(uint32_t (&xi)[kM][2][4], int i_block) const {
+    // x_i of block I for every thread of a row, as in chunk_scan.
+    __device__ __forceinline__ void load_scalars(float (&xi)[kM][2][8], int i_block) const {
 #pragma unroll
       for (int m = 0; m < kM; m++)
 #pragma unroll
-        for (int half = 0; half < 2; half++)
-          load_matrices_transposed(xi[m][half],
-                                   rows_x + m * block_stride * kXBytes + ((i_block * 8 + 2 * warp + half) * 64 + (2 * (lane >> 3) + (lane & 1)) * 8) * 2);
-    }
-
-    // Keeps the compiler from holding the unpacked x_i of both rows blocks over several contractions: they cost 32 registers, and spills.
-    __device__ static __forceinline__ uint32_t opaque(uint32_t pair) {
-      asm volatile("" : "+r"(pair));
-      return pair;
+        for (int half = 0; half < 2; half++) {
+          uint32_t pairs[4];
+          load_matrices_transposed(pairs, rows_x + m * block_stride * kXBytes + ((i_block * 8 + 2 * warp + half) * 64 + (2 * (lane >> 3) + (lane & 1)) * 8) * 2);
+#pragma unroll
+          for (int s = 0; s < 4; s++) {
+            const float2 both = Pair<T>::unpack(pairs[s]);
+            xi[m][half][2 * s] = both.x, xi[m][half][2 * s + 1] = both.y;
+          }
+        }
     }
 
     __device__ __forceinline__ void load_xj(uint32_t (&xj)[2], int m, int j_block) const {
       load_matrices_transposed(xj, xj_at + m * block_stride * kXBytes + j_block * 1024);
     }
 
-    __device__ __forceinline__ void contract(const float (&dphi)[kBlock / 2], const uint32_t (&xi)[2][4], const uint32_t (&xj)[2],
+    __device__ __forceinline__ void contract(const float (&dphi)[kBlock / 2], const float (&xi)[2][8], const uint32_t (&xj)[2],
                                              float (&partial)[2][8], int m, int j_block) {
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         const float2 j = Pair<T>::unpack(xj[half]);
-        float first = 0.f, second = 0.f;
+        // Chains of fused multiply-adds by name: a sum of products added to a third costs an instruction more.
+        float2 sum = load_shared_float2(dx_at(m, half, j_block));
 #pragma unroll
         for (int s = 0; s < 4; s++) {
-          const float2 i = Pair<T>::unpack(opaque(xi[half][s]));
+          const float* i = xi[half] + 2 * s;
           const float* even = dphi + 8 * s + 2 * half;
-          partial[half][2 * s] += even[0] * j.x + even[1] * j.y;
-          partial[half][2 * s + 1] += even[4] * j.x + even[5] * j.y;
-          first += even[0] * i.x + even[4] * i.y;
-          second += even[1] * i.x + even[5] * i.y;
+          partial[half][2 * s] = fmaf(even[1], j.y, fmaf(even[0], j.x, partial[half][2 * s]));
+          partial[half][2 * s + 1] = fmaf(even[5], j.y, fmaf(even[4], j.x, partial[half][2 * s + 1]));
+          sum.x = fmaf(even[4], i[1], fmaf(even[0], i[0], sum.x));
+          sum.y = fmaf(even[5], i[1], fmaf(even[1], i[0], sum.y));
         }
-        add_dx(m, half, j_block, first, second);
+        store_shared_float2(dx_at(m, half, j_block), sum);
       }
     }
 
     __device__ static TilePair pair_of(int t) { return tile_pair(t, kHeadDim); }
 
     __device__ __forceinline__ void scan_state() {
-      uint32_t u[kM][kSteps][4], xi[kM][2][4];
-      float partial[kM][2][8] = {};
+      uint32_t u[kM][kSteps][4];
+      float xi[kM][2][8], partial[kM][2][8] = {};
 #pragma unroll
       for (int m = 0; m < kM; m++) {
         load_u(u[m], m);
@@ -264,7 +265,7 @@ struct ChunkScanGrad {
     }
 
     // Before the contraction of a tile: if its I is new, the old one's sums are done.
-    __device__ __forceinline__ void start_tile(int next, int& i_block, uint32_t (&xi)[kM][2][4], float (&partial)[kM][2][8]) {
+    __device__ __forceinline__ void start_tile(int next, int& i_block, float (&xi)[kM][2][8], float (&partial)[kM][2][8]) {
       if (next == i_block) return;
       flush(partial, i_block);
       load_scalars(xi, next);
