@@ -103,7 +103,7 @@ struct ChunkScan {
     float acc[kM][kColumns / 2];
 
     __device__ Consumer(const ChunkScanParams& p, uint32_t stages, uint32_t barriers)
-        : p(p), lane(threadIdx.x % 32), warp(threadIdx.x / 32 % 4), warpgroup(threadIdx.x / 128), ring(barriers), stages(stages) {
+        : p(p), lane(threadIdx.x % 32), warp(uniform_warp() % 4), warpgroup(uniform_warp() / 4), ring(barriers), stages(stages) {
       start_turn(0);
     }
 

@@ -107,8 +107,8 @@ struct ChunkScanGrad {
     __device__ Consumer(const ChunkScanGradParams& p, uint32_t rows, uint32_t stages, uint32_t dx, uint32_t barriers)
         : p(p),
           lane(threadIdx.x % 32),
-          warp(threadIdx.x / 32 % 4),
-          warpgroup(threadIdx.x / 128),
+          warp(uniform_warp() % 4),
+          warpgroup(uniform_warp() / 4),
           ring(barriers),
           stages(stages),
           rows_x(rows + block(0) * kXBytes),

@@ -119,7 +119,7 @@ struct ChunkState {
   template <class Group>
   __device__ static void consume(const ChunkStateParams& p, int group, uint32_t shared, uint32_t barriers) {
     constexpr int kTiles = Group::kTiles, kPairs = Group::kJ / 2;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+    const int lane = threadIdx.x % 32, warp = uniform_warp() % 4;
 
     // ldmatrix row addresses within a block of x. x_i: matrices (i even, odd) x (first, second 8 tokens), all rows the same one.
     // x_j: matrices (first, second 8 tokens) x (two blocks J, the last one alone where their number is odd), rows are the features of J.
@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(ChunkState<kHeadDim, T>::kThreads, 1) chunk_st
     barrier_init_fence();
   }
   __syncthreads();
-  const int warpgroup = threadIdx.x / 128;
+  const int warpgroup = uniform_warp() / 4;
   if (warpgroup == Kernel::kWarpgroups) {
     give_registers<kProducerRegisters>();
     if (threadIdx.x % 128 == 0) Kernel::produce(p, shared, barriers);

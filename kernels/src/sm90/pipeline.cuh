@@ -3,6 +3,10 @@
 
 namespace powertrain::sm90 {
 
+// This thread's warp of the block, from a shuffle: so ptxas knows that it is the same in all lanes, and keeps what follows from it (loops, addresses,
+// wgmma's descriptors) in uniform registers.
+__device__ __forceinline__ int uniform_warp() { return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0); }
+
 // A ring of shared-memory stages between one producing thread and the consuming warps; 2 kStages mbarriers. One counter says where it is.
 template <int kStages>
 struct Ring {
