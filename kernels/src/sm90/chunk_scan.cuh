@@ -342,8 +342,7 @@ struct ChunkScan {
 
     // Writes y and the normaliser, or dv, of the rows that exist.
     __device__ __forceinline__ void store(const Tile& tile) {
-      const int heads = kReverse ? p.key_heads : p.query_heads;
-      const int64_t batch = tile.row_head / heads, head = tile.row_head % heads;
+      const int64_t batch = p.by_heads.quotient(tile.row_head), head = p.by_heads.remainder(tile.row_head);
       const float unscale = p.out_scale ? 1.f / p.out_scale[tile.key_head] : 1.f;
 #pragma unroll
       for (int m = 0; m < kM; m++) {
@@ -430,8 +429,7 @@ int launch_chunk_scan(const pt_problem& problem, const pt_chunk_scan_params& par
   auto* kernel = chunk_scan_kernel<kHeadDim, T, kReverse>;
   if (int status = allow_shared_memory((const void*)kernel, Kernel::kSharedBytes)) return status;
   if (p.tiles == 0) return fail(PT_UNSUPPORTED, "%s: batch * heads * seq_len is too large for one launch", "chunk_scan");
-  const unsigned grid = (unsigned)(p.tiles < multiprocessors() ? p.tiles : multiprocessors());
-  kernel<<<grid, Kernel::kThreads, Kernel::kSharedBytes, stream>>>(p);
+  kernel<<<p.grid, Kernel::kThreads, Kernel::kSharedBytes, stream>>>(p);
   return check_cuda(cudaGetLastError(), "chunk_scan");
 }
 

@@ -425,8 +425,7 @@ struct ChunkScanGrad {
     }
 
     __device__ __forceinline__ void store(const Tile& tile) {
-      const int heads = kReverse ? p.key_heads : p.query_heads;
-      const int64_t batch = tile.row_head / heads, head = tile.row_head % heads;
+      const int64_t batch = p.by_heads.quotient(tile.row_head), head = p.by_heads.remainder(tile.row_head);
       float factor = p.x_scale ? p.x_scale[tile.row_head] : 1.f;
       if (p.value_scale) factor /= p.value_scale[tile.key_head];
       if (p.dn_scale) factor /= p.dn_scale[tile.key_head];
@@ -511,8 +510,7 @@ int launch_chunk_scan_grad(const pt_problem& problem, const pt_chunk_scan_grad_p
   auto* kernel = chunk_scan_grad_kernel<kHeadDim, T, kReverse>;
   if (int status = allow_shared_memory((const void*)kernel, Kernel::kSharedBytes)) return status;
   if (p.tiles == 0) return fail(PT_UNSUPPORTED, "%s: batch * heads * seq_len is too large for one launch", "chunk_scan_grad");
-  const unsigned grid = (unsigned)(p.tiles < multiprocessors() ? p.tiles : multiprocessors());
-  kernel<<<grid, Kernel::kThreads, Kernel::kSharedBytes, stream>>>(p);
+  kernel<<<p.grid, Kernel::kThreads, Kernel::kSharedBytes, stream>>>(p);
   return check_cuda(cudaGetLastError(), "chunk_scan_grad");
 }
 

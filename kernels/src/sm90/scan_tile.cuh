@@ -5,10 +5,25 @@
 
 namespace powertrain::sm90 {
 
+// Division of 0 <= n < 2^31 by a number that the host knows, as a product: a thread block decodes a tile's index with several of them in a row.
+struct Divisor {
+  uint32_t divisor, multiplier;
+  int shift;
+  Divisor() = default;
+  explicit Divisor(int by) : divisor(by), shift(31) {
+    while ((1ull << (shift - 31)) < divisor) shift++;
+    multiplier = (uint32_t)((1ull << shift) / divisor + 1);
+  }
+  __device__ __forceinline__ int quotient(int n) const { return (int)((uint64_t)(uint32_t)n * multiplier >> shift); }
+  __device__ __forceinline__ int remainder(int n) const { return n - quotient(n) * (int)divisor; }
+};
+
 struct ScanShape {
   int64_t seq_len;
   int tiles, group;  // row tiles of the whole problem; query heads per key head
   int blocks, chunks, blocks_per_chunk, tiles_per_chunk, query_heads, key_heads, has_boundary;
+  unsigned grid;  // thread blocks
+  Divisor by_grid, by_tiles, by_chunks, by_members, by_heads;  // grid, tiles_per_chunk, chunks, heads of rows that read one state, heads of rows
 };
 
 inline ScanShape scan_shape(const pt_problem& problem, bool reverse, int row_blocks, int has_boundary) {
@@ -23,6 +38,9 @@ inline ScanShape scan_shape(const pt_problem& problem, bool reverse, int row_blo
   const int64_t tiles = (int64_t)problem.batch * (reverse ? problem.key_heads : problem.query_heads) * s.chunks * s.tiles_per_chunk;
   s.tiles = tiles < INT32_MAX / 2 ? (int)tiles : 0;  // 0: too many for one launch
   s.has_boundary = has_boundary;
+  s.grid = s.tiles < multiprocessors() ? s.tiles : multiprocessors();
+  s.by_grid = Divisor(s.grid ? s.grid : 1), s.by_tiles = Divisor(s.tiles_per_chunk), s.by_chunks = Divisor(s.chunks);
+  s.by_members = Divisor(reverse ? 1 : s.group), s.by_heads = Divisor(reverse ? s.key_heads : s.query_heads);
   return s;
 }
 
@@ -36,11 +54,11 @@ struct ScanTile {
   int first_column_head, column_count;  // the first of the column_heads heads that columns come from, blocks of columns of each
   bool has_state;
   __device__ ScanTile(const ScanShape& p, int index) {
-    const int chunk_of_all = index / p.tiles_per_chunk, turn = chunk_of_all * p.tiles_per_chunk / (int)gridDim.x;
-    const int within = (index + turn) % p.tiles_per_chunk;
-    const int members = kReverse ? 1 : p.group, member = chunk_of_all % members;
-    chunk = chunk_of_all / members % p.chunks;
-    key_head = chunk_of_all / members / p.chunks;
+    const int chunk_of_all = p.by_tiles.quotient(index), turn = p.by_grid.quotient(chunk_of_all * p.tiles_per_chunk);
+    const int within = p.by_tiles.remainder(index + turn);
+    const int members = kReverse ? 1 : p.group, state = p.by_members.quotient(chunk_of_all), member = chunk_of_all - state * members;
+    key_head = p.by_chunks.quotient(state);
+    chunk = state - key_head * p.chunks;
     row_head = key_head * members + member;  // b Hq + h = (b Hk + h / group) group + h % group
     const int first_block = chunk * p.blocks_per_chunk, chunk_blocks = min(p.blocks_per_chunk, p.blocks - first_block);
     row_block = first_block + within * kRowBlocks;
