@@ -216,17 +216,22 @@ struct ChunkScan {
       release(ring.previous());
     }
 
+    // x of a block of rows as A operands of the scores, from step `first` on. Where registers allow it they stay there for all columns.
+    using RowOperands = uint32_t[kScoreSteps][4];
+    __device__ __forceinline__ void load_rows(RowOperands& xa, uint32_t rows, int m, int first) const {
+#pragma unroll
+      for (int k = 0; k < kScoreSteps; k++)
+        load_matrices_transposed(
+            xa[k], rows + m * row_stride() + (((2 * (first + k) + (lane >> 4)) * 8 + 2 * warp + (lane >> 3 & 1)) * 64 + (lane & 7) * 8) * 2);
+    }
+
     // One block of columns against one block of rows: acc[m] += P u with P = (x . columns)^2 decay, rounded to 16 bits.
-    __device__ __forceinline__ void attend(bool diagonal, int m, uint32_t rows, uint32_t x, const float (&row_decay)[2]) {
+    __device__ __forceinline__ void attend(bool diagonal, int m, uint32_t rows, uint32_t x, const float (&row_decay)[2], RowOperands& xa) {
       const uint32_t u = x + kXBytes, vectors = u + kUBytes + 8 * (lane % 4);
       float s[kBlock / 2];
 #pragma unroll
       for (int first = 0; first < kHeadDim / 16; first += kScoreSteps) {
-        uint32_t xa[kScoreSteps][4];
-#pragma unroll
-        for (int k = 0; k < kScoreSteps; k++)
-          load_matrices_transposed(
-              xa[k], rows + m * row_stride() + (((2 * (first + k) + (lane >> 4)) * 8 + 2 * warp + (lane >> 3 & 1)) * 64 + (lane & 7) * 8) * 2);
+        if constexpr (!kExpanded) load_rows(xa, rows, m, first);
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < kScoreSteps; k++) wgmma<T, true>(s, xa[k], CoreMatrices(x, 1024, 128).at((first + k) * 2048), first + k > 0);
@@ -289,6 +294,10 @@ struct ChunkScan {
       if constexpr (kExpanded)
 #pragma unroll
         for (int m = 0; m < kM; m++) load_row_decay(row_decay[m], p.row_block_decay, tile, m);
+      RowOperands xa[kExpanded ? kM : 1];
+      if constexpr (kExpanded)
+#pragma unroll
+        for (int m = 0; m < kM; m++) load_rows(xa[m], rows, m, 0);
 #pragma unroll 1
       for (int g = 0; g < Tile::column_heads(p); g++) {
         float between[kM];  // decay across the blocks between these rows and the columns
@@ -309,7 +318,7 @@ struct ChunkScan {
             if (diagonal || between[m] > 0.f) {
               if constexpr (!kExpanded) load_row_decay(row_decay[m], p.row_block_decay, tile, m);
               const float decay[2] = {row_decay[m][0] * between[m], row_decay[m][1] * between[m]};
-              attend(diagonal, m, rows, x, decay);
+              attend(diagonal, m, rows, x, decay, xa[kExpanded ? m : 0]);
             }
             if (!diagonal) between[m] *= across;
           }

@@ -272,24 +272,32 @@ struct ChunkScanGrad {
       i_block = next;
     }
 
-    // One block of columns against rows block m: acc += dS x_columns with dS = 2 s decay (u . u_columns), rounded to 16 bits.
-    __device__ __forceinline__ void attend(bool diagonal, int m, uint32_t x, const float (&row_decay)[2]) {
-      const uint32_t columns_u = x + kXBytes, vectors = columns_u + kUBytes, mine = vectors + 8 * (lane % 4);
-      uint32_t xa[kHeadDim / 16][4], ua[kSteps][4];
+    // x and u of a block of rows as A operands within the chunk. They stay in registers; at K = 128 each block of columns loads them again.
+    static constexpr bool kRowsStay = kHeadDim < 128;
+    struct RowOperands {
+      uint32_t x[kHeadDim / 16][4], u[kSteps][4];
+    };
+    __device__ __forceinline__ void load_x(RowOperands& rows, int m) const {
 #pragma unroll
       for (int k = 0; k < kHeadDim / 16; k++)
-        load_matrices_transposed(xa[k], rows_x + m * block_stride * kXBytes + (((2 * k + (lane >> 4)) * 8 + 2 * warp + (lane >> 3 & 1)) * 64 + (lane & 7) * 8) * 2);
-      if constexpr (kHeadDim < 128) load_u(ua, m);
+        load_matrices_transposed(rows.x[k], rows_x + m * block_stride * kXBytes + (((2 * k + (lane >> 4)) * 8 + 2 * warp + (lane >> 3 & 1)) * 64 + (lane & 7) * 8) * 2);
+    }
+
+    // One block of columns against rows block m: acc += dS x_columns with dS = 2 s decay (u . u_columns), rounded to 16 bits.
+    __device__ __forceinline__ void attend(bool diagonal, int m, uint32_t x, const float (&row_decay)[2], RowOperands& rows) {
+      const uint32_t columns_u = x + kXBytes, vectors = columns_u + kUBytes, mine = vectors + 8 * (lane % 4);
+      if constexpr (!kRowsStay) load_x(rows, m);
+      if constexpr (!kRowsStay && kHeadDim < 128) load_u(rows.u, m);
       wgmma_fence();
 #pragma unroll
-      for (int k = 0; k < kHeadDim / 16; k++) wgmma<T, true>(d[0], xa[k], CoreMatrices(x, 1024, 128).at(k * 2048), k > 0);
-      if constexpr (kHeadDim == 128) {  // the registers of xa are needed again
+      for (int k = 0; k < kHeadDim / 16; k++) wgmma<T, true>(d[0], rows.x[k], CoreMatrices(x, 1024, 128).at(k * 2048), k > 0);
+      if constexpr (kHeadDim == 128) {  // the registers of x are needed again
         wgmma_commit();
         wgmma_wait<0>();
-        load_u(ua, m);
+        load_u(rows.u, m);
         wgmma_fence();
       }
-      multiply_values(d[1], ua, columns_u);
+      multiply_values(d[1], rows.u, columns_u);
       wgmma_commit();
       wgmma_wait<0>();
       uint32_t ds[kBlock / 16][4];
@@ -338,7 +346,22 @@ struct ChunkScanGrad {
       wgmma_wait<0>();
     }
 
+    // Decays of this thread's rows. They are loaded long before they are needed.
+    __device__ __forceinline__ void load_row_decays(float (&decay)[kM][2], const float* from, const Tile& tile) const {
+#pragma unroll
+      for (int m = 0; m < kM; m++) {
+        const int64_t at = ((int64_t)tile.key_head * p.blocks + min(tile.row_block + block(m), p.blocks - 1)) * kBlock + 16 * warp + lane / 4;
+        decay[m][0] = from[at], decay[m][1] = from[at + 8];
+      }
+    }
+
     __device__ __forceinline__ void scan_columns(const Tile& tile) {
+      float row_decay[kM][2];
+      load_row_decays(row_decay, p.row_block_decay, tile);
+      RowOperands rows[kRowsStay ? kM : 1];
+      if constexpr (kRowsStay)
+#pragma unroll
+        for (int m = 0; m < kM; m++) load_x(rows[m], m), load_u(rows[m].u, m);
 #pragma unroll 1
       for (int g = 0; g < Tile::column_heads(p); g++) {
         float between[kM];  // decay across the blocks between these rows and the columns
@@ -357,9 +380,8 @@ struct ChunkScanGrad {
             const bool diagonal = column == mine;
             if (!diagonal && (kReverse ? column < mine : column > mine)) continue;
             if (diagonal || between[m] > 0.f) {
-              const float* row_decay = p.row_block_decay + ((int64_t)tile.key_head * p.blocks + mine) * kBlock + 16 * warp + lane / 4;
-              const float decay[2] = {row_decay[0] * between[m], row_decay[8] * between[m]};
-              attend(diagonal, m, x, decay);
+              const float decay[2] = {row_decay[m][0] * between[m], row_decay[m][1] * between[m]};
+              attend(diagonal, m, x, decay, rows[kRowsStay ? m : 0]);
             }
             if (!diagonal) between[m] *= across;
           }
@@ -397,15 +419,15 @@ struct ChunkScanGrad {
     }
 
     __device__ __forceinline__ void run(const Tile& tile) {
+      float chunk_decay[kM][2];
+      load_row_decays(chunk_decay, p.row_chunk_decay, tile);
       if (tile.has_state) {
         scan_state();
 #pragma unroll
         for (int m = 0; m < kM; m++) {
-          const int at = min(tile.row_block + block(m), p.blocks - 1);
-          const float* decay = p.row_chunk_decay + ((int64_t)tile.key_head * p.blocks + at) * kBlock + 16 * warp + lane / 4;
 #pragma unroll
           for (int half = 0; half < 2; half++) {
-            const float factor = decay[8 * half] * p.inverse_state_scale;
+            const float factor = chunk_decay[m][half] * p.inverse_state_scale;
 #pragma unroll
             for (int b = 0; b < kFeatureBlocks; b++) {
               const float2 value = load_shared_float2(dx_at(m, half, b));
