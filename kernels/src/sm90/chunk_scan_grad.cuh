@@ -47,6 +47,18 @@ struct ChunkScanGrad {
 
   using Tile = ScanTile<kReverse, kRowBlocks>;
 
+  // The phi tiles I by I, those of distance NB/2 with the others of their I: sums over j for a fixed I are done once for each I.
+  struct TileWalk {
+    int i = 0, distance = 0;
+    __device__ __forceinline__ int tile() const { return distance < kHalf ? i * kHalf + distance : kFeatureBlocks * kHalf + i; }
+    __device__ __forceinline__ int j() const { return (i + distance) % kFeatureBlocks; }
+    __device__ __forceinline__ void next() {
+      const bool last = distance == (i < kHalf ? kHalf : kHalf - 1);
+      distance = last ? 0 : distance + 1;
+      i += last;
+    }
+  };
+
   __device__ static void produce(const ChunkScanGradParams& p, uint32_t rows, uint32_t stages, uint32_t ring_barriers, uint32_t row_barriers) {
     Ring<kStages> ring(ring_barriers);
     Ring<1> row_ring(row_barriers);
@@ -62,11 +74,15 @@ struct ChunkScanGrad {
                 row_ring.full_barrier());
       if (tile.has_state) {
         const T* state = (const T*)p.states + ((int64_t)tile.key_head * p.chunks + tile.chunk) * kPhiTiles * state_tile_elements(kHeadDim);
+        TileWalk walk;
 #pragma unroll 1
         for (int t = 0; t < kPhiTiles; t += 2) {
           ring.wait_empty();
           barrier_expect(ring.full_barrier(), 2 * kTileBytes);
-          bulk_load(stages + ring.stage() * kStageBytes, state + t * state_tile_elements(kHeadDim), 2 * kTileBytes, ring.full_barrier());
+#pragma unroll
+          for (int which = 0; which < 2; which++, walk.next())
+            bulk_load(stages + ring.stage() * kStageBytes + which * kTileBytes, state + walk.tile() * state_tile_elements(kHeadDim), kTileBytes,
+                      ring.full_barrier());
           ring.advance();
         }
       }
@@ -217,8 +233,6 @@ struct ChunkScanGrad {
       }
     }
 
-    __device__ static TilePair pair_of(int t) { return tile_pair(t, kHeadDim); }
-
     __device__ __forceinline__ void scan_state() {
       uint32_t u[kM][kSteps][4];
       float xi[kM][2][8], partial[kM][2][8] = {};
@@ -232,11 +246,11 @@ struct ChunkScanGrad {
       }
       load_scalars(xi, 0);
       int i_block = 0;
+      TileWalk walk;
       // A stage is 2 kM products: tile 0 with each row block, then tile 1. Each runs while the one before is contracted, but none past the
       // stage's end: ptxas serialises products whose accumulators are read on the other side of a loop's back edge.
 #pragma unroll 1
       for (int t = 0; t < kPhiTiles; t += 2) {
-        const TilePair pairs[2] = {pair_of(t), pair_of(t + 1)};
         ring.wait_full();
         const uint32_t tiles = stages + ring.stage() * kStageBytes;
         wgmma_fence();
@@ -244,9 +258,9 @@ struct ChunkScanGrad {
         wgmma_commit();
 #pragma unroll
         for (int slot = 0; slot < 2 * kM; slot++) {
-          const TilePair& pair = pairs[slot / kM];
+          if (slot == kM) walk.next();
           uint32_t xj[2];
-          load_xj(xj, slot % kM, pair.j_block);
+          load_xj(xj, slot % kM, walk.j());
           if (slot + 1 < 2 * kM) {
             wgmma_fence();
             multiply_values(d[(slot + 1) % 2], u[(slot + 1) % kM], tiles + (slot + 1) / kM * kTileBytes);
@@ -256,9 +270,10 @@ struct ChunkScanGrad {
             wgmma_wait<0>();
             release(ring.stage());
           }
-          if (slot % kM == 0) start_tile(pair.i_block, i_block, xi, partial);
-          contract(d[slot % 2], xi[slot % kM], xj, partial[slot % kM], slot % kM, pair.j_block);
+          if (slot % kM == 0) start_tile(walk.i, i_block, xi, partial);
+          contract(d[slot % 2], xi[slot % kM], xj, partial[slot % kM], slot % kM, walk.j());
         }
+        walk.next();
         ring.advance();
       }
       flush(partial, i_block);
