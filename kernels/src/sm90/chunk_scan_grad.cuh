@@ -287,8 +287,7 @@ struct ChunkScanGrad {
       i_block = next;
     }
 
-    // x and u of a block of rows as A operands within the chunk. They stay in registers; at K = 128 each block of columns loads them again.
-    static constexpr bool kRowsStay = kHeadDim < 128;
+    // x and u of a block of rows as A operands within the chunk. They stay in registers.
     struct RowOperands {
       uint32_t x[kHeadDim / 16][4], u[kSteps][4];
     };
@@ -299,19 +298,11 @@ struct ChunkScanGrad {
     }
 
     // One block of columns against rows block m: acc += dS x_columns with dS = 2 s decay (u . u_columns), rounded to 16 bits.
-    __device__ __forceinline__ void attend(bool diagonal, int m, uint32_t x, const float (&row_decay)[2], RowOperands& rows) {
+    __device__ __forceinline__ void attend(bool diagonal, int m, uint32_t x, const float (&row_decay)[2], const RowOperands& rows) {
       const uint32_t columns_u = x + kXBytes, vectors = columns_u + kUBytes, mine = vectors + 8 * (lane % 4);
-      if constexpr (!kRowsStay) load_x(rows, m);
-      if constexpr (!kRowsStay && kHeadDim < 128) load_u(rows.u, m);
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < kHeadDim / 16; k++) wgmma<T, true>(d[0], rows.x[k], CoreMatrices(x, 1024, 128).at(k * 2048), k > 0);
-      if constexpr (kHeadDim == 128) {  // the registers of x are needed again
-        wgmma_commit();
-        wgmma_wait<0>();
-        load_u(rows.u, m);
-        wgmma_fence();
-      }
       multiply_values(d[1], rows.u, columns_u);
       wgmma_commit();
       wgmma_wait<0>();
@@ -367,10 +358,9 @@ struct ChunkScanGrad {
     __device__ __forceinline__ void scan_columns(const Tile& tile) {
       float row_decay[kM][2];
       load_row_decays(row_decay, p.row_block_decay, tile);
-      RowOperands rows[kRowsStay ? kM : 1];
-      if constexpr (kRowsStay)
+      RowOperands rows[kM];
 #pragma unroll
-        for (int m = 0; m < kM; m++) load_x(rows[m], m), load_u(rows[m].u, m);
+      for (int m = 0; m < kM; m++) load_x(rows[m], m), load_u(rows[m].u, m);
 #pragma unroll 1
       for (int g = 0; g < Tile::column_heads(p); g++) {
         float between[kM];  // decay across the blocks between these rows and the columns
@@ -390,7 +380,7 @@ struct ChunkScanGrad {
             if (!diagonal && (kReverse ? column < mine : column > mine)) continue;
             if (diagonal || between[m] > 0.f) {
               const float decay[2] = {row_decay[m][0] * between[m], row_decay[m][1] * between[m]};
-              attend(diagonal, m, x, decay, rows[kRowsStay ? m : 0]);
+              attend(diagonal, m, x, decay, rows[m]);
             }
             if (!diagonal) between[m] *= across;
           }
