@@ -103,8 +103,9 @@ class Pass {
   Tensor empty(at::IntArrayRef shape, at::ScalarType dtype) const { return at::empty(shape, options_.dtype(dtype)); }
   Tensor bytes(int64_t size) const { return empty({size}, at::kByte); }
   int64_t phi_dimension() const { return D * (D + 1) / 2; }
-  Tensor state(bool wanted) const { return wanted ? empty({B, Hk, phi_dimension(), D}, at::kFloat) : empty({0}, at::kFloat); }
-  Tensor sum_of_keys(bool wanted) const { return wanted ? empty({B, Hk, phi_dimension()}, at::kFloat) : empty({0}, at::kFloat); }
+  // Undefined, which Python sees as None, where not wanted: even a tensor of size 0 takes the host's time.
+  Tensor state(bool wanted) const { return wanted ? empty({B, Hk, phi_dimension(), D}, at::kFloat) : Tensor(); }
+  Tensor sum_of_keys(bool wanted) const { return wanted ? empty({B, Hk, phi_dimension()}, at::kFloat) : Tensor(); }
 
   // The op's `saved` ends with the normalizer (B, Hq, T), fp32, after the library's own part.
   int64_t saved_bytes() const { return sizes.saved + B * Hq * T * 4; }
@@ -276,7 +277,7 @@ struct InputGradients {
   InputGradients(const Pass& pass, at::ScalarType dtype, bool has_gates, pt_backward_params& params)
       : q(pass.empty({pass.B, pass.T, pass.Hq, pass.D}, dtype)), k(pass.empty({pass.B, pass.T, pass.Hk, pass.D}, dtype)),
         v(pass.empty({pass.B, pass.T, pass.Hk, pass.D}, dtype)),
-        log_g(has_gates ? pass.empty({pass.B, pass.T, pass.Hk}, at::kFloat) : pass.empty({0}, at::kFloat)) {
+        log_g(has_gates ? pass.empty({pass.B, pass.T, pass.Hk}, at::kFloat) : Tensor()) {
     params.dq = strided(q), params.dk = strided(k), params.dv = strided(v);
     if (!has_gates) return;
     params.dlog_G = floats(log_g);

@@ -75,11 +75,15 @@ def power_retention(
     Source: Buckman, Gelada and Zhang, "Symmetric Power Transformers", 2024; Gelada, Buckman, Zhang and Bach, "Scaling
     Context Requires Rethinking Attention", 2025, arXiv:2507.04239. docs/op.md has the mathematics.
     """
-    out, state, new_sum_of_keys, _, _ = _power_retention(
+    out, _, state, new_sum_of_keys = _power_retention(
         Q, K, V, log_G, initial_state, return_final_state, deg, scale, chunk_size, switch_over_seq_len,
-        sum_of_keys, cu_seqlens, impl,
+        sum_of_keys, cu_seqlens, impl, False,
     )  # fmt: skip
-    return (out, state, new_sum_of_keys) if return_final_state else out
+    if not return_final_state:
+        return out
+    assert state is not None
+    assert new_sum_of_keys is not None
+    return out, state, new_sum_of_keys
 
 
 def power_retention_with_normalizer(
@@ -103,11 +107,13 @@ def power_retention_with_normalizer(
     The normalizer `(B, T, Hq)`, sum_j w_ij in fp32 (fp64 for fp64 inputs), has no gradient: it is for monitoring. State
     and sum_of_keys have size 0 unless return_final_state. Arguments and errors are those of `power_retention`.
     """
-    out, state, new_sum_of_keys, kept, call = _power_retention(
+    out, normalizer, state, new_sum_of_keys = _power_retention(
         Q, K, V, log_G, initial_state, return_final_state, deg, scale, chunk_size, switch_over_seq_len,
-        sum_of_keys, cu_seqlens, impl,
+        sum_of_keys, cu_seqlens, impl, True,
     )  # fmt: skip
-    normalizer = cuda.public_normalizer(kept, call.scale, call.Q, K.shape[2]) if call.on_cuda else kept
+    assert normalizer is not None
+    if state is None or new_sum_of_keys is None:
+        state, new_sum_of_keys = out.new_empty(0, dtype=torch.float32), out.new_empty(0, dtype=torch.float32)
     return out, normalizer, state, new_sum_of_keys
 
 
@@ -270,36 +276,29 @@ def _power_retention(
     sum_of_keys: Tensor | None,
     cu_seqlens: Tensor | None,
     impl: Implementation | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, PowerCall]:
-    """Validate, choose and run: out, state, sum_of_keys, the normalizer (of the CUDA path, the buffer that holds it),
-    and the call.
+    with_normalizer: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Validate, choose and run: out, normalizer (always there `with_normalizer`), and where there is a final state,
+    state and sum_of_keys.
     """
     call = resolve_call(
         Q, K, V, log_G, deg=deg, scale=scale, chunk_size=chunk_size, switch_over_seq_len=switch_over_seq_len,
         cu_seqlens=cu_seqlens, has_state=initial_state is not None, impl=impl, initial_state=initial_state,
         sum_of_keys=sum_of_keys,
     )  # fmt: skip
-    if call.on_cuda:
-        out, state, new_sum_of_keys, saved = cuda.power_retention_cuda(
-            call.Q, call.K, call.V, log_G, initial_state, sum_of_keys, cu_seqlens, call.chunk_size, return_final_state
+    Q, K, V, deg, scale, chunk_size, on_cuda = call
+    if not on_cuda:
+        out, normalizer, state, new_sum_of_keys, _ = power_retention_op(
+            Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens, scale, deg, chunk_size, return_final_state
         )
-        if initial_state is not None and return_final_state:
-            state, new_sum_of_keys = state.to(initial_state.dtype), new_sum_of_keys.to(initial_state.dtype)
-        return out, state, new_sum_of_keys, saved, call
-    out, normalizer, state, new_sum_of_keys, _ = power_retention_op(
-        call.Q,
-        call.K,
-        call.V,
-        log_G,
-        initial_state,
-        sum_of_keys,
-        cu_seqlens,
-        call.scale,
-        deg,
-        call.chunk_size,
-        return_final_state,
+        return out, normalizer, state, new_sum_of_keys
+    out, state, new_sum_of_keys, saved = cuda.power_retention_cuda(
+        Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens, chunk_size, return_final_state
     )
-    return out, state, new_sum_of_keys, normalizer, call
+    if initial_state is not None and state is not None and new_sum_of_keys is not None:
+        state, new_sum_of_keys = state.to(initial_state.dtype), new_sum_of_keys.to(initial_state.dtype)
+    normalizer = cuda.public_normalizer(saved, scale, Q, K.shape[2]) if with_normalizer else None
+    return out, normalizer, state, new_sum_of_keys
 
 
 def linear_attention(

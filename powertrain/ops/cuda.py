@@ -98,8 +98,8 @@ def power_retention_cuda(
     cu_seqlens: Tensor | None,
     chunk_size: int,
     final_state: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return out `(B, T, Hq, V)`, state, sum_of_keys (of size 0 unless `final_state`), and for `public_normalizer` the
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """Return out `(B, T, Hq, V)`, state, sum_of_keys (None unless `final_state`), and for `public_normalizer` the
     buffer of the backward pass.
 
     Inputs are validated and supported; `chunk_size` is one of `resolve_chunk_size`.

@@ -6,7 +6,7 @@ Python they would cost the host more than the launches do.
 What the backward pass needs of the forward one (packed inputs, gates, states, and last the normaliser `(B, Hq, T)`) is
 one opaque byte tensor, so that one allocation and one saved tensor serve all of it. Inputs are validated and supported,
 `log_g` and states are fp32, `cu_seqlens` is int32, `chunk_size` a multiple of 64; `arch` is 0 (the library chooses), 80
-or 90.
+or 90. A result that a call does not have is None, an undefined tensor in C++.
 """
 
 from typing import Any
@@ -31,14 +31,14 @@ power_retention_cuda_op = _define(
     "power_retention_cuda(Tensor q, Tensor k, Tensor v, Tensor? log_g, Tensor? state, Tensor? sum_of_keys, "
     "Tensor? cu_seqlens, SymInt chunk_size, bool final_state, int arch) -> (Tensor, Tensor, Tensor, Tensor)"
 )
-"""The forward pass: out `(B, T, Hq, V)`, state and sum_of_keys (of size 0 unless `final_state`), `saved`."""
+"""The forward pass: out `(B, T, Hq, V)`, state and sum_of_keys (None unless `final_state`), `saved`."""
 
 power_retention_cuda_bwd_op = _define(
     "power_retention_cuda_bwd(Tensor grad_out, Tensor? grad_state, Tensor? grad_sum, Tensor out, Tensor saved, "
     "Tensor? cu_seqlens, SymInt key_heads, bool has_gates, bool has_state, SymInt chunk_size, int arch) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-"""The backward pass: gradients of q, k, v, log_g, state, sum_of_keys, the last three of size 0 where not given."""
+"""The backward pass: gradients of q, k, v, log_g, state, sum_of_keys, the last three None where not given."""
 
 final_state_cuda_op = _define(
     "power_retention_cuda_final_state(Tensor q, Tensor k, Tensor v, Tensor? log_g, Tensor? cu_seqlens, "
@@ -69,17 +69,14 @@ finish_cuda_bwd_op = _define(
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 """The rest of the backward pass that `initial_state_grad_cuda_op` began, from the gradient of the final state:
-gradients of q, k, v and log_g, the last of size 0 without gates. `begun` is used up."""
+gradients of q, k, v and log_g, the last None without gates. `begun` is used up."""
 
 
-def _state(like: Tensor, key_heads: int, wanted: bool) -> tuple[Tensor, Tensor]:
-    """Empty state and sum_of_keys for `like (B, T, Hq, D)`; of size 0 unless `wanted`."""
+def _state(like: Tensor, key_heads: int) -> tuple[Tensor, Tensor]:
+    """Empty state and sum_of_keys for `like (B, T, Hq, D)`."""
     B, _, _, D = like.shape
     shape = (B, key_heads, phi_dimension(D, 2))
-    return (
-        like.new_empty((*shape, D) if wanted else (0,), dtype=torch.float32),
-        like.new_empty(shape if wanted else (0,), dtype=torch.float32),
-    )
+    return like.new_empty((*shape, D), dtype=torch.float32), like.new_empty(shape, dtype=torch.float32)
 
 
 def _saved(like: Tensor, key_heads: int, chunk_size: int, has_state: bool) -> Tensor:
@@ -98,14 +95,14 @@ def _saved(like: Tensor, key_heads: int, chunk_size: int, has_state: bool) -> Te
     return like.new_empty(size + 4 * B * Hq * T, dtype=torch.uint8)
 
 
-def _input_grads(like: Tensor, key_heads: int, has_gates: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Empty gradients of q, k, v and log_g for out `like`; the last of size 0 without gates."""
+def _input_grads(like: Tensor, key_heads: int, has_gates: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Empty gradients of q, k, v and log_g for out `like`; the last None without gates."""
     B, T, _, D = like.shape
     return (
         like.new_empty(like.shape),
         like.new_empty(B, T, key_heads, D),
         like.new_empty(B, T, key_heads, D),
-        like.new_empty((B, T, key_heads) if has_gates else (0,), dtype=torch.float32),
+        like.new_empty((B, T, key_heads), dtype=torch.float32) if has_gates else None,
     )
 
 
@@ -121,10 +118,10 @@ def _(
     chunk_size: int,
     final_state: bool,
     arch: int,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor | None, ...]:
     return (
         q.new_empty(q.shape),
-        *_state(q, k.shape[2], final_state),
+        *(_state(q, k.shape[2]) if final_state else (None, None)),
         _saved(q, k.shape[2], chunk_size, state is not None),
     )
 
@@ -142,8 +139,8 @@ def _(
     has_state: bool,
     chunk_size: int,
     arch: int,
-) -> tuple[Tensor, ...]:
-    return *_input_grads(out, key_heads, has_gates), *_state(out, key_heads, has_state)
+) -> tuple[Tensor | None, ...]:
+    return *_input_grads(out, key_heads, has_gates), *(_state(out, key_heads) if has_state else (None, None))
 
 
 @torch.library.register_fake("powertrain::power_retention_cuda_final_state")
@@ -158,7 +155,7 @@ def _(
     arch: int,
 ) -> tuple[Tensor, ...]:
     begun = _saved(q, k.shape[2], chunk_size, True) if keep else q.new_empty(0, dtype=torch.uint8)
-    return *_state(q, k.shape[2], True), begun
+    return *_state(q, k.shape[2]), begun
 
 
 @torch.library.register_fake("powertrain::power_retention_cuda_finish")
@@ -178,7 +175,7 @@ def _(
         if keep
         else 0
     )
-    return *_state(out, key_heads, True), out.new_empty(size, dtype=torch.uint8)
+    return *_state(out, key_heads), out.new_empty(size, dtype=torch.uint8)
 
 
 @torch.library.register_fake("powertrain::power_retention_cuda_finish_bwd")
@@ -193,7 +190,7 @@ def _(
     has_gates: bool,
     chunk_size: int,
     arch: int,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor | None, ...]:
     return _input_grads(out, key_heads, has_gates)
 
 
