@@ -111,6 +111,25 @@ class Pass {
   int64_t saved_bytes() const { return sizes.saved + B * Hq * T * 4; }
   float* normalizer(const Tensor& saved) const { return reinterpret_cast<float*>(static_cast<char*>(saved.data_ptr()) + sizes.saved); }
 
+  // `saved` and the workspace of a forward pass. A small workspace lies behind `saved` in one allocation, and stays as long: another one would
+  // take the host longer than so little memory is worth.
+  struct ForwardBuffers {
+    Tensor saved;
+    void* workspace;
+    Tensor apart;  // a large workspace
+  };
+  ForwardBuffers forward_buffers() const {
+    constexpr int64_t kSmall = 1 << 20, kAlignment = 256;
+    const int64_t kept = saved_bytes(), end = (kept + kAlignment - 1) / kAlignment * kAlignment;
+    if (sizes.forward_workspace > kSmall) {
+      const Tensor apart = bytes(sizes.forward_workspace);
+      return {bytes(kept), apart.data_ptr(), apart};
+    }
+    const Tensor saved = bytes(end + sizes.forward_workspace);
+    saved.unsafeGetTensorImpl()->set_sizes_contiguous({kept});
+    return {saved, static_cast<char*>(saved.data_ptr()) + end, {}};
+  }
+
   // The kernels read what they are told is there.
   void check_tensor(const char* name, const Tensor& x, at::IntArrayRef shape, at::ScalarType dtype) const {
     const at::Device device = options_.device();
@@ -196,15 +215,14 @@ Forward forward(const Tensor& q, const Tensor& k, const Tensor& v, const Optiona
   const ForwardInputs inputs(pass, q, k, v, log_g, state, sum_of_keys, cu_seqlens);
   Tensor out = pass.empty({pass.B, pass.T, pass.Hq, pass.D}, q.scalar_type());
   Tensor new_state = pass.state(final_state), new_sum = pass.sum_of_keys(final_state);
-  Tensor saved = pass.bytes(pass.saved_bytes());
-  const Tensor workspace = pass.bytes(pass.sizes.forward_workspace);
+  Pass::ForwardBuffers buffers = pass.forward_buffers();
   pt_forward_params params = inputs.params();
   params.out = strided(out);
-  params.normalizer = pass.normalizer(saved);
+  params.normalizer = pass.normalizer(buffers.saved);
   if (final_state) params.final_state = floats(new_state), params.final_sum_of_keys = floats(new_sum);
-  params.saved = saved.data_ptr(), params.workspace = workspace.data_ptr();
+  params.saved = buffers.saved.data_ptr(), params.workspace = buffers.workspace;
   pass.forward(params);
-  return {std::move(out), std::move(new_state), std::move(new_sum), std::move(saved)};
+  return {std::move(out), std::move(new_state), std::move(new_sum), std::move(buffers.saved)};
 }
 
 States final_state(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& log_g, const OptionalTensor& cu_seqlens,
