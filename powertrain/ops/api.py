@@ -1,5 +1,6 @@
 """The public functions of power retention: validation, defaults and the choice of implementation."""
 
+import contextlib
 import math
 from typing import Any, Literal, NamedTuple
 
@@ -148,15 +149,44 @@ def forget_decisions() -> None:
     _decisions.clear()
 
 
-def _description(x: Tensor | None) -> tuple[Any, ...] | None:
-    if x is None:
-        return None
-    if not isinstance(x, Tensor):
-        raise ValueError(
-            "log_G, cu_seqlens, initial_state and sum_of_keys must be torch.Tensor or None; got a "
-            f"{type(x).__module__}.{type(x).__name__}"
-        )
+def _description(x: Tensor) -> tuple[Any, ...]:
     return (x.shape, x.dtype, x.device)
+
+
+def _key_of(
+    Q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    log_G: Tensor | None,
+    deg: int,
+    scale: float | None,
+    chunk_size: int | None,
+    switch_over_seq_len: int | None,
+    cu_seqlens: Tensor | None,
+    has_state: bool,
+    impl: Implementation | None,
+    initial_state: Tensor | None,
+    sum_of_keys: Tensor | None,
+) -> tuple[Any, ...] | None:
+    """Return the key of a call's decision; None where something is no tensor, which validation will refuse."""
+    try:
+        return (
+            Q.shape, K.shape, V.shape, Q.dtype, K.dtype, V.dtype, Q.device, K.device, V.device,
+            None if log_G is None else _description(log_G), None if cu_seqlens is None else _description(cu_seqlens),
+            None if initial_state is None else _description(initial_state),
+            None if sum_of_keys is None else _description(sum_of_keys), has_state,
+            deg, type(deg), scale, type(scale), chunk_size, type(chunk_size),
+            switch_over_seq_len, type(switch_over_seq_len), impl,
+        )  # fmt: skip
+    except AttributeError:
+        return None
+
+
+def _known_decision(key: tuple[Any, ...] | None) -> _Decision | None:
+    try:
+        return None if key is None else _decisions.get(key)
+    except TypeError:  # symbolic sizes have no hash
+        return None
 
 
 def resolve_call(
@@ -182,27 +212,19 @@ def resolve_call(
         ValueError: for arguments that do not fit together.
     """
     Q, K, V = validation.autocast(Q, K, V)
-    decision = key = None
-    if not torch.compiler.is_compiling():
-        key = (
-            Q.shape, K.shape, V.shape, Q.dtype, K.dtype, V.dtype, Q.device, K.device, V.device, _description(log_G),
-            _description(cu_seqlens), _description(initial_state), _description(sum_of_keys), has_state,
-            deg, type(deg), scale, type(scale), chunk_size, type(chunk_size),
-            switch_over_seq_len, type(switch_over_seq_len), impl,
-        )  # fmt: skip
-        try:
-            decision = _decisions.get(key)
-        except TypeError:  # symbolic sizes have no hash
-            key = None
+    arguments = (
+        Q, K, V, log_G, deg, scale, chunk_size, switch_over_seq_len, cu_seqlens, has_state, impl, initial_state,
+        sum_of_keys,
+    )  # fmt: skip
+    key = None if torch.compiler.is_compiling() else _key_of(*arguments)
+    decision = _known_decision(key)
     if decision is None:
-        decision = _decide(
-            Q, K, V, log_G, deg, scale, chunk_size, switch_over_seq_len, cu_seqlens, has_state, impl, initial_state,
-            sum_of_keys,
-        )  # fmt: skip
+        decision = _decide(*arguments)
         if key is not None:
             if len(_decisions) >= _MAX_DECISIONS:
                 _decisions.clear()
-            _decisions[key] = decision
+            with contextlib.suppress(TypeError):  # symbolic sizes have no hash
+                _decisions[key] = decision
     validation.check_values(log_G, cu_seqlens, K)
     if deg == 1:
         Q, K = positive_feature_map(Q), positive_feature_map(K)
@@ -225,6 +247,12 @@ def _decide(
     sum_of_keys: Tensor | None,
 ) -> _Decision:
     validation.check_qkv(Q, K, V)
+    for x in (log_G, cu_seqlens, initial_state, sum_of_keys):
+        if not (x is None or isinstance(x, Tensor)):
+            raise ValueError(
+                "log_G, cu_seqlens, initial_state and sum_of_keys must be torch.Tensor or None; got a "
+                f"{type(x).__module__}.{type(x).__name__}"
+            )
     validation.check_log_gates(log_G, K)
     validation.check_deg(deg)
     validation.check_scale(scale)
@@ -281,12 +309,24 @@ def _power_retention(
     """Validate, choose and run: out, normalizer (always there `with_normalizer`), and where there is a final state,
     state and sum_of_keys.
     """
-    call = resolve_call(
-        Q, K, V, log_G, deg=deg, scale=scale, chunk_size=chunk_size, switch_over_seq_len=switch_over_seq_len,
-        cu_seqlens=cu_seqlens, has_state=initial_state is not None, impl=impl, initial_state=initial_state,
-        sum_of_keys=sum_of_keys,
-    )  # fmt: skip
-    Q, K, V, deg, scale, chunk_size, on_cuda = call
+    decision = None
+    if not (torch.compiler.is_compiling() or validation.autocasts(Q)):
+        # The short way of a call like an earlier one: `resolve_call` would find the same, and take the host longer.
+        decision = _known_decision(
+            _key_of(
+                Q, K, V, log_G, deg, scale, chunk_size, switch_over_seq_len, cu_seqlens, initial_state is not None,
+                impl, initial_state, sum_of_keys,
+            )
+        )  # fmt: skip
+    if decision is not None and decision.on_cuda:
+        validation.check_values(log_G, cu_seqlens, K)
+        scale, chunk_size, on_cuda = decision
+    else:
+        Q, K, V, deg, scale, chunk_size, on_cuda = resolve_call(
+            Q, K, V, log_G, deg=deg, scale=scale, chunk_size=chunk_size, switch_over_seq_len=switch_over_seq_len,
+            cu_seqlens=cu_seqlens, has_state=initial_state is not None, impl=impl, initial_state=initial_state,
+            sum_of_keys=sum_of_keys,
+        )  # fmt: skip
     if not on_cuda:
         out, normalizer, state, new_sum_of_keys, _ = power_retention_op(
             Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens, scale, deg, chunk_size, return_final_state

@@ -25,15 +25,23 @@ def shape_text(x: Tensor) -> str:
     return f"({', '.join(str(size) for size in x.shape)})"
 
 
+def autocasts(x: Tensor) -> bool:
+    """Return whether operations on `x` are to cast their inputs; False of what is no tensor."""
+    try:
+        device_type = "cuda" if x.is_cuda else x.device.type  # is_cuda takes a fifth of the time
+    except AttributeError:
+        return False
+    return torch.is_autocast_enabled(device_type)
+
+
 def autocast(Q: Tensor, K: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return Q, K and V in the autocast dtype under autocast, as they are otherwise."""
     for name, x in (("Q", Q), ("K", K), ("V", V)):
         if not isinstance(x, Tensor):
             raise ValueError(f"{name} is a {type(x).__module__}.{type(x).__name__}; expected a torch.Tensor")
-    device_type = "cuda" if Q.is_cuda else Q.device.type  # is_cuda takes a fifth of the time
-    if not torch.is_autocast_enabled(device_type):
+    if not autocasts(Q):
         return Q, K, V
-    dtype = torch.get_autocast_dtype(device_type)
+    dtype = torch.get_autocast_dtype(Q.device.type)
     return Q.to(dtype), K.to(dtype), V.to(dtype)
 
 

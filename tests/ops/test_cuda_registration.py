@@ -256,6 +256,32 @@ def test_what_passed_once_is_validated_by_its_description() -> None:
             power_retention(**tensors, chunk_size=64)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"K": lambda x: x.float()}, "Q, K and V must share a dtype; got torch.bfloat16, torch.float32"),
+        ({"V": lambda x: x.half()}, "must share a dtype; got torch.bfloat16, torch.bfloat16 and torch.float16"),
+        ({"K": lambda x: x.to("meta")}, "Q, K and V must be on one device"),
+        ({"V": lambda x: x.to("meta")}, "Q, K and V must be on one device"),
+        ({"V": lambda x: x[:, :-1]}, "must share the sequence length"),
+        ({"V": lambda x: x.float().cpu().numpy()}, "V is a numpy.ndarray; expected a torch.Tensor"),
+        ({"log_G": lambda x: x[:, :-1]}, r"log_G has shape .*; expected \(B, T, Hk\)"),
+        ({"log_G": lambda x: x.to(BF16)}, "log_G has dtype torch.bfloat16; expected float32"),
+        ({"log_G": lambda x: x.float().cpu().numpy()}, "log_G, .* must be torch.Tensor or None; got a numpy.ndarray"),
+        ({"deg": lambda _: 3}, "deg=3 is odd"),
+    ],
+)
+def test_a_call_like_one_that_passed_is_validated_all_the_same(wrong: dict[str, Any], message: str) -> None:
+    tensors = CASE.tensors()
+    arguments = {"deg": 2, **{name: x.detach() for name, x in tensors.items()}}
+    power_retention(**tensors, chunk_size=64)
+    for name, change in wrong.items():
+        arguments[name] = change(arguments[name])
+    with pytest.raises(ValueError, match=message) as caught:
+        power_retention(**arguments, chunk_size=64)
+    assert caught.value.__context__ is None
+
+
 def test_vmap_takes_the_op() -> None:
     """Its tensors have no data to point at. (On a CPU the public function looks at log_G's values, and is refused.)"""
     stacked = [torch.stack([x, x.flip(1)]) for x in CASE.tensors().values()]
