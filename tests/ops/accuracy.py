@@ -75,7 +75,7 @@ def evaluate(
     outputs = [x for x in (result if isinstance(result, tuple) else (result,)) if isinstance(x, Tensor)]
     if cotangents is None:
         generator = torch.Generator().manual_seed(1)
-        cotangents = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in outputs]
+        cotangents = [torch.randn(x.shape, generator=generator).to(x) for x in outputs]
     grads = torch.autograd.grad(
         outputs, list(leaves.values()), [c.to(x) for x, c in zip(outputs, cotangents, strict=True)]
     )
