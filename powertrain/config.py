@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, get_origin
 
 from powertrain.cluster.config import ClusterConfig
-from powertrain.data.config import DataConfig
+from powertrain.data.config import MIN_BPE_VOCAB, DataConfig
 from powertrain.models.config import MixerConfig, ModelConfig
 from powertrain.schema import ConfigError, build, leaf_keys, nearest
 from powertrain.training.config import (
@@ -372,6 +372,22 @@ def to_values(config: RunConfig) -> dict[str, Any]:
     model = values.pop("model")
     mixer = model.pop("mixer")
     return {"run_id": values.pop("run_id"), "name": values.pop("name"), "model": model, "mixer": mixer, **values}
+
+
+def planned_vocabulary(config: RunConfig) -> int:
+    """Return the vocabulary size that a run will have, without preparing its data.
+
+    Errors:
+        ConfigError: a pretrained tokenizer's size is not known before it is loaded.
+    """
+    if config.model.vocab_size is not None:
+        return config.model.vocab_size
+    tokenizer = config.data.tokenizer
+    if tokenizer.kind == "bpe":
+        return tokenizer.vocab_size
+    if tokenizer.kind == "bytes":
+        return MIN_BPE_VOCAB
+    raise ConfigError("a pretrained tokenizer's size is not known before it is loaded: add model.vocab_size=<entries>")
 
 
 def changes(before: RunConfig, after: RunConfig) -> list[tuple[str, Any, Any]]:

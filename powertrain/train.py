@@ -22,12 +22,23 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from powertrain.cluster.queue import SlurmError, current_job_id
 from powertrain.cluster.snapshot import code_version
-from powertrain.config import GROUPS, RunConfig, changes, compose, from_values, options, share_dir, to_values
+from powertrain.config import (
+    GROUPS,
+    RunConfig,
+    changes,
+    compose,
+    from_values,
+    options,
+    planned_vocabulary,
+    share_dir,
+    to_values,
+)
 from powertrain.run_status import RunBusyError, StatusReport
 from powertrain.schema import ConfigError
 
 if TYPE_CHECKING:
     from powertrain.data.datamodule import TokenDataModule
+    from powertrain.models.config import ModelConfig
     from powertrain.models.gpt import GPT
     from powertrain.training.fit import FitResult
     from powertrain.training.length import TrainingLength
@@ -40,6 +51,7 @@ examples:
   powertrain train model=10m budget=flops budget.value=1e15 logger=wandb
   powertrain train cluster=slurm cluster.nodes=2 cluster.gpus_per_node=8 cluster.time=12:00:00 model=1.3b
   powertrain train experiment=quickstart --cfg job      print the composed configuration; nothing runs
+  powertrain train experiment=quickstart cluster.dry_run=true   print size, tokens, steps and FLOPs; nothing runs
 
 The same command again resumes the run. Ctrl-C saves, and says how to resume.
 """
@@ -100,6 +112,11 @@ def main(argv: list[str]) -> int:
         print(yaml.safe_dump(to_values(config), sort_keys=False), end="")
         return 0
 
+    if config.cluster.dry_run:
+        # Of a job, its script alone is the output.
+        print("\n".join(plan(config)), file=sys.stdout if config.cluster.kind == "local" else sys.stderr)
+        if config.cluster.kind == "local":
+            return 0
     if config.cluster.kind == "slurm" and arguments.config is None:
         from powertrain.cluster import submit
 
@@ -363,7 +380,7 @@ def environment(command: str = "") -> dict[str, Any]:
     }
 
 
-def _length(config: RunConfig, model_config: Any) -> TrainingLength:
+def _length(config: RunConfig, model_config: ModelConfig) -> TrainingLength:
     from powertrain.models.flops import model_flops, num_parameters
     from powertrain.training.length import resolve_length
 
@@ -374,6 +391,36 @@ def _length(config: RunConfig, model_config: Any) -> TrainingLength:
         config.debug,
         flops_per_token=flops.total,
         num_parameters=sum(num_parameters(model_config).values()),
+    )
+
+
+def plan(config: RunConfig) -> list[str]:
+    """Return what the run that `config` describes amounts to, in lines for the user; nothing is prepared or written."""
+    from powertrain.data.packing import Windows
+    from powertrain.data.prepare import prepared
+    from powertrain.data.shards import ShardError
+    from powertrain.training.length import plan_lines
+
+    try:
+        store = prepared(config.data, config.paths.cache)
+        model = dataclasses.replace(config.model, vocab_size=store.vocab_size if store else planned_vocabulary(config))
+        context = config.trainer.context_length
+        train_tokens = None if store is None else len(Windows(store.split("train"), context)) * context
+        if train_tokens == 0:
+            raise ConfigError(f"the training split holds less than one sequence of trainer.context_length={context}")
+    except (ValueError, OSError, ShardError) as error:
+        return [f"plan    not known: {error}"]
+    return [_model_line(config, model), *plan_lines(_length(config, model), train_tokens)]
+
+
+def _model_line(config: RunConfig, model: ModelConfig) -> str:
+    from powertrain.models.flops import num_parameters
+    from powertrain.training.length import amount
+
+    kinds = ", ".join(dict.fromkeys(model.mixer.kinds))
+    return (
+        f"model   {amount(sum(num_parameters(model).values()))} parameters: {model.n_layers} layers of {kinds}, width "
+        f"{model.d_model}, {model.n_heads} heads of {model.head_dim}, context {config.trainer.context_length:,}"
     )
 
 
@@ -390,7 +437,7 @@ def _introduce(
 ) -> None:
     """Say in a few lines what is about to be trained, on what, where and for how long."""
     from powertrain.training.batching import resolve_devices
-    from powertrain.training.progress import amount
+    from powertrain.training.length import amount, plan_lines
 
     devices = resolve_devices(config.trainer)
     kind = "CPU"
@@ -403,24 +450,15 @@ def _introduce(
         strategy = "fsdp" if config.trainer.strategy == "fsdp" else "ddp"
         shared = f", {devices.context_parallel} to a sequence" if devices.context_parallel > 1 else ""
         where = f"{devices.world_size} x {kind} ({strategy}{shared})"
-    parameters = sum(p.numel() for p in model.parameters())
-    m = model.config
-    kinds = ", ".join(dict.fromkeys(m.mixer.kinds))
-    epochs = length.tokens / datamodule.train_tokens
     _say(f"run     {run_dir}")
     _say(f"device  {where}, {config.trainer.precision}")
     _say(
         f"data    {config.data.source}: {datamodule.num_documents:,} documents, "
         f"{amount(datamodule.train_tokens)} training tokens, vocabulary {datamodule.vocab_size:,}"
     )
-    _say(
-        f"model   {amount(parameters)} parameters: {m.n_layers} layers of {kinds}, width {m.d_model}, "
-        f"{m.n_heads} heads of {m.head_dim}, context {config.trainer.context_length:,}"
-    )
-    _say(
-        f"plan    {length.steps:,} steps of {length.tokens_per_step:,} tokens = {amount(length.tokens)} tokens "
-        f"({epochs:.2f} epochs), {length.flops:.3g} FLOPs ({length.reason})"
-    )
+    _say(_model_line(config, model.config))
+    for line in plan_lines(length, datamodule.train_tokens):
+        _say(line)
 
 
 def _program() -> str:

@@ -79,6 +79,30 @@ def test_one_command_trains_and_shows_what_came_out(tiny, tmp_path, capsys):
     assert sorted(losses(run_dir)) == list(range(1, 17))
 
 
+def test_a_dry_run_says_what_the_run_will_say_of_itself_and_touches_nothing(tiny, tmp_path, capsys, monkeypatch):
+    dry = ["train", *tiny, "trainer.max_steps=600", "cluster.dry_run=true"]
+    assert main(dry) == 0
+    model, plan = capsys.readouterr().out.splitlines()
+    assert "600 steps of 256 tokens = 154k tokens (data not prepared yet" in plan
+    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "cache").exists()
+
+    assert main(["train", *tiny, "trainer.max_steps=1"]) == 0
+    capsys.readouterr()
+    assert main(dry) == 0
+    same_model, plan, warning = capsys.readouterr().out.splitlines()
+    assert same_model == model
+    assert warning.startswith("warning the run goes ")
+    monkeypatch.setattr("powertrain.training.fit.fit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(compose([*tiny, "trainer.max_steps=600"]))
+    assert capsys.readouterr().out.splitlines()[-3:] == [model, plan, warning]
+
+
+def interrupted(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
 def test_the_same_command_again_resumes_and_says_so(tiny, tmp_path, capsys):
     assert main(["train", *tiny, "trainer.max_steps=4"]) == 0
     before = (only_run(tmp_path) / "metrics.jsonl").read_text()

@@ -79,7 +79,7 @@ class ClusterConfig:
     env: dict[str, str] = field(default_factory=dict)  # environment variables of the job
     setup: tuple[str, ...] = ()  # lines of bash before the run, as `module load cuda`; the only text taken as shell
     sbatch: dict[str, Any] = field(default_factory=dict)  # further options of sbatch, as {constraint: h100}
-    dry_run: bool = False  # print the batch script instead of submitting it
+    dry_run: bool = False  # print what would run, and the batch script of a job; nothing runs
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -142,7 +142,7 @@ class ClusterConfig:
         for option in dataclasses.fields(self):
             value = getattr(self, option.name)
             default = option.default if option.default_factory is dataclasses.MISSING else option.default_factory()
-            if option.name != "kind" and value != default:
+            if option.name not in ("kind", "dry_run") and value != default:
                 raise ValueError(
                     f"cluster.{option.name}={value} needs cluster=slurm: without it a run stays on this machine, on "
                     f"trainer.devices processes"

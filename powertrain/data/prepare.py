@@ -44,10 +44,10 @@ def prepare(config: DataConfig, cache_dir: str | Path | None = None) -> TokenSto
     documents; `ShardError` when tokens on disk are damaged.
     """
     source = open_source(config)
-    root = Path(cache_dir or default_cache_dir()).expanduser() / "data"
-    directory = root / f"{config.source}-{_key(config, source)}"
+    directory = _directory(config, source, cache_dir)
     if (directory / MANIFEST).exists():
         return TokenStore(directory)
+    root = directory.parent
     root.mkdir(parents=True, exist_ok=True)
     _give_rank_zero_a_head_start(directory)
     with _lock(directory.with_suffix(".lock")):
@@ -55,6 +55,17 @@ def prepare(config: DataConfig, cache_dir: str | Path | None = None) -> TokenSto
             _remove_leftovers(directory)
             _prepare(config, source, directory)
     return TokenStore(directory)
+
+
+def prepared(config: DataConfig, cache_dir: str | Path | None = None) -> TokenStore | None:
+    """Return what `prepare` has made of this corpus earlier, without preparing it; None where it has not."""
+    directory = _directory(config, open_source(config), cache_dir)
+    return TokenStore(directory) if (directory / MANIFEST).exists() else None
+
+
+def _directory(config: DataConfig, source: Source, cache_dir: str | Path | None) -> Path:
+    root = Path(cache_dir or default_cache_dir()).expanduser() / "data"
+    return root / f"{config.source}-{_key(config, source)}"
 
 
 def _key(config: DataConfig, source: Source) -> str:

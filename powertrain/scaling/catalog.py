@@ -5,30 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from powertrain.config import RunConfig, compose
-from powertrain.data.config import MIN_BPE_VOCAB
+from powertrain.config import RunConfig, compose, planned_vocabulary
 from powertrain.models.config import ModelConfig
 from powertrain.scaling.cells import Cost
 from powertrain.scaling.recipe import Recipe
 from powertrain.schema import ConfigError
 
 DeviceType = Literal["cpu", "cuda"]
-
-
-def planned_vocabulary(config: RunConfig) -> int:
-    """Return the vocabulary size that a run will have, without preparing its data.
-
-    Errors:
-        ConfigError: a pretrained tokenizer's size is not known before it is loaded.
-    """
-    if config.model.vocab_size is not None:
-        return config.model.vocab_size
-    tokenizer = config.data.tokenizer
-    if tokenizer.kind == "bpe":
-        return tokenizer.vocab_size
-    if tokenizer.kind == "bytes":
-        return MIN_BPE_VOCAB
-    raise ConfigError("a pretrained tokenizer's size is not known before it is loaded: add model.vocab_size=<entries>")
 
 
 def state_size(model: ModelConfig, context: int) -> float:

@@ -9,6 +9,8 @@ from powertrain.training.config import BudgetConfig, DebugConfig, TrainerConfig
 
 # Training tokens per parameter that minimise the loss for a given compute (Hoffmann et al., 2022, section 3).
 TOKENS_PER_PARAMETER = 20
+# Up to here a repeated token is worth about as much as a new one (Muennighoff et al., 2023, figure 1).
+MANY_EPOCHS = 4
 
 
 @dataclass(frozen=True)
@@ -76,3 +78,31 @@ def resolve_length(
     if debug.max_steps is not None and debug.max_steps < steps:
         steps, reason = debug.max_steps, "debug.max_steps"
     return TrainingLength(steps, tokens_per_step, flops_per_token, reason)
+
+
+def amount(value: float) -> str:
+    """Return a number with three digits and a unit prefix: 950, 12.3k, 4.56M, 1.2G."""
+    for limit, suffix in ((1e3, ""), (1e6, "k"), (1e9, "M"), (1e12, "G"), (1e15, "T")):
+        if value < limit * 0.9995:
+            return f"{value / (limit / 1e3):.3g}{suffix}"
+    return f"{value:.2e}"
+
+
+def plan_lines(length: TrainingLength, train_tokens: int | None) -> list[str]:
+    """Return what a run will do, for the user, and a warning where it repeats its data many times.
+
+    Args:
+        train_tokens: of one epoch; None where the data are not prepared.
+    """
+    epochs = None if train_tokens is None else length.tokens / train_tokens
+    repeats = "data not prepared yet, so epochs not known" if epochs is None else f"{epochs:.2f} epochs"
+    lines = [
+        f"plan    {length.steps:,} steps of {length.tokens_per_step:,} tokens = {amount(length.tokens)} tokens "
+        f"({repeats}), {length.flops:.3g} FLOPs ({length.reason})"
+    ]
+    if epochs is not None and epochs > MANY_EPOCHS:
+        lines.append(
+            f"warning the run goes {epochs:.1f} times over its data, and past {MANY_EPOCHS} times it learns ever less "
+            f"from them: give it more text or fewer tokens"
+        )
+    return lines

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Ta
 from rich.table import Column
 from rich.text import Text
 
+from powertrain.training.length import amount
 from powertrain.training.module import PowertrainModule
 
 
@@ -25,14 +26,6 @@ def duration(seconds: float) -> str:
     if seconds < 86400:
         return f"{seconds // 3600}h {seconds % 3600 // 60:02d}m"
     return f"{seconds // 86400}d {seconds % 86400 // 3600}h"
-
-
-def amount(value: float) -> str:
-    """Return a number with three digits and a unit prefix: 950, 12.3k, 4.56M, 1.2G."""
-    for limit, suffix in ((1e3, ""), (1e6, "k"), (1e9, "M"), (1e12, "G"), (1e15, "T")):
-        if value < limit * 0.9995:
-            return f"{value / (limit / 1e3):.3g}{suffix}"
-    return f"{value:.2e}"
 
 
 class _Fields(ProgressColumn):

@@ -100,7 +100,7 @@ def test_where_a_run_executes_is_not_what_it_is():
     assert compose(["cluster=slurm", "cluster.nodes=2"]).resolved_run_id() == compose([]).resolved_run_id()
 
 
-@pytest.mark.parametrize("option", [{"nodes": 2}, {"tasks_per_node": 2}, {"time": "1:00:00"}, {"dry_run": True}])
+@pytest.mark.parametrize("option", [{"nodes": 2}, {"tasks_per_node": 2}, {"time": "1:00:00"}])
 def test_options_of_a_job_without_one_are_refused(option):
     ((name, value),) = option.items()
     with pytest.raises(ValueError, match=f"cluster.{name}={value} needs cluster=slurm"):

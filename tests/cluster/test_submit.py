@@ -66,6 +66,7 @@ def test_a_dry_run_prints_the_very_script_and_touches_nothing(overrides, slurm_s
     assert not (tmp_path / "runs").exists()
     assert not slurm_stubs.exists()
     assert "nothing was submitted or written" in printed.err
+    assert [line.split()[0] for line in printed.err.splitlines()[:2]] == ["model", "plan"]
     assert main(["train", *overrides]) == 0
     assert printed.out == (tmp_path / "runs" / "r" / "slurm" / "job.sh").read_text()
 

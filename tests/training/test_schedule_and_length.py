@@ -3,7 +3,7 @@ import math
 import pytest
 
 from powertrain.training.config import BudgetConfig, DebugConfig, ScheduleConfig, TrainerConfig
-from powertrain.training.length import TrainingLength, resolve_length
+from powertrain.training.length import TrainingLength, amount, plan_lines, resolve_length
 from powertrain.training.schedules import Schedule
 
 LENGTH = TrainingLength(steps=100, tokens_per_step=1000, flops_per_token=50.0, reason="")
@@ -100,3 +100,16 @@ def test_debug_caps_and_never_extends():
 def test_two_budgets_are_refused():
     with pytest.raises(ValueError, match=r"trainer\.max_steps=5 and budget\.value=1e\+15 are all given"):
         resolve(BudgetConfig("flops", 1e15), max_steps=5)
+
+
+def test_amounts():
+    assert [amount(v) for v in (0, 950, 12_345, 999_999, 4.56e6, 1.2e10)] == ["0", "950", "12.3k", "1M", "4.56M", "12G"]
+
+
+def test_the_plan_of_a_run_warns_of_many_epochs_and_of_no_others():
+    (plan,) = plan_lines(LENGTH, train_tokens=25_000)
+    assert plan.startswith("plan    100 steps of 1,000 tokens = 100k tokens (4.00 epochs), 5e+06 FLOPs")
+    (plan,) = plan_lines(LENGTH, train_tokens=None)
+    assert "data not prepared yet" in plan
+    _, warning = plan_lines(LENGTH, train_tokens=20_000)
+    assert warning.startswith("warning the run goes 5.0 times over its data")
