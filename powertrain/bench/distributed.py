@@ -166,11 +166,12 @@ def main(argv: list[str]) -> int:
         "missing": missing,
         "rows": rows,
     }
-    path = Path(args.output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
     console.print(_table(rows, record))
-    console.print(f"Written to {path}")
+    if args.output is not None:
+        path = Path(args.output)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=1) + "\n")
+        console.print(f"Written to {path}")
     return code
 
 
@@ -192,12 +193,17 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
     parser.add_argument("--cpu", action="store_true", help="a tiny model on CPUs, to see that it works")
-    parser.add_argument("--output", default="bench/distributed.json", help="JSON file to write")
+    parser.add_argument(
+        "--output",
+        help="JSON file to write (default: bench/distributed.json; with --cpu, which measures nothing, none)",
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.cpu:
         args.model, args.context_length, args.micro_batch_size, args.accumulation, args.steps = "1m", 64, 2, 2, 6
         args.long_context_length, args.no_compile = 256, True
+    elif args.output is None:
+        args.output = "bench/distributed.json"
     available = torch.cuda.device_count()
     if args.worker is None and not args.cpu and args.processes > available:
         raise ValueError(

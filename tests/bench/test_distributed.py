@@ -9,6 +9,9 @@ import torch
 from powertrain.bench import distributed
 from powertrain.bench.distributed import main
 
+# Long, and so begun first.
+pytestmark = pytest.mark.xdist_group("bench")
+
 
 def test_writes_rows_ratios_and_versions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "results" / "distributed.json"
@@ -26,6 +29,13 @@ def test_writes_rows_ratios_and_versions(tmp_path: Path, capsys: pytest.CaptureF
     assert record["torch"] == torch.__version__
     assert record["command"].startswith("powertrain bench distributed --cpu")
     assert "tokens/s" in capsys.readouterr().out
+
+
+def test_a_trial_on_cpus_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(distributed, "launch", lambda *_: 143)
+    assert main(["--cpu"]) == 143
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_that_is_cut_short_writes_what_it_has_measured(
