@@ -4,14 +4,14 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from powertrain.run_status import read_status
+from tests.forked import Forked
+from tests.training import paused_train
 from tests.training.test_launch import OPTIONS, complaints, corpus  # noqa: F401  `corpus` is a fixture, which the tests below name ...
 
 
@@ -29,20 +29,20 @@ class Start:
         self.directory.mkdir()
         environment = {
             **os.environ,
-            **{"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2]), "SLURM_JOB_ID": "7"},
+            **{"OMP_NUM_THREADS": "1", "SLURM_JOB_ID": "7"},
             **{"WORLD_SIZE": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()},
         }
         paths = [f"data.files={corpus}/*.py", f"paths.cache={corpus / 'cache'}", f"paths.runs={self.directory}"]
-        command = [sys.executable, "-m", "tests.training.paused_train", f"{place}:1", str(self.directory)]
+        options = [*OPTIONS, *paths, "run_id=run", "trainer.max_steps=100000"]
+        self.errors = [self.directory / f"rank-{rank}.err" for rank in range(2)]
         self.ranks = [
-            subprocess.Popen(
-                [*command, *OPTIONS, *paths, "run_id=run", "trainer.max_steps=100000"],
-                env={**environment, "RANK": rank, "LOCAL_RANK": rank},
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
+            Forked(
+                paused_train.main,
+                [f"{place}:1", str(self.directory), *options],
+                {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                errors,
             )
-            for rank in ("0", "1")
+            for rank, errors in enumerate(self.errors)
         ]
 
     def interrupt(self, signum: int, *ranks: int) -> None:
@@ -59,11 +59,11 @@ class Start:
 
     def ends(self) -> list[tuple[int, list[str]]]:
         try:
-            errors = [process.communicate(timeout=60)[1] for process in self.ranks]
-            return [(process.returncode, complaints(error)) for process, error in zip(self.ranks, errors, strict=True)]
+            codes = [process.wait(60) for process in self.ranks]
+            return [(code, complaints(path.read_text())) for code, path in zip(codes, self.errors, strict=True)]
         finally:
             for process in self.ranks:
-                process.kill()
+                process.send_signal(signal.SIGKILL)
 
 
 @pytest.mark.slow

@@ -22,19 +22,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from tests.faults.process import VARIABLE, Plan, main_forked
+from tests.forked import PRELOAD
 
 ROOT = Path(__file__).resolve().parents[2]
-PRELOAD = (
-    "hydra",
-    "powertrain.data.datamodule",
-    "powertrain.inference.generate",
-    "powertrain.models.gpt",
-    "powertrain.train",
-    "powertrain.training.fit",
-    "powertrain.training.loggers",
-    "powertrain.training.plots",
-    "tests.faults.process",
-)
 # torchrun gives the others 30 s after one has failed; these have nothing to do that takes longer than a step.
 GRACE_SECONDS = 5.0
 # No attempt of these sizes takes a tenth of it, even where six share a core.

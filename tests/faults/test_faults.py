@@ -12,6 +12,9 @@ from tests.faults.launch import Layout
 from tests.faults.process import read_trace
 from tests.faults.run import Mismatch, saved_for_certain
 
+# Long, and so begun first.
+pytestmark = pytest.mark.xdist_group("faults")
+
 TWO, FOUR = Layout(2), Layout(4)
 CASES = (
     ("the newest is cut in half", ALONE),

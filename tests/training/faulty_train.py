@@ -2,7 +2,7 @@
 
 At step 0 it happens while the rank starts, before its model has weights.
 
-python -m tests.training.faulty_train FAULT:RANK:STEP OVERRIDES...      FAULT: error, kill, hang, nan, disk or none
+Its arguments: FAULT:RANK:STEP OVERRIDES...      FAULT: error, kill, hang, nan, disk or none
 """
 
 import errno
@@ -17,6 +17,7 @@ import torch
 from powertrain import cli
 from powertrain.training import checkpoint, distribution, fit
 from powertrain.training.module import PowertrainModule
+from tests.forked import launch_forked
 
 
 def happen(fault: str, module: PowertrainModule | None = None) -> None:
@@ -59,5 +60,6 @@ def main() -> int:
     return cli.main(["train", *sys.argv[2:]])
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def launched() -> int:
+    """Be the launcher of two such processes."""
+    return launch_forked("tests.training.faulty_train", sys.argv[1:], 2, server=False)

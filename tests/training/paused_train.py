@@ -1,6 +1,6 @@
 """`powertrain train` in which one rank pauses in its start-up: it makes DIRECTORY/paused, and waits for DIRECTORY/go.
 
-python -m tests.training.paused_train PLACE:RANK DIRECTORY OVERRIDES...      PLACE: one of PLACES
+Its arguments: PLACE:RANK DIRECTORY OVERRIDES...      PLACE: one of PLACES
 """
 
 import os
@@ -39,7 +39,3 @@ def main() -> int:
     if rank == os.environ["RANK"]:
         setattr(owner, name, paused)
     return cli.main(["train", *sys.argv[3:]])
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
-"""One of several processes that `powertrain.training.launch.launch` starts: the runs that its argument describes.
+"""One of several processes that `tests.forked.launch_forked` starts: the runs that its arguments describe.
 
-    python -m tests.training.rank_script DIRECTORY '[{"name": "ddp", "model": "gpt", "strategy": "ddp"}, ...]'
+    DIRECTORY '[{"name": "ddp", "model": "gpt", "strategy": "ddp"}, ...]'
 
 Each run goes to DIRECTORY/name; keys besides those of `Run` are options of the trainer. A test in its own process runs
 the same descriptions through `train`.
@@ -62,9 +62,10 @@ def train(
     )
 
 
-if __name__ == "__main__":
+def main() -> int:
     torch.set_num_threads(1)
     # What is compiled is the same with the backend that needs no compiler.
     torch.compile = functools.partial(torch.compile, backend="aot_eager")
     for description in json.loads(sys.argv[2]):
         train(Path(sys.argv[1]), **description)
+    return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 
 import lightning.pytorch as pl
 import torch
@@ -42,20 +43,35 @@ class CheckSharded(KeepGradients):
                 assert tensor.dtype == torch.float32
 
 
-def bytes_held() -> int:
+class HeldBytes:
     """Bytes of the numbers that this process holds: every floating-point tensor with its gradient, views once.
 
-    Not those without numbers, which a compilation leaves.
+    Not those without numbers, which a compilation leaves. The million objects of the imports are looked through once.
     """
-    gc.collect()
-    storages = {}
-    for tensor in [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter, DTensor)]:
-        for x in (tensor, tensor.grad if tensor.is_leaf else None):
-            local = x.to_local() if isinstance(x, DTensor) else x
-            if local is not None and local.is_floating_point():
-                storage = local.untyped_storage()
-                storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
+
+    def __init__(self) -> None:
+        gc.collect()
+        self._earlier = [weakref.ref(tensor) for tensor in self._tensors()]
+        gc.freeze()
+
+    def end(self) -> None:
+        gc.unfreeze()
+
+    def count(self) -> int:
+        gc.collect()
+        storages = {}
+        earlier = [tensor for reference in self._earlier if (tensor := reference()) is not None]
+        for tensor in [*earlier, *self._tensors()]:
+            for x in (tensor, tensor.grad if tensor.is_leaf else None):
+                local = x.to_local() if isinstance(x, DTensor) else x
+                if local is not None and local.is_floating_point():
+                    storage = local.untyped_storage()
+                    storages[storage.data_ptr()] = storage.nbytes()
+        return sum(storages.values())
+
+    @staticmethod
+    def _tensors() -> list[torch.Tensor]:
+        return [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter, DTensor)]
 
 
 class CheckAccumulation(KeepGradients):
@@ -64,12 +80,18 @@ class CheckAccumulation(KeepGradients):
     def setup(self, trainer, pl_module, stage):
         assert trainer.accumulate_grad_batches >= 3
 
+    def on_fit_start(self, trainer, pl_module):
+        self._held = HeldBytes()
+
+    def on_fit_end(self, trainer, pl_module):
+        self._held.end()
+
     def on_train_batch_start(self, trainer, pl_module, *_):
         self._first = pl_module.at_step_end
         if self._first:
             # The gradients of the step before are still there, unless a validation dropped them.
             gradients = [p.grad.to_local() for p in pl_module.model.parameters() if p.grad is not None]
-            self._before = bytes_held() - sum(gradient.nbytes for gradient in gradients)
+            self._before = self._held.count() - sum(gradient.nbytes for gradient in gradients)
         self._mode = CommDebugMode()
         self._mode.__enter__()
 
@@ -91,7 +113,7 @@ class CheckAccumulation(KeepGradients):
         elif pl_module.step > 0:  # before the first there are no moments
             # Half of the gradients (on two ranks) or all of weights and gradients, and what else comes and goes in a
             # process that has trained before: on which side of one whole copy it is, is what matters.
-            held = bytes_held() - self._before
+            held = self._held.count() - self._before
             assert (held < whole) == (pl_module.config.fsdp_accumulation == "sharded"), (held, whole)
         super().on_train_batch_end(trainer, pl_module)
 

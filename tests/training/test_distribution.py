@@ -1,7 +1,6 @@
 """Strategies over real processes: losses and gradients as of one process, and nothing whole where it is sharded."""
 
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,12 +12,15 @@ from torch.distributed.fsdp import FSDPModule
 from powertrain.training.checkpoint import Checkpoint
 from powertrain.training.config import TrainerConfig
 from powertrain.training.distribution import lightning_strategy
-from powertrain.training.launch import launch
 from powertrain.training.ranks import Ranks
 from powertrain.training.records import read_metrics
+from tests.forked import launch_forked
 from tests.training.fakes import CONTEXT, saved_tensors
 from tests.training.rank_script import train
 from tests.training.test_gradients import EPS, assert_as_rounded, assert_first_step
+
+# One process makes what its tests share, and begins with it.
+pytestmark = pytest.mark.xdist_group("distribution")
 
 STEPS = {"steps": 4, "micro_batch_size": 1, "val_every_steps": 2}
 # Four micro-batches to a step on two processes.
@@ -27,8 +29,7 @@ LARGE = {"model": "gpt", "global_batch_tokens": 8 * CONTEXT}
 
 def run_ranks(directory: Path, processes: int, *descriptions: dict) -> None:
     runs = [{"devices": processes, **STEPS, **d} for d in descriptions]
-    command = [sys.executable, "-m", "tests.training.rank_script", str(directory), json.dumps(runs)]
-    assert launch(command, processes) == 0
+    assert launch_forked("tests.training.rank_script", [str(directory), json.dumps(runs)], processes) == 0
 
 
 def values(run_dir: Path, key: str) -> list[float]:

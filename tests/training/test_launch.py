@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -14,6 +13,11 @@ from powertrain.run_status import read_status
 from powertrain.training import launch as launching
 from powertrain.training.launch import launch, launcher
 from powertrain.training.records import read_metrics
+from tests.forked import Forked
+from tests.training import faulty_train
+
+# Long, and so begun first.
+pytestmark = pytest.mark.xdist_group("launch")
 
 OPTIONS = (
     *("data=text", "data.tokenizer.kind=bytes", "data.num_workers=0", "data.val_fraction=0.2"),
@@ -23,11 +27,6 @@ OPTIONS = (
     *("trainer.max_steps=8", "trainer.val_every_steps=4", "trainer.checkpoint_every_steps=2"),
     *("trainer.log_every_steps=1", "sample.max_new_tokens=0"),
 )
-START = """
-import sys
-from powertrain.training.launch import launch
-sys.exit(launch([sys.executable, "-m", "tests.training.faulty_train", *sys.argv[1:]], 2))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -39,15 +38,12 @@ def corpus(tmp_path_factory):
     return directory
 
 
-def train(corpus: Path, runs: Path, run_id: str, fault: str, *options: str) -> subprocess.Popen[str]:
+def train(corpus: Path, runs: Path, run_id: str, fault: str, *options: str) -> Forked:
     """Start `powertrain train` on two processes with a fault; see faulty_train.py."""
     arguments = [fault, *OPTIONS, f"data.files={corpus}/*.py", f"paths.cache={corpus / 'cache'}", f"paths.runs={runs}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    return subprocess.Popen(
-        [sys.executable, "-c", START, *arguments, f"run_id={run_id}", *options],
-        env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return Forked(
+        faulty_train.launched, [*arguments, f"run_id={run_id}", *options], environment, runs / f"{run_id}.err"
     )
 
 
@@ -67,8 +63,7 @@ def ends(corpus: Path, runs: Path, **started: tuple[str, ...]) -> dict[str, tupl
         processes["signal"].send_signal(signal.SIGTERM)
     ended = {}
     for name, process in processes.items():
-        stderr = process.communicate(timeout=400)[1]
-        ended[name] = (process.returncode, stderr)
+        ended[name] = (process.wait(400), (runs / f"{name}.err").read_text())
     return ended
 
 
