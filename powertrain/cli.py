@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import traceback
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 
 # command -> (module, function, one line of help); the function takes the remaining arguments and returns an exit code.
 COMMANDS: dict[str, tuple[str, str, str]] = {
@@ -43,7 +46,8 @@ def usage() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code.
 
-    A mistake of the user ends with one sentence on stderr and exit code 2; `POWERTRAIN_TRACEBACK=1` shows where.
+    A mistake of the user ends with one sentence on stderr and exit code 2; `POWERTRAIN_TRACEBACK=1` shows where. After
+    Ctrl-C, another one ends the process at once.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -63,8 +67,13 @@ def main(argv: list[str] | None = None) -> int:
     module, function, _ = COMMANDS[name]
     try:
         command: Callable[[list[str]], int] = getattr(import_module(module), function)
-        return command(rest)
+        code = command(rest)
+        if code == 128 + signal.SIGINT and argv is None:
+            _end_quietly_from_now_on()
+        return code
     except KeyboardInterrupt:
+        if argv is None:
+            _end_quietly_from_now_on()
         print(f"powertrain {name}: interrupted", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
@@ -72,11 +81,20 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("POWERTRAIN_TRACEBACK", "0") not in ("", "0"):
             raise
         print(f"powertrain {name}: {error}", file=sys.stderr)
-        from powertrain.schema import ConfigError
-
-        if not isinstance(error, ConfigError):  # which is about what was typed, and arose nowhere else
+        if not _is_ours(error):
             print("(POWERTRAIN_TRACEBACK=1 shows where this arose)", file=sys.stderr)
         return 2
+
+
+def _end_quietly_from_now_on() -> None:
+    """Have further Ctrl-C end this process without a word: it has said all, and Python only waits for its threads."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether powertrain itself raised `error`, whose sentence then says all; Python or a library raises the others."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return Path(frame.filename).is_relative_to(Path(__file__).parent) and (frame.line or "").startswith("raise ")
 
 
 if __name__ == "__main__":

@@ -135,6 +135,8 @@ def _configuration(arguments: argparse.Namespace) -> RunConfig:
 
     if arguments.overrides or arguments.config_dir:
         raise ConfigError("--config runs a saved configuration exactly as it is: give no overrides and no --config-dir")
+    if not arguments.config.is_file():
+        raise ConfigError(f"--config {arguments.config} is not a file")
     return from_values(yaml.safe_load(arguments.config.read_text()))
 
 

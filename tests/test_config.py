@@ -80,7 +80,23 @@ def test_each_mistake_is_one_clear_sentence(overrides, message, capsys):
     assert captured.out == ""
     sentence, *rest = captured.err.strip().splitlines()
     assert message in sentence
-    assert rest in ([], ["(POWERTRAIN_TRACEBACK=1 shows where this arose)"])
+    assert rest == []
+
+
+def test_only_what_powertrain_did_not_say_itself_hints_at_the_traceback(monkeypatch, capsys):
+    def theirs():
+        int("no number")
+
+    monkeypatch.setattr("powertrain.runs.main", lambda _: theirs())
+    assert main(["runs"]) == 2
+    assert capsys.readouterr().err.splitlines()[1:] == ["(POWERTRAIN_TRACEBACK=1 shows where this arose)"]
+    for arguments in (
+        ["bench", "distributed", "--processes", "64"],
+        ["generate", "nowhere"],
+        ["train", "--config", "no"],
+    ):
+        assert main(arguments) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_a_pattern_of_layers_needs_no_quotes():

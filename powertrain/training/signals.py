@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 POLL = 0.1  # seconds between two looks at what may have come
+
+
+def end_at_once() -> NoReturn:
+    """End this process on a second Ctrl-C, with one line of rank 0, whatever it does.
+
+    An exception would be reported by whoever meets it: workers, threads, other processes that lose their peer.
+    """
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        os.write(2, b"\npowertrain: ended at once; what was saved before is kept\n")
+    os._exit(128 + signal.SIGINT)
 
 
 class Stopped(KeyboardInterrupt):
@@ -81,7 +92,7 @@ class StopSignals:
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.received is not None and signum == signal.SIGINT:
-            raise SystemExit(128 + signum)
+            end_at_once()
         self.received = self.received or signum
         if not self._deferred and not self._ending:
             self._ending = True

@@ -17,6 +17,7 @@ from powertrain.training.checkpoint import Checkpoint, CheckpointError
 from powertrain.training.config import ScheduleConfig
 from powertrain.training.fit import RunLockedError, sole_writer
 from powertrain.training.records import read_metrics
+from tests.forked import Forked
 from tests.training.fakes import FakeData, TinyModel, locked_by_another, run_tiny, saved_tensors
 
 NOT_REPRODUCIBLE = ("seconds", "train/tokens_per_second")
@@ -119,14 +120,22 @@ def test_a_signal_saves_after_the_step_and_says_so(tmp_path, unbroken, signum, s
     assert_same_run(tmp_path / "run", unbroken / "32-true")
 
 
-def test_a_second_signal_ends_at_once(tmp_path):
+def interrupt_twice() -> int:
     def twice():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(SystemExit) as stop:
-        run_tiny(tmp_path / "run", steps=10, callbacks=[Do(2, twice)])
-    assert stop.value.code == 130
+    torch.set_num_threads(1)
+    run_tiny(Path(sys.argv[1]), steps=10, callbacks=[Do(2, twice)])
+    return 0
+
+
+def test_a_second_signal_ends_at_once_with_one_line(tmp_path):
+    process = Forked(interrupt_twice, [str(tmp_path / "run")], os.environ, tmp_path / "errors")
+    assert process.wait(240) == 130
+    *_, last = said = (tmp_path / "errors").read_text().splitlines()
+    assert last == "powertrain: ended at once; what was saved before is kept"
+    assert not any("Traceback" in line for line in said)
     assert run_tiny(tmp_path / "run", steps=10).finished
 
 
