@@ -37,9 +37,9 @@ from tests.ops.test_cuda import (
     _library,  # noqa: F401
     evaluate,
     in_one_call,
-    in_two_calls,
     needs_gpu,
 )
+from tests.ops.test_cuda_two_calls import in_two_calls
 
 CASE = Case(T=130, chunk_size=64, D=SMALL, Hq=2, Hk=1)
 
