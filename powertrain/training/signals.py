@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -20,6 +21,9 @@ def end_at_once() -> NoReturn:
     """
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         os.write(2, b"\npowertrain: ended at once; what was saved before is kept\n")
+    # Workers of the data would look only every few seconds whether this process is still there.
+    for child in multiprocessing.active_children():
+        child.kill()
     os._exit(128 + signal.SIGINT)
 
 
