@@ -42,7 +42,7 @@ from powertrain.training.module import PowertrainModule
 from powertrain.training.records import read_metrics
 from powertrain.training.state import collect_tensors
 
-VOCABULARY = 50257
+VOCABULARY = {"gpu": 50257, "cpu": 512}  # by accelerator
 # Records of a run that are left out: compilation, allocation and the first communication.
 WARM_UP_RECORDS = 2
 
@@ -82,15 +82,16 @@ class Result:
 class RandomTokens(pl.LightningDataModule):
     """One batch of random tokens again and again; the same on every rank."""
 
-    def __init__(self, context_length: int) -> None:
+    def __init__(self, context_length: int, vocabulary: int) -> None:
         super().__init__()
         self.context_length = context_length
+        self.vocabulary = vocabulary
         self.micro_batch_size = 1
         self.global_batch_size = 1
 
     def _loader(self) -> DataLoader:
         T, rows = self.context_length, self.micro_batch_size
-        tokens = torch.randint(VOCABULARY, (rows, T + 1), generator=torch.Generator().manual_seed(0))
+        tokens = torch.randint(self.vocabulary, (rows, T + 1), generator=torch.Generator().manual_seed(0))
         batch = {
             "input_ids": tokens[:, :-1].contiguous(),
             "labels": tokens[:, 1:].contiguous(),
@@ -256,9 +257,10 @@ def _cases(args: argparse.Namespace) -> list[Case]:
 def _run(case: Case, output: Path) -> None:
     """Train one case; rank 0 writes the result."""
     model_config = compose([f"model={case.model}"]).model
+    vocabulary = VOCABULARY[case.accelerator]
     model_config = dataclasses.replace(
         model_config,
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         n_layers=case.layers or model_config.n_layers,
         activation_checkpointing=case.activation_checkpointing,
     )
@@ -288,7 +290,7 @@ def _run(case: Case, output: Path) -> None:
         model = GPT(model_config)
     fit(
         model,
-        RandomTokens(case.context_length),
+        RandomTokens(case.context_length, vocabulary),
         optim=OptimConfig(),
         schedule=ScheduleConfig(),
         trainer=trainer,
