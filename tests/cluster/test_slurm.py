@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ from powertrain.cluster.script import BatchJob
 from powertrain.cluster.submit import submit_job, submitted_job_id
 from powertrain.run_status import read_status
 from powertrain.training.records import read_metrics
+from tests.forked import launch_forked
 
 # Nothing here is judged by how long it takes: limits are so wide that only what never happens meets them.
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1500)]
@@ -216,8 +216,7 @@ def test_training_on_two_machines_survives_a_signal_in_mid_step_and_a_lost_machi
     assert made == list(range(1, steps + 1))
     assert read_status(run_dir).state == "finished"
     assert (read_status(run_dir).step, read_status(run_dir).job_id) == (steps, job_id)
-    command = [sys.executable, "-m", "powertrain", "train", *run.common, "run_id=unbroken", "trainer.devices=4"]
-    subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, timeout=PATIENCE)
+    assert launch_forked("powertrain.cli", ["train", *run.common, "run_id=unbroken", "trainer.devices=4"], 4) == 0
     assert losses(tmp_path / "runs" / "unbroken")[1] == values
     # All attempts have written to one W&B run.
     assert {p.name.rpartition("-")[2] for p in (run_dir / "wandb").glob("offline-run-*")} == {"run"}
