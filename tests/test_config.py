@@ -2,7 +2,6 @@ import dataclasses
 import os
 import subprocess
 import sys
-import time
 from typing import Any
 
 import pytest
@@ -207,16 +206,15 @@ def test_compose_leaves_hydra_as_it_was():
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["train", "--cfg", "job"], ["--version"]])
 def test_questions_are_answered_without_heavy_imports(arguments):
     probe = (
-        "import sys; from powertrain.cli import main\n"
+        "import sys, time; from powertrain.cli import main\n"
         f"try: main({arguments!r})\n"
         "except SystemExit: pass\n"
-        "sys.exit(any(m in sys.modules for m in ('torch', 'lightning', 'datasets', 'wandb')))"
+        "heavy = any(m in sys.modules for m in ('torch', 'lightning', 'datasets', 'wandb'))\n"
+        "sys.exit(heavy or time.process_time() > 5)"  # about 0.4 s
     )
-    start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, env={**os.environ})
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
-    assert time.perf_counter() - start < 10  # about 0.4 s alone; CI machines are loaded
 
 
 def test_unknown_commands_name_the_nearest(capsys):

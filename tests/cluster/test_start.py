@@ -45,16 +45,19 @@ class Start:
             for rank, errors in enumerate(self.errors)
         ]
 
-    def interrupt(self, signum: int, *ranks: int) -> None:
-        """Send a signal once the second process pauses and the first waits for it, and end the pause."""
+    def wait_until_paused(self) -> None:
+        """Wait until the second process pauses and the first has begun its run."""
         deadline = time.monotonic() + 240
         while not ((self.directory / "paused").exists() and read_status(self.directory / "run")):
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        time.sleep(2)
+
+    def interrupt(self, signum: int, *ranks: int) -> None:
         for rank in ranks:
             self.ranks[rank].send_signal(signum)
-        time.sleep(0.5)
+
+    def go(self) -> None:
+        """End the pause."""
         (self.directory / "go").touch()
 
     def ends(self) -> list[tuple[int, list[str]]]:
@@ -71,11 +74,17 @@ def test_a_signal_while_a_rank_is_late_queues_the_job_again(corpus, tmp_path, st
     calls = stub("scontrol", "JobId=7 JobState=RUNNING Reason=None PreemptTime=2026-01-01T00:00:00\n")
     # One at a time would take four times as long.
     starts = {place: Start(place, corpus, tmp_path) for place in ("data", "meeting", "restore", "train_start")}
+    for start in starts.values():
+        start.wait_until_paused()
+    time.sleep(2)  # until the first waits for the second
     starts["data"].interrupt(signal.SIGUSR1, 0, 1)
     starts["meeting"].interrupt(signal.SIGTERM, 0, 1)
     # All learn of a signal to one.
     starts["restore"].interrupt(signal.SIGUSR1, 1)
     starts["train_start"].interrupt(signal.SIGTERM, 1)
+    time.sleep(0.5)
+    for start in starts.values():
+        start.go()
     for place, start in starts.items():
         assert start.ends() == [(0, []), (0, [])], place
         assert read_status(start.directory / "run").state == "interrupted", place

@@ -140,9 +140,8 @@ def test_tokens_per_second_leaves_validation_out(tmp_path):
 
     run_tiny(tmp_path / "run", steps=4, data=Slow(), val_every_steps=2, log_every_steps=4)
     (train,) = [r for r in read_metrics(tmp_path / "run") if "train/loss" in r]
-    # 8 micro-batches of 0.05 s; the validation between them takes 1.2 s, and would halve the rate and more.
-    assert 256 * 4 / 0.4 * 0.4 < train["train/tokens_per_second"] < 256 * 4 / 0.4
-    assert train["seconds"] > 1.6
+    # 8 micro-batches of 0.05 s, and between them a validation of 1.2 s; either may take longer on a busy machine.
+    assert 0.4 < 256 * 4 / train["train/tokens_per_second"] < train["seconds"] - 1.2
 
 
 def test_debug_limits_the_validation_and_overfits_one_batch(tmp_path):
