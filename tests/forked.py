@@ -96,6 +96,9 @@ def launch_forked(module: str, arguments: Sequence[str], processes: int, *, serv
     """Return what `powertrain.training.launch.launch` returns, of processes that run `module.main()`."""
 
     def popen(command: list[str], *, env: dict[str, str], start_new_session: bool) -> Forked:
+        if server:
+            # The child of another process than the launcher would end itself, as one whose launcher is gone.
+            env = {name: value for name, value in env.items() if name != launching.LAUNCHER}
         return Forked(importlib.import_module(module).main, command, env, server=server)
 
     with mock.patch.object(launching, "subprocess", SimpleNamespace(Popen=popen)):
