@@ -20,7 +20,7 @@ TESTS ?= tests
 train: setup
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/powertrain train experiment=quickstart $(ARGS)
 
-# One thread per worker: the workers themselves fill the cores. Groups (`xdist_group`) come first, the largest of all.
+# One thread per worker: the workers themselves fill the cores. The tests of a group (`xdist_group`) stay on one.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadgroup -m "not slurm" $(TESTS)
 

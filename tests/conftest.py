@@ -18,3 +18,8 @@ def _each_cell_is_composed_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(catalog, "compose", lambda overrides: composed(tuple(overrides)))
         yield
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the groups, which are the longest: at the end one worker would be left with them."""
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
