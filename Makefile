@@ -20,9 +20,9 @@ TESTS ?= tests
 train: setup
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/powertrain train experiment=quickstart $(ARGS)
 
-# One thread per worker: the workers themselves fill the cores. The tests of a group (`xdist_group`) stay on one.
+# One thread per worker: the workers themselves fill the cores. A file stays on one, which makes what it shares once.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadgroup -m "not slurm" $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slurm" $(TESTS)
 
 # A real Slurm on this machine (root; slurmctld, slurmd and munge installed). Alone: its tests wait for real jobs.
 test-slurm: setup

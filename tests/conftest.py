@@ -21,5 +21,5 @@ def _each_cell_is_composed_once() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the groups, which are the longest: at the end one worker would be left with them."""
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+    """Begin with the longest files: at the end one worker would be left with them."""
+    items.sort(key=lambda item: item.get_closest_marker("first") is None)

@@ -10,7 +10,7 @@ from powertrain.bench import distributed
 from powertrain.bench.distributed import main
 
 # Long, and so begun first.
-pytestmark = pytest.mark.xdist_group("bench")
+pytestmark = pytest.mark.first
 
 
 def test_writes_rows_ratios_and_versions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from tests.faults.process import read_trace
 from tests.faults.run import Mismatch, saved_for_certain
 
 # Long, and so begun first.
-pytestmark = pytest.mark.xdist_group("faults")
+pytestmark = pytest.mark.first
 
 TWO, FOUR = Layout(2), Layout(4)
 CASES = (

@@ -14,8 +14,8 @@ from tests.training.rank_script import train
 from tests.training.test_distribution import STEPS, assert_same_training, run_ranks, train_alone, values
 from tests.training.test_launch import OPTIONS
 
-# One process makes what its tests share, and begins with it.
-pytestmark = pytest.mark.xdist_group("context")
+# Long, and so begun first.
+pytestmark = pytest.mark.first
 
 # Losses are means of a few hundred terms in fp32, summed in another order; two orders beyond the rounding of one term.
 FP32 = 1e-5

@@ -19,8 +19,8 @@ from tests.training.fakes import CONTEXT, saved_tensors
 from tests.training.rank_script import train
 from tests.training.test_gradients import EPS, assert_as_rounded, assert_first_step
 
-# One process makes what its tests share, and begins with it.
-pytestmark = pytest.mark.xdist_group("distribution")
+# Long, and so begun first.
+pytestmark = pytest.mark.first
 
 STEPS = {"steps": 4, "micro_batch_size": 1, "val_every_steps": 2}
 # Four micro-batches to a step on two processes.

@@ -17,7 +17,7 @@ from tests.forked import Forked
 from tests.training import faulty_train
 
 # Long, and so begun first.
-pytestmark = pytest.mark.xdist_group("launch")
+pytestmark = pytest.mark.first
 
 OPTIONS = (
     *("data=text", "data.tokenizer.kind=bytes", "data.num_workers=0", "data.val_fraction=0.2"),
