@@ -266,7 +266,8 @@ def test_a_read_that_fails_for_a_while_costs_nothing(store, monkeypatch, name, c
     save(store, 2)
     break_reads(monkeypatch, name, code, times=3)
     assert_holds(store, 2)
-    assert not recwarn.list
+    # Not those of Python, on files and threads that earlier tests have left to the garbage collector.
+    assert not [warning for warning in recwarn.list if issubclass(warning.category, UserWarning)]
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "rank-00000.safetensors"])
