@@ -93,4 +93,21 @@ def _info() -> int:
     else:
         manifest = verify_library(path)
         print(f"binding   {path} (torch {manifest.targets['torch'][0]}, built by {manifest.compiler})")
+    for line in _devices():
+        print(line)
     return 0
+
+
+def _devices() -> list[str]:
+    """Lines on the GPUs, and the kernels that the library chooses for each (`select` in src/common/dispatch.cu)."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return ["device    none that torch sees: power_retention takes its PyTorch path"]
+    lines = []
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        chosen = "none, the kernels need 8.0" if major < 8 else "src/sm90" if major == 9 else "src/sm80"
+        name = torch.cuda.get_device_name(index)
+        lines.append(f"device    cuda:{index} {name}, compute capability {major}.{minor}: {chosen}")
+    return lines

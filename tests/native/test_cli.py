@@ -2,6 +2,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from powertrain.native import binding, build, cli
 from tests.native.conftest import tiny_binding
@@ -20,6 +21,18 @@ def test_info_without_a_library_says_what_to_do(cli_tree: Path, capsys: pytest.C
     assert str(cli_tree) in output
     assert "none for these sources;" in output
     assert "none for these sources and this torch;" in output
+
+
+def test_info_says_which_kernels_a_gpu_gets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli._devices() == ["device    none that torch sees: power_retention takes its PyTorch path"]
+    capabilities = [(7, 5), (8, 6), (9, 0), (10, 0)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA")
+    chosen = [line.split(": ")[1] for line in cli._devices()]
+    assert chosen == ["none, the kernels need 8.0", "src/sm80", "src/sm90", "src/sm80"]
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
