@@ -239,24 +239,30 @@ struct ChunkScan {
         wgmma_wait<0>();
       }
       uint32_t weights[kBlock / 16][4];
-      if (diagonal) {
-        const DiagonalDecay<kReverse, 0, kExpanded> decays(u + kUBytes + kVectorBytes, warp, lane);
+      if (diagonal) {  // rows and columns are the same tokens
+        float row_log2[2];
+        int row_document[2];
 #pragma unroll
-        for (int pair = 0; pair < 4; pair++) {
-          float decay[2][4];
-          if (!decays(decay, pair)) {
+        for (int half = 0; half < 2; half++) {
+          const uint32_t at = u + kUBytes + kVectorBytes + 4 * (16 * warp + lane / 4 + half * 8);
+          row_log2[half] = load_shared_float(at), row_document[half] = __float_as_int(load_shared_float(at + kVectorBytes));
+        }
 #pragma unroll
-            for (int r = 0; r < 4; r++) weights[pair][r] = 0;
-            continue;
+        for (int c = 0; c < 8; c++) {
+          const float2 column_log2 = load_shared_float2(vectors + kVectorBytes + c * 32);
+          const float2 column_document = load_shared_float2(vectors + 2 * kVectorBytes + c * 32);
+          float value[4];
+#pragma unroll
+          for (int e = 0; e < 4; e++) {
+            const int row = 16 * warp + lane / 4 + e / 2 * 8, column = 8 * c + 2 * (lane % 4) + e % 2;
+            const float log2 = e % 2 ? column_log2.y : column_log2.x;
+            const int document = __float_as_int(e % 2 ? column_document.y : column_document.x);
+            const bool visible = (kReverse ? column >= row : column <= row) && document == row_document[e / 2];
+            const float decay = exp2_fast(kReverse ? log2 - row_log2[e / 2] : row_log2[e / 2] - log2);
+            value[e] = visible ? s[4 * c + e] * s[4 * c + e] * decay : 0.f;
           }
-#pragma unroll
-          for (int c = 2 * pair; c < 2 * pair + 2; c++) {
-            float value[4];
-#pragma unroll
-            for (int e = 0; e < 4; e++) value[e] = s[4 * c + e] * decay[c % 2][e] * s[4 * c + e];
-            weights[pair][c % 2 * 2] = Pair<T>::pack(value[0], value[1]);
-            weights[pair][c % 2 * 2 + 1] = Pair<T>::pack(value[2], value[3]);
-          }
+          weights[c / 2][c % 2 * 2] = Pair<T>::pack(value[0], value[1]);
+          weights[c / 2][c % 2 * 2 + 1] = Pair<T>::pack(value[2], value[3]);
         }
       } else {
 #pragma unroll

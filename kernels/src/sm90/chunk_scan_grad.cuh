@@ -307,24 +307,30 @@ struct ChunkScanGrad {
       wgmma_commit();
       wgmma_wait<0>();
       uint32_t ds[kBlock / 16][4];
-      if (diagonal) {
-        const DiagonalDecay<kReverse, 1, true> decays(vectors + kVectorBytes, warp, lane);
+      if (diagonal) {  // rows and columns are the same tokens
+        float row_log2[2];
+        int row_document[2];
 #pragma unroll
-        for (int pair = 0; pair < 4; pair++) {
-          float decay[2][4];
-          if (!decays(decay, pair)) {
+        for (int half = 0; half < 2; half++) {
+          const uint32_t at = vectors + kVectorBytes + 4 * (16 * warp + lane / 4 + half * 8);
+          row_log2[half] = load_shared_float(at), row_document[half] = __float_as_int(load_shared_float(at + kVectorBytes));
+        }
 #pragma unroll
-            for (int r = 0; r < 4; r++) ds[pair][r] = 0;
-            continue;
+        for (int c = 0; c < 8; c++) {
+          const float2 column_log2 = load_shared_float2(mine + kVectorBytes + c * 32);
+          const float2 column_document = load_shared_float2(mine + 2 * kVectorBytes + c * 32);
+          float value[4];
+#pragma unroll
+          for (int e = 0; e < 4; e++) {
+            const int row = 16 * warp + lane / 4 + e / 2 * 8, column = 8 * c + 2 * (lane % 4) + e % 2;
+            const float log2 = e % 2 ? column_log2.y : column_log2.x;
+            const int document = __float_as_int(e % 2 ? column_document.y : column_document.x);
+            const bool visible = (kReverse ? column >= row : column <= row) && document == row_document[e / 2];
+            const float decay = exp2_fast(kReverse ? log2 - row_log2[e / 2] : row_log2[e / 2] - log2);
+            value[e] = visible ? (2.f * d[0][4 * c + e]) * decay * d[1][4 * c + e] : 0.f;
           }
-#pragma unroll
-          for (int c = 2 * pair; c < 2 * pair + 2; c++) {
-            float value[4];
-#pragma unroll
-            for (int e = 0; e < 4; e++) value[e] = d[0][4 * c + e] * decay[c % 2][e] * d[1][4 * c + e];
-            ds[pair][c % 2 * 2] = Pair<T>::pack(value[0], value[1]);
-            ds[pair][c % 2 * 2 + 1] = Pair<T>::pack(value[2], value[3]);
-          }
+          ds[c / 2][c % 2 * 2] = Pair<T>::pack(value[0], value[1]);
+          ds[c / 2][c % 2 * 2 + 1] = Pair<T>::pack(value[2], value[3]);
         }
       } else {
         const float factor[2] = {2.f * row_decay[0], 2.f * row_decay[1]};

@@ -79,62 +79,6 @@ __device__ __forceinline__ int row_block_of(int warpgroup, int m, uint32_t turn)
   return (kM == 1 ? turn % 2 == 0 : m == 0) ? warpgroup : kWarpgroups * kM - 1 - warpgroup;
 }
 
-// Decays within a diagonal block, where rows and columns are the same tokens, times 2^kShift. Whole groups of columns on the visible side of all rows
-// of a warp take a factor of the row and one of the column, both relative to the warp's nearest row and at most 1; only the 16 columns that are the
-// warp's own rows, and blocks in which a document starts, exponentiate the difference for each pair (all do without kFactors, which take registers).
-template <bool kReverse, int kShift, bool kFactors>
-struct DiagonalDecay {
-  const uint32_t log2_decay, documents;  // of the block's tokens
-  const int warp, lane;
-  float reference, row_factor[2];
-  bool one_document;
-
-  __device__ __forceinline__ DiagonalDecay(uint32_t log2_decay, int warp, int lane)
-      : log2_decay(log2_decay), documents(log2_decay + kBlock * 4), warp(warp), lane(lane) {
-    if constexpr (!kFactors) return;
-    one_document = __float_as_int(load_shared_float(documents)) == __float_as_int(load_shared_float(documents + (kBlock - 1) * 4));
-    reference = load_shared_float(log2_decay + 4 * (16 * warp + (kReverse ? 15 : 0)));
-#pragma unroll
-    for (int half = 0; half < 2; half++) row_factor[half] = exp2_fast(exponent(row_log2(half), reference));
-  }
-  __device__ static __forceinline__ float exponent(float row, float column) { return kReverse ? column - row : row - column; }
-  __device__ __forceinline__ int row(int half) const { return 16 * warp + lane / 4 + half * 8; }
-  __device__ __forceinline__ float row_log2(int half) const { return load_shared_float(log2_decay + 4 * row(half)) + (kReverse ? -kShift : kShift); }
-
-  // Of column groups 2 pair + c: decay[c][2 half] and its neighbour for row `half`. False: nothing is visible, and decay is not set.
-  __device__ __forceinline__ bool operator()(float (&decay)[2][4], int pair) const {
-    if (kReverse ? pair < warp : pair > warp) return false;
-    const int first_column = 16 * pair + 2 * (lane % 4);
-    if (kFactors && pair != warp && one_document) {
-#pragma unroll
-      for (int c = 0; c < 2; c++) {
-        const float2 column = load_shared_float2(log2_decay + 4 * (first_column + 8 * c));
-        const float first = exp2_fast(exponent(reference, column.x)), second = exp2_fast(exponent(reference, column.y));
-#pragma unroll
-        for (int half = 0; half < 2; half++) decay[c][2 * half] = row_factor[half] * first, decay[c][2 * half + 1] = row_factor[half] * second;
-      }
-      return true;
-    }
-#pragma unroll
-    for (int c = 0; c < 2; c++) {
-      const float2 column_log2 = load_shared_float2(log2_decay + 4 * (first_column + 8 * c));
-      const float2 column_document = load_shared_float2(documents + 4 * (first_column + 8 * c));
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const float log2 = row_log2(half);
-        const int document = __float_as_int(load_shared_float(documents + 4 * row(half)));
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-          const int column = first_column + 8 * c + e;
-          const bool visible = (kReverse ? column >= row(half) : column <= row(half)) && __float_as_int(e ? column_document.y : column_document.x) == document;
-          decay[c][2 * half + e] = visible ? exp2_fast(exponent(log2, e ? column_log2.y : column_log2.x)) : 0.f;
-        }
-      }
-    }
-    return true;
-  }
-};
-
 // Writes this thread's part (columns 2 (lane % 4) and + 1) of two neighbouring groups of 8 columns of one row. Neighbouring threads exchange
 // halves first, so that four of them write 32 contiguous bytes.
 template <typename T>
