@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import shlex
@@ -22,6 +21,7 @@ from powertrain.cluster.requeue import UNANSWERED_FILE
 from powertrain.cluster.script import BatchJob, batch_script
 from powertrain.cluster.snapshot import copy_code, copy_path
 from powertrain.config import RunConfig, to_values
+from powertrain.locks import take_lock
 from powertrain.run_status import RunBusyError, check_free, read_status, write_status
 
 JOB_FILE = "job.json"
@@ -179,15 +179,12 @@ def _sole_submission(run_dir: Path) -> Iterator[None]:
     path = run_dir / "slurm" / ".lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        # Without locks the queue tells of all but the last moments.
+        if take_lock(file) is False:
             raise RunBusyError(
                 f"another process is submitting the run {run_dir.name}: wait for that one, or give this run another "
                 f"run_id"
-            ) from None
-        except OSError:
-            pass  # a file system without locks; the queue tells of all but the last moments
+            )
         yield
 
 

@@ -1,7 +1,6 @@
 """Where built libraries live: one folder per content key, written whole or not at all, checked before it is loaded."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -11,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from powertrain.locks import take_lock
 from powertrain.native.errors import KernelsUnavailable
 
 
@@ -93,15 +93,16 @@ def verify_library(library: Path) -> Manifest:
 
 @contextlib.contextmanager
 def building() -> Iterator[None]:
-    """Only one process builds at a time; the others wait, and find what it built."""
+    """Only one process builds at a time; the others wait, and find what it built.
+
+    Where the file system has no locks several may build at once, each the same: `publish` puts it there as a whole.
+    """
     path = cache_root() / "lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if take_lock(handle) is False:
             say("another process builds the CUDA kernels; waiting for it")
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            take_lock(handle, wait=True)
         yield
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import logging
 import os
 import warnings
@@ -17,6 +15,7 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
+from powertrain.locks import take_lock
 from powertrain.training.batching import Devices, choose_micro_batch_size, resolve_devices
 from powertrain.training.checkpoint import CheckpointStore
 from powertrain.training.checkpointing import Checkpointing, TrainingInterrupted
@@ -59,8 +58,6 @@ class RunLockedError(RuntimeError):
 
 
 _locks: dict[Path, int] = {}  # run directories that this process writes, and descriptors of their lock files
-# Lustre without its option flock, NFS without its lock daemon, and others that have none.
-_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 def _leave_locks_to_the_parent() -> None:
@@ -77,20 +74,16 @@ os.register_at_fork(after_in_child=_leave_locks_to_the_parent)
 
 def _lock(file: TextIO, run_dir: Path) -> str | None:
     """Lock the file and write into it who does; where another process has it, return a sentence that says so."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    locked = take_lock(file)
+    if locked is False:
         file.seek(0)
         return (
             f"the run in {run_dir} is being trained by another process ({file.read().strip() or 'unknown'});"
             " stop that one, or give this run another run_id"
         )
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
+    if locked is None:
         warnings.warn(
-            f"the file system of {run_dir} has no locks ({error.strerror}): only the heartbeat in status.json keeps a"
-            " second process out",
+            f"the file system of {run_dir} has no locks: only the heartbeat in status.json keeps a second process out",
             stacklevel=2,
         )
     file.truncate(0)

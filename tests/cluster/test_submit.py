@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import json
 import os
 import time
@@ -131,7 +132,7 @@ def test_a_file_system_without_locks_takes_submissions(overrides, slurm_stubs, m
     def no_locks(file, operation):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(submit.fcntl, "flock", no_locks)
+    monkeypatch.setattr(fcntl, "flock", no_locks)
     assert main(["train", *overrides]) == 0
 
 

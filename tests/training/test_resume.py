@@ -230,19 +230,10 @@ def test_a_file_system_without_locks_trains_with_one_warning(tmp_path, monkeypat
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", fails)
-    said = rf"has no locks \({os.strerror(number)}\): only the heartbeat"
+    said = "has no locks: only the heartbeat"
     with pytest.warns(UserWarning, match=said) as warned, sole_writer(tmp_path), sole_writer(tmp_path):
         pass
     assert len(warned) == 1
-
-
-def test_a_lock_that_fails_otherwise_is_an_error(tmp_path, monkeypatch):
-    def fails(*_):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    monkeypatch.setattr(fcntl, "flock", fails)
-    with pytest.raises(OSError, match=os.strerror(errno.EIO)), sole_writer(tmp_path):
-        pass
 
 
 def test_children_of_a_killed_run_do_not_hold_its_lock(tmp_path):
