@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +49,9 @@ def _edge(values: Sequence[float], best: float, what: str) -> str | None:
 
 
 def edge_flags(recipe: Recipe, sample: Sample, iso: Sequence[IsoFlop]) -> list[Flag]:
-    """Return a flag wherever a learning rate, batch or size is best at the edge of what was tried."""
+    """Return a flag wherever a learning rate, batch or size is best at the edge of what was tried, or fewer learning
+    rates were tried than another mixer had at the budget.
+    """
     flags: list[Flag] = []
     groups: dict[tuple[str, float, str], list[Any]] = defaultdict(list)
     for point in sample.points:
@@ -63,6 +65,7 @@ def edge_flags(recipe: Recipe, sample: Sample, iso: Sequence[IsoFlop]) -> list[F
         text = _edge([p.first.batch_tokens for p in points], best.first.batch_tokens, "batch")
         if text:
             flags.append(Flag(mixer, budget, "batch", size, text))
+    flags += _fewer_rates(groups)
     for i in iso:
         best = min(i.points, key=lambda p: p.loss)
         if len(i.points) == 1:
@@ -74,6 +77,21 @@ def edge_flags(recipe: Recipe, sample: Sample, iso: Sequence[IsoFlop]) -> list[F
         elif i.parabola is not None and i.parabola.on_edge:
             text = "the parabola's minimum lies outside the sizes it was fitted on"
             flags.append(Flag(i.mixer, i.budget, "size", best.size, text))
+    return flags
+
+
+def _fewer_rates(groups: Mapping[tuple[str, float, str], Sequence[Any]]) -> list[Flag]:
+    """Return a flag for each mixer that has fewer learning rates at its best size than another has at its own."""
+    best: dict[tuple[float, str], tuple[float, str, int]] = {}
+    for (mixer, budget, size), points in groups.items():
+        found = min(p.loss for p in points), size, len({p.first.learning_rate_factor for p in points})
+        best[budget, mixer] = min(best.get((budget, mixer), found), found)
+    flags = []
+    for (budget, mixer), (_, size, count) in sorted(best.items()):
+        most = max(n for (b, _), (_, _, n) in best.items() if b == budget)
+        if count < most:
+            text = f"{count} tried at this budget, where another mixer had {most}"
+            flags.append(Flag(mixer, budget, "learning rate", size, text))
     return flags
 
 
@@ -168,7 +186,9 @@ def _equal_effort(records: Sequence[CellRecord]) -> Check:
         tuned = {m: pairs for m, pairs in by_mixer.items() if len(pairs) > 1}
         for m, pairs in tuned.items():
             grids[m].add(len(pairs))
-        if len({frozenset(pairs) for pairs in tuned.values()}) > 1:
+        # Where one mixer has several pairs, the others must have them too: what is left of an earlier tuning would else
+        # give one mixer a choice that its rivals do not have.
+        if tuned and (len(tuned) < len(by_mixer) or len({frozenset(pairs) for pairs in tuned.values()}) > 1):
             unequal.append(f"{size} at {budget:.3g}")
     if not grids:
         return Check("learning rate tuned with equal effort", None, "one learning rate per size: nothing was tuned")

@@ -245,6 +245,10 @@ def test_unfair_records_are_called_so():
     assert "same evaluation documents and positions" in broken_checks(shorter)
     untuned = [r for r in fair if not (r.mixer == "softmax" and r.learning_rate_factor == 2.0)]
     assert broken_checks(untuned) == {"learning rate tuned with equal effort"}
+    one_rate = [r for r in fair if r.mixer != "power" or r.budget < 3e15 or r.learning_rate_factor == 1.0]
+    assert broken_checks(one_rate) == {"learning rate tuned with equal effort"}
+    found = analyse(recipe(), one_rate, 65536)
+    assert [(f.mixer, f.budget) for f in found.flags if "where another mixer had 3" in f.text] == [("power", 3e15)]
     seeds = [r for r in fair if not (r.mixer == "softmax" and r.seed == 1)]
     assert "same seeds for every mixer" in broken_checks(seeds)
 
