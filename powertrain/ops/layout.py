@@ -55,6 +55,8 @@ def from_query_head(x: Tensor, B: int) -> Tensor:
 def tokens_last(x: Tensor) -> Tensor:
     """`(B, T, H, D)` to contiguous `(B * H, D, T)`."""
     B, T, H, D = x.shape
+    if x.device.type != "cpu":
+        return x.flatten(2).mT.contiguous().view(B * H, D, T)
     out = x.new_empty(B, H * D, T)
     # Transposed copies of whole matrices: PyTorch does them 4 times faster on CPU than the same as a permutation.
     for of_row, row in zip(out, x.flatten(2).contiguous(), strict=True):
@@ -65,6 +67,8 @@ def tokens_last(x: Tensor) -> Tensor:
 def from_tokens_last(x: Tensor, B: int) -> Tensor:
     """`(B * H, D, T)` to contiguous `(B, T, H, D)`, the inverse of `tokens_last`."""
     rows = x.contiguous().view(B, -1, x.shape[-1])
+    if x.device.type != "cpu":
+        return rows.mT.contiguous().unflatten(-1, (-1, x.shape[1]))
     out = x.new_empty(B, x.shape[-1], rows.shape[1])
     for of_row, row in zip(out, rows, strict=True):
         of_row.copy_(row.T)

@@ -157,7 +157,7 @@ def test_a_compiler_sees_the_products_of_degree_1(deg: int, shown: bool, monkeyp
 @pytest.mark.parametrize("T", [700, 5000])
 def test_compiled_linear_attention_on_a_gpu(T: int) -> None:
     """As accurate as the uncompiled op, in TF32 as in training; the heads of gates lie last, as a model's do."""
-    inputs = make_inputs(1, T, 4, 2, 32, 32, dtype=torch.bfloat16)
+    inputs = make_inputs(2, T, 4, 2, 32, 32, dtype=torch.bfloat16)
     on_gpu = Inputs({name: x.cuda() for name, x in inputs.tensors.items()}, {"chunk_size": 128})
     torch.compiler.reset()
     torch.set_float32_matmul_precision("high")
