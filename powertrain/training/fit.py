@@ -33,6 +33,7 @@ from powertrain.training.hardware import peak_flops
 from powertrain.training.length import TrainingLength
 from powertrain.training.loggers import build_loggers
 from powertrain.training.module import Counters, PowertrainModule
+from powertrain.training.nonfinite import fp32_products
 from powertrain.training.progress import ProgressReport
 from powertrain.training.ranks import ALONE, Ranks
 from powertrain.training.records import truncate_metrics
@@ -165,9 +166,6 @@ def build_trainer(
 ) -> pl.Trainer:
     """Return Lightning's Trainer for a run; what Lightning would do by epoch or on its own is switched off."""
     environment = launcher_environment(devices)
-    if devices.accelerator == "gpu" and config.precision == "bf16-mixed":
-        # What stays in fp32 beside bf16 products may round its factors to TF32's 11 bits, more than bf16's 8.
-        torch.set_float32_matmul_precision("high")
     # Every kernel here writes the whole of its outputs; filling them before would only cost time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return pl.Trainer(
@@ -331,7 +329,8 @@ def fit(
         seed_loop_counters(lightning, start, accumulation)
         interrupted = None
         try:
-            lightning.fit(module, datamodule=datamodule)
+            with fp32_products(trainer.precision, devices.torch_device.type):
+                lightning.fit(module, datamodule=datamodule)
         except TrainingInterrupted as stop:
             interrupted = stop.signum
             signals.learn(interrupted)

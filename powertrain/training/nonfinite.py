@@ -59,11 +59,29 @@ def _finite(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
 
 
-def autocast(precision: str, device_type: str) -> contextlib.AbstractContextManager[Any]:
-    """Return the autocast context that Lightning enters for `precision` (see `TrainerConfig.precision`)."""
-    if precision == "bf16-mixed":
-        return torch.autocast(device_type, dtype=torch.bfloat16)
-    return contextlib.nullcontext()
+@contextlib.contextmanager
+def fp32_products(precision: str, device_type: str) -> Iterator[None]:
+    """Let a GPU round the factors of fp32 products to TF32 beside bf16 ones: to 11 bits, where bf16 has 8."""
+    before = torch.get_float32_matmul_precision()
+    if precision == "bf16-mixed" and device_type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextlib.contextmanager
+def autocast(precision: str, device_type: str) -> Iterator[None]:
+    """Compute as training does: in `fp32_products` and the context that Lightning enters for `precision` (see
+    `TrainerConfig.precision`).
+    """
+    with fp32_products(precision, device_type):
+        if precision == "bf16-mixed":
+            with torch.autocast(device_type, dtype=torch.bfloat16):
+                yield
+        else:
+            yield
 
 
 def diagnose(

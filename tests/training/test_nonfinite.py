@@ -8,7 +8,7 @@ from torch import nn
 from powertrain.training.config import OptimConfig, ScheduleConfig, TrainerConfig
 from powertrain.training.length import TrainingLength
 from powertrain.training.module import PowertrainModule
-from powertrain.training.nonfinite import MAX_RECORDS, Diagnosis, NonFiniteError, replay
+from powertrain.training.nonfinite import MAX_RECORDS, Diagnosis, NonFiniteError, fp32_products, replay
 from powertrain.training.ranks import Ranks
 from powertrain.training.records import read_metrics
 from powertrain.training.rng import capture_rng
@@ -205,3 +205,14 @@ def test_a_run_that_stopped_continues_exactly_when_the_cause_is_gone(tmp_path):
     run_tiny(tmp_path / "run", steps=6, model=model(10**6))
     run_tiny(tmp_path / "clean", steps=6, model=model(10**6))
     assert_same_run(tmp_path / "run", tmp_path / "clean")
+
+
+@pytest.mark.parametrize(
+    ("precision", "device_type", "inside"),
+    [("bf16-mixed", "cuda", "high"), ("bf16-mixed", "cpu", "highest"), ("32-true", "cuda", "highest")],
+)
+def test_fp32_products_round_beside_bf16_on_a_gpu_and_nowhere_else(precision, device_type, inside):
+    assert torch.get_float32_matmul_precision() == "highest"
+    with fp32_products(precision, device_type):
+        assert torch.get_float32_matmul_precision() == inside
+    assert torch.get_float32_matmul_precision() == "highest"
