@@ -7,15 +7,20 @@ comparison between mixers changes the op and nothing else.
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from powertrain.models.config import MixerConfig, ModelConfig
-from powertrain.ops import linear_attention, softmax_attention, window_attention
-from powertrain.ops.api import power_retention_with_normalizer
+from powertrain.ops import (
+    linear_attention,
+    power_retention,
+    power_retention_with_normalizer,
+    softmax_attention,
+    window_attention,
+)
 from powertrain.ops.context_parallel import context_attention, context_power_retention
 from powertrain.ops.context_shard import ContextShard
 
@@ -124,7 +129,7 @@ class Mixer(nn.Module):
         elif shard is not None:
             out, normalizer = self._mix_slice(q, k, v, log_G, shard)
         else:
-            out, normalizer = self._mix(q, k, v, log_G, cu_seqlens)
+            out, normalizer = self._mix(q, k, v, log_G, cu_seqlens, with_normalizer=collect_stats)
         stats: dict[str, Tensor] = {}
         if collect_stats and normalizer is not None:
             stats["min_normalizer"] = normalizer.min() if shard is None else shard.minimum(normalizer.min())
@@ -144,22 +149,32 @@ class Mixer(nn.Module):
         return F.logsigmoid(F.linear(x, self.gate.weight).float() + (self.gate.bias.float() + self.gate_start))
 
     def _mix(
-        self, q: Tensor, k: Tensor, v: Tensor, log_G: Tensor | None, cu_seqlens: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_G: Tensor | None,
+        cu_seqlens: Tensor | None,
+        *,
+        with_normalizer: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """The op's output (B, T, Hq, D), and of power layers the normaliser (B, T, Hq), fp32 without gradient."""
+        """The op's output (B, T, Hq, D), and where asked of power layers the normaliser (B, T, Hq), fp32 without
+        gradient.
+        """
         config = self.config
         match config.kind:
             case "power":
-                out, normalizer, _, _ = power_retention_with_normalizer(
-                    q,
-                    k,
-                    v,
-                    log_G,
-                    deg=config.deg,
-                    chunk_size=config.chunk_size,
-                    switch_over_seq_len=config.switch_over_seq_len,
-                    cu_seqlens=cu_seqlens,
-                )
+                options: dict[str, Any] = {
+                    "deg": config.deg,
+                    "chunk_size": config.chunk_size,
+                    "switch_over_seq_len": config.switch_over_seq_len,
+                    "cu_seqlens": cu_seqlens,
+                }
+                if not with_normalizer:
+                    out = power_retention(q, k, v, log_G, **options)
+                    assert isinstance(out, Tensor)
+                    return out, None
+                out, normalizer, _, _ = power_retention_with_normalizer(q, k, v, log_G, **options)
                 return out, normalizer
             case "linear":
                 return linear_attention(q, k, v, log_G, chunk_size=config.chunk_size, cu_seqlens=cu_seqlens), None

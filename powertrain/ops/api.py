@@ -102,20 +102,18 @@ def power_retention_with_normalizer(
     sum_of_keys: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     impl: Implementation | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Compute `power_retention` and return `(out, normalizer, state, sum_of_keys)`.
 
     The normalizer `(B, T, Hq)`, sum_j w_ij in fp32 (fp64 for fp64 inputs), has no gradient: it is for monitoring. State
-    and sum_of_keys have size 0 unless return_final_state. Arguments and errors are those of `power_retention`.
+    and sum_of_keys are None unless return_final_state. Arguments and errors are those of `power_retention`.
     """
     out, normalizer, state, new_sum_of_keys = _power_retention(
         Q, K, V, log_G, initial_state, return_final_state, deg, scale, chunk_size, switch_over_seq_len,
         sum_of_keys, cu_seqlens, impl, True,
     )  # fmt: skip
     assert normalizer is not None
-    if state is None or new_sum_of_keys is None:
-        state, new_sum_of_keys = out.new_empty(0, dtype=torch.float32), out.new_empty(0, dtype=torch.float32)
-    return out, normalizer, state, new_sum_of_keys
+    return (out, normalizer, state, new_sum_of_keys) if return_final_state else (out, normalizer, None, None)
 
 
 class PowerCall(NamedTuple):
