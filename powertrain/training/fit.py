@@ -140,6 +140,17 @@ def _quiet_lightning() -> Iterator[None]:
             logger.setLevel(level)
 
 
+@contextlib.contextmanager
+def _new_memory_as_it_is() -> Iterator[None]:
+    """Deterministic torch would fill new memory: every kernel here writes the whole of its outputs."""
+    before = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = before  # type: ignore[attr-defined]
+
+
 def _profiler(debug: DebugConfig, run_dir: Path) -> Any:
     if debug.profiler is None:
         return None
@@ -166,8 +177,6 @@ def build_trainer(
 ) -> pl.Trainer:
     """Return Lightning's Trainer for a run; what Lightning would do by epoch or on its own is switched off."""
     environment = launcher_environment(devices)
-    # Every kernel here writes the whole of its outputs; filling them before would only cost time.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return pl.Trainer(
         accelerator=devices.accelerator,
         devices=devices.per_node,
@@ -329,7 +338,7 @@ def fit(
         seed_loop_counters(lightning, start, accumulation)
         interrupted = None
         try:
-            with fp32_products(trainer.precision, devices.torch_device.type):
+            with fp32_products(trainer.precision, devices.torch_device.type), _new_memory_as_it_is():
                 lightning.fit(module, datamodule=datamodule)
         except TrainingInterrupted as stop:
             interrupted = stop.signum
