@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import util
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -34,7 +35,7 @@ PRELOAD = (
 
 
 class Forked:
-    """`main()` in a process with arguments and an environment; used like a `subprocess.Popen`.
+    """`main()` in a process with arguments and an environment; used like a `subprocess.Popen`, and killed at exit.
 
     Args:
         errors: file that stderr is appended to; stdout is dropped. None: both stay those of the server.
@@ -57,6 +58,8 @@ class Forked:
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
+        # At its exit this process would wait for it forever, where a test has failed before it ended it.
+        util.Finalize(None, self.send_signal, (signal.SIGKILL,), exitpriority=0)
 
     def poll(self) -> int | None:
         return self._process.exitcode

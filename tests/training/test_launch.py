@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -65,6 +66,13 @@ def ends(corpus: Path, runs: Path, **started: tuple[str, ...]) -> dict[str, tupl
     for name, process in processes.items():
         ended[name] = (process.wait(400), (runs / f"{name}.err").read_text())
     return ended
+
+
+def test_a_process_that_a_failed_test_has_left_does_not_keep_the_tests_from_ending():
+    test = "import signal; from tests.forked import Forked; Forked(signal.pause, [], {}, server=False); raise KeyError"
+    ended = subprocess.run([sys.executable, "-c", test], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1] == "KeyError"
 
 
 # Several runs in one test, side by side: they wait more than they compute.
