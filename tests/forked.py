@@ -76,6 +76,7 @@ class Forked:
 
 
 def _run(main: Callable[[], int], arguments: list[str], environment: dict[str, str], errors: Path | None) -> None:
+    import torch
     from lightning.pytorch.utilities import rank_zero_only
 
     # What a new interpreter would find.
@@ -88,7 +89,9 @@ def _run(main: Callable[[], int], arguments: list[str], environment: dict[str, s
     if errors is not None:
         for path, target in ((Path(os.devnull), 1), (errors, 2)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), target)
-    # Lightning reads it when it is imported.
+    # PyTorch and Lightning read these when they are imported.
+    if threads := environment.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(int(threads))
     rank_zero_only.rank = int(environment.get("RANK", "0"))
     code = main()
     sys.stdout.flush()

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from powertrain.run_status import read_status
 from powertrain.training import launch as launching
@@ -66,6 +67,15 @@ def ends(corpus: Path, runs: Path, **started: tuple[str, ...]) -> dict[str, tupl
     for name, process in processes.items():
         ended[name] = (process.wait(400), (runs / f"{name}.err").read_text())
     return ended
+
+
+def number_of_threads() -> int:
+    return torch.get_num_threads()
+
+
+def test_a_forked_process_has_the_threads_that_its_environment_says():
+    processes = [Forked(number_of_threads, [], {**os.environ, "OMP_NUM_THREADS": number}) for number in ("3", "1")]
+    assert [process.wait(60) for process in processes] == [3, 1]
 
 
 def test_a_process_that_a_failed_test_has_left_does_not_keep_the_tests_from_ending():
