@@ -18,13 +18,16 @@ def end_at_once() -> NoReturn:
     """End this process on a second Ctrl-C, with one line of rank 0, whatever it does.
 
     An exception would be reported by whoever meets it: workers, threads, other processes that lose their peer.
+    `status.json` stays at `running`, as that of a killed process, which counts as lost when its heartbeat is old.
     """
-    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-        os.write(2, b"\npowertrain: ended at once; what was saved before is kept\n")
-    # Workers of the data would look only every few seconds whether this process is still there.
-    for child in multiprocessing.active_children():
-        child.kill()
-    os._exit(128 + signal.SIGINT)
+    try:
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+            os.write(2, b"\npowertrain: ended at once; what was saved before is kept\n")
+        # Workers of the data would look only every few seconds whether this process is still there.
+        for child in multiprocessing.active_children():
+            child.kill()
+    finally:
+        os._exit(128 + signal.SIGINT)
 
 
 class Stopped(KeyboardInterrupt):

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
+from unittest import mock
 
 import lightning.pytorch as pl
 import pytest
@@ -17,6 +19,7 @@ from powertrain.training.checkpoint import Checkpoint, CheckpointError
 from powertrain.training.config import ScheduleConfig
 from powertrain.training.fit import RunLockedError, sole_writer
 from powertrain.training.records import read_metrics
+from powertrain.training.signals import end_at_once
 from tests.forked import Forked
 from tests.training.fakes import FakeData, TinyModel, locked_by_another, run_tiny, saved_tensors
 
@@ -137,6 +140,17 @@ def test_a_second_signal_ends_at_once_with_one_line(tmp_path):
     assert last == "powertrain: ended at once; what was saved before is kept"
     assert not any("Traceback" in line for line in said)
     assert run_tiny(tmp_path / "run", steps=10).finished
+
+
+def end_with_children_unknown() -> NoReturn:
+    with mock.patch("multiprocessing.active_children", side_effect=RuntimeError):
+        end_at_once()
+
+
+def test_nothing_keeps_a_process_from_ending_at_once(tmp_path):
+    process = Forked(end_with_children_unknown, [], os.environ, tmp_path / "errors")
+    assert process.wait(60) == 130
+    assert "Traceback" not in (tmp_path / "errors").read_text()
 
 
 def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(tmp_path, unbroken):
