@@ -179,8 +179,11 @@ def _sole_submission(run_dir: Path) -> Iterator[None]:
     path = run_dir / "slurm" / ".lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        # Without locks the queue tells of all but the last moments.
-        if take_lock(file) is False:
+        locked: bool | None = None
+        # Without locks, for whatever reason, the queue tells of all but the last moments.
+        with contextlib.suppress(OSError):
+            locked = take_lock(file)
+        if locked is False:
             raise RunBusyError(
                 f"another process is submitting the run {run_dir.name}: wait for that one, or give this run another "
                 f"run_id"

@@ -128,9 +128,10 @@ def test_of_two_submissions_at_once_the_second_is_refused_and_changes_nothing(
     assert len(slurm_stubs.read_text().splitlines()) == 1
 
 
-def test_a_file_system_without_locks_takes_submissions(overrides, slurm_stubs, monkeypatch):
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EIO])
+def test_a_file_system_without_locks_takes_submissions(number, overrides, slurm_stubs, monkeypatch):
     def no_locks(file, operation):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     assert main(["train", *overrides]) == 0
