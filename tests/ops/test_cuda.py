@@ -211,6 +211,7 @@ CASES = {
     "batch": Case(B=3, T=200),
     "gqa": Case(Hq=6, Hk=2, T=400),
     "gqa_one_key_head": Case(Hq=4, Hk=1, T=330, B=2),
+    "gqa_above_block": Case(Hq=2, Hk=1, T=65, chunk_size=64),
     "strong_gates": Case(T=400, gate=3.0),
     "documents": Case(T=400, documents=True),
     "documents_in_batch": Case(B=3, T=250, documents=True, Hq=4),
@@ -227,6 +228,7 @@ CASES = {
 EMULATED_DIMS = {
     "one_token": (32, 64, 128),
     "above_block": (32, 64, 128),
+    "gqa_above_block": (128,),  # its gradient has code of its own there
     "ragged": (32, 64),
     "state_one_chunk": (32, 64),
 }
@@ -235,8 +237,8 @@ NOT_EMULATED = {"default_chunk", "one_chunk", "long_chunk", "documents_in_batch"
 
 
 def of_head_dim(case: Case, head_dim: int) -> Case:
-    """The case at a head dim; the emulation takes one head at the widest, as heads are counted at the others."""
-    return replace(case, D=head_dim, **({} if ON_GPU or head_dim < 128 else {"Hq": 1, "Hk": 1}))
+    """The case at a head dim; the emulation takes one key head at the widest, as they are counted at the others."""
+    return replace(case, D=head_dim, **({} if ON_GPU or head_dim < 128 else {"Hq": case.Hq // case.Hk, "Hk": 1}))
 
 
 def _grid() -> Iterator[Any]:
