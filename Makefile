@@ -24,7 +24,7 @@ train: setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slurm" $(TESTS)
 
-# A real Slurm on this machine (root; slurmctld, slurmd and munge installed). Alone: its tests wait for real jobs.
+# A real Slurm on this machine (root; slurmctld, slurmd and munge installed). One worker: its tests share that Slurm.
 test-slurm: setup
 	POWERTRAIN_REQUIRE_SLURM=1 OMP_NUM_THREADS=1 $(BIN)/pytest -m slurm tests/cluster
 
