@@ -99,7 +99,7 @@ def main(argv: list[str]) -> int:
     """Run `powertrain train`.
 
     Returns:
-        The exit code: 0 finished, submitted, or interrupted and queued again; 1 training stopped with an error;
+        The exit code: 0 finished, submitted, planned, or interrupted and queued again; 1 stopped with an error;
         128 + signal when interrupted (130 for Ctrl-C) and saved.
     Errors:
         ConfigError: bad input, before anything else happens.
@@ -112,12 +112,11 @@ def main(argv: list[str]) -> int:
         print(yaml.safe_dump(to_values(config), sort_keys=False), end="")
         return 0
 
+    # A job that was submitted trains with --config.
+    submits = config.cluster.kind == "slurm" and arguments.config is None
     if config.cluster.dry_run:
-        # Of a job, its script alone is the output.
-        print("\n".join(plan(config)), file=sys.stdout if config.cluster.kind == "local" else sys.stderr)
-        if config.cluster.kind == "local":
-            return 0
-    if config.cluster.kind == "slurm" and arguments.config is None:
+        return _dry_run(config, submits=submits)
+    if submits:
         from powertrain.cluster import submit
 
         _check_same_run(Path(config.paths.runs) / config.resolved_run_id(), config)
@@ -138,6 +137,28 @@ def _configuration(arguments: argparse.Namespace) -> RunConfig:
     if not arguments.config.is_file():
         raise ConfigError(f"--config {arguments.config} is not a file")
     return from_values(yaml.safe_load(arguments.config.read_text()))
+
+
+def _dry_run(config: RunConfig, *, submits: bool) -> int:
+    """Print what the run amounts to, and the script of a job; refuse what the same command would refuse to begin."""
+    from powertrain.data.shards import ShardError
+    from powertrain.training.batching import resolve_devices
+
+    if not submits:
+        resolve_devices(config.trainer)
+    _check_same_run(Path(config.paths.runs) / config.resolved_run_id(), config)
+    try:
+        lines = plan(config, here=not submits)
+    except ShardError as error:
+        print(f"powertrain train: {error}", file=sys.stderr)
+        return 1
+    # Of a job, its script alone is the output.
+    print("\n".join(lines), file=sys.stderr if submits else sys.stdout)
+    if not submits:
+        return 0
+    from powertrain.cluster import submit
+
+    return submit.main(config)
 
 
 def _train_here(config: RunConfig, arguments: argparse.Namespace, argv: list[str], signals: StopSignals) -> int:
@@ -248,7 +269,6 @@ def run(config: RunConfig, *, command: str = "", signals: StopSignals | None = N
     import torch
     from lightning.pytorch.utilities.seed import isolate_rng
 
-    from powertrain.data.datamodule import TokenDataModule
     from powertrain.models.gpt import GPT
     from powertrain.training.fit import fit
     from powertrain.training.loggers import read_metrics
@@ -257,13 +277,7 @@ def run(config: RunConfig, *, command: str = "", signals: StopSignals | None = N
     run_id = config.resolved_run_id()
     run_dir = Path(config.paths.runs) / run_id
     _check_same_run(run_dir, config)
-    datamodule = TokenDataModule(
-        config.data,
-        context_length=config.trainer.context_length,
-        micro_batch_size=1,  # until fit() knows what fits
-        seed=config.seed,
-        cache_dir=config.paths.cache,
-    )
+    datamodule = _datamodule(config)
     model_config = dataclasses.replace(config.model, vocab_size=datamodule.vocab_size)
     length = _length(config, model_config)
     _check_data(config, datamodule)
@@ -396,22 +410,33 @@ def _length(config: RunConfig, model_config: ModelConfig) -> TrainingLength:
     )
 
 
-def plan(config: RunConfig) -> list[str]:
-    """Return what the run that `config` describes amounts to, in lines for the user; nothing is prepared or written."""
-    from powertrain.data.packing import Windows
+def plan(config: RunConfig, *, here: bool = True) -> list[str]:
+    """Return what the run that `config` describes amounts to, in lines for the user; nothing is prepared or written.
+
+    Args:
+        here: whether it would train on this machine; where a job trains, data may be that are not here.
+    Errors:
+        ValueError, OSError, ShardError: the configuration contradicts the data, or they are not there or damaged.
+    """
     from powertrain.data.prepare import prepared
-    from powertrain.data.shards import ShardError
     from powertrain.training.length import plan_lines
 
     try:
-        store = prepared(config.data, config.paths.cache)
-        model = dataclasses.replace(config.model, vocab_size=store.vocab_size if store else planned_vocabulary(config))
-        context = config.trainer.context_length
-        train_tokens = None if store is None else len(Windows(store.split("train"), context)) * context
-        if train_tokens == 0:
-            raise ConfigError(f"the training split holds less than one sequence of trainer.context_length={context}")
-    except (ValueError, OSError, ShardError) as error:
-        return [f"plan    not known: {error}"]
+        is_prepared = prepared(config.data, config.paths.cache) is not None
+    except (ValueError, OSError) as error:
+        if here:
+            raise
+        return [f"plan    not known here: {error}"]
+    if is_prepared:
+        datamodule = _datamodule(config)
+        _check_data(config, datamodule)
+        vocab_size, train_tokens = datamodule.vocab_size, datamodule.train_tokens
+    else:
+        try:
+            vocab_size, train_tokens = planned_vocabulary(config), None
+        except ConfigError as error:
+            return [f"plan    not known: {error}"]
+    model = dataclasses.replace(config.model, vocab_size=vocab_size)
     return [_model_line(config, model), *plan_lines(_length(config, model), train_tokens)]
 
 
@@ -423,6 +448,18 @@ def _model_line(config: RunConfig, model: ModelConfig) -> str:
     return (
         f"model   {amount(sum(num_parameters(model).values()))} parameters: {model.n_layers} layers of {kinds}, width "
         f"{model.d_model}, {model.n_heads} heads of {model.head_dim}, context {config.trainer.context_length:,}"
+    )
+
+
+def _datamodule(config: RunConfig) -> TokenDataModule:
+    from powertrain.data.datamodule import TokenDataModule
+
+    return TokenDataModule(
+        config.data,
+        context_length=config.trainer.context_length,
+        micro_batch_size=1,  # until fit() knows what fits
+        seed=config.seed,
+        cache_dir=config.paths.cache,
     )
 
 

@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from powertrain.cli import main
-from powertrain.config import compose, options, share_dir
+from powertrain.config import compose, options, share_dir, to_values
 from powertrain.run_status import RunBusyError, RunStatus, write_status
 from powertrain.train import environment, run
 from powertrain.training.fit import RunLockedError
@@ -97,6 +97,58 @@ def test_a_dry_run_says_what_the_run_will_say_of_itself_and_touches_nothing(tiny
     with pytest.raises(KeyboardInterrupt):
         run(compose([*tiny, "trainer.max_steps=600"]))
     assert capsys.readouterr().out.splitlines()[-3:] == [model, plan, warning]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["data.tokenizer.kind=pretrained", "data.tokenizer.path=/nowhere"], "path='/nowhere' does not exist"),
+        (["data.files=/nowhere/*.txt"], "no file matches data.files='/nowhere/*.txt'"),
+        (["trainer.accelerator=gpu", "trainer.devices=64"], "needs 64 GPUs on this machine"),
+        (["trainer.devices=3"], "which 3 processes cannot share equally"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_would_refuse(overrides, sentence, tiny, capsys):
+    for command in ([], ["cluster.dry_run=true"]):
+        assert main(["train", *tiny, *overrides, *command]) == 2
+        printed = capsys.readouterr()
+        assert sentence in printed.err
+        assert "plan" not in printed.out
+
+
+def test_a_dry_run_refuses_prepared_data_and_runs_that_the_run_would_refuse(tiny, tmp_path, capsys):
+    assert main(["train", *tiny, "trainer.max_steps=1", "run_id=mine"]) == 0
+    capsys.readouterr()
+    assert main(["train", *tiny, "run_id=mine", "seed=7", "cluster.dry_run=true"]) == 2
+    assert "holds another run (seed was" in capsys.readouterr().err
+    long = ["trainer.context_length=65536", "trainer.global_batch_tokens=65536"]
+    assert main(["train", *tiny, *long, "cluster.dry_run=true"]) == 2
+    assert "trainer.context_length=65536: the train split holds" in capsys.readouterr().err
+    (shard,) = (tmp_path / "cache").rglob("tokens-00000.bin")
+    shard.write_bytes(shard.read_bytes()[:-2])
+    for command in ([], ["cluster.dry_run=true"]):
+        assert main(["train", *tiny, "run_id=new", *command]) == 1
+        assert "prepared tokens are damaged" in capsys.readouterr().err
+
+
+def test_a_dry_run_does_not_know_the_size_of_a_tokenizer_that_is_not_loaded(tiny, tmp_path, capsys):
+    tokenizer = ["data.tokenizer.kind=pretrained", "data.tokenizer.path=some/name"]
+    assert main(["train", *tiny, *tokenizer, "cluster.dry_run=true"]) == 0
+    assert capsys.readouterr().out.startswith("plan    not known: a pretrained tokenizer's size")
+    # Its data may be where the job is.
+    job = ["cluster=slurm", "data.files=/nowhere/*.txt", "trainer.accelerator=auto"]
+    assert main(["train", *tiny, *job, "cluster.dry_run=true"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err.startswith("plan    not known here: no file matches")
+    assert printed.out.startswith("#!")
+
+
+def test_a_dry_run_of_a_saved_configuration_trains_nothing(tiny, tmp_path, capsys):
+    config = compose([*tiny, "cluster=slurm", "cluster.dry_run=true", "trainer.max_steps=1"])
+    (tmp_path / "saved.yaml").write_text(yaml.safe_dump(to_values(config)))
+    assert main(["train", "--config", str(tmp_path / "saved.yaml")]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["model", "plan"]
+    assert not (tmp_path / "runs").exists()
 
 
 def interrupted(*args, **kwargs):
