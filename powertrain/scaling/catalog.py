@@ -68,7 +68,7 @@ class ComposedCatalog:
         """Return the composed configuration, its vocabulary filled in.
 
         Errors:
-            ConfigError: the recipe's overrides contradict the schema or each other.
+            ConfigError: the recipe's overrides contradict the schema or each other, or ask for a dry run.
         """
         key = (mixer, size, context)
         if key not in self._configs:
@@ -85,6 +85,10 @@ class ComposedCatalog:
             ]
             try:
                 config = compose(overrides)
+                if config.cluster.dry_run:
+                    raise ConfigError(
+                        "cluster.dry_run=true is not for a sweep: `powertrain sweep plan` prints what would run"
+                    )
                 model = dataclasses.replace(config.model, vocab_size=planned_vocabulary(config))
             except ConfigError as error:
                 raise ConfigError(f"{recipe.name}: {mixer}, {size}: {error}") from error

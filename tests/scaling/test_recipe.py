@@ -138,6 +138,13 @@ def test_cells_of_shipped_recipes_keep_their_ids(name, mixer, size, context, bud
     assert (cell.id, cell.steps, cell.tokens) == expected
 
 
+def test_a_dry_run_is_not_for_a_sweep():
+    recipe = load_recipe("smoke")
+    recipe = dataclasses.replace(recipe, overrides=(*recipe.overrides, "cluster.dry_run=true"))
+    with pytest.raises(ConfigError, match="dry_run=true is not for a sweep"):
+        ComposedCatalog(recipe).config("power", "xs", 256)
+
+
 def committed():
     return sorted(path.parent for path in (Path(__file__).parents[2] / "sweeps").glob("*/records"))
 
