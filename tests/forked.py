@@ -38,7 +38,8 @@ class Forked:
     """`main()` in a process with arguments and an environment; used like a `subprocess.Popen`, and killed at exit.
 
     Args:
-        errors: file that stderr is appended to; stdout is dropped. None: both stay those of the server.
+        errors: file that stderr is appended to. None: it and stdout stay those of the server.
+        output: with `errors`, file that stdout is appended to; None drops it.
         server: False forks from this process, which must have no threads.
     """
 
@@ -48,18 +49,20 @@ class Forked:
         arguments: Sequence[str],
         environment: Mapping[str, str],
         errors: Path | None = None,
+        output: Path | None = None,
         *,
         server: bool = True,
     ) -> None:
         context = multiprocessing.get_context("forkserver" if server else "fork")
         if server:
             context.set_forkserver_preload(list(PRELOAD))
-        self._process = context.Process(target=_run, args=(main, list(arguments), dict(environment), errors))
+        inside = main, list(arguments), dict(environment), errors, output
+        self._process = context.Process(target=_run, args=inside)
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
         # At its exit this process would wait for it forever, where a test has failed before it ended it.
-        util.Finalize(None, self.send_signal, (signal.SIGKILL,), exitpriority=0)
+        util.Finalize(self, self._process.kill, exitpriority=0)
 
     def poll(self) -> int | None:
         return self._process.exitcode
@@ -75,7 +78,13 @@ class Forked:
             os.kill(self.pid, signum)
 
 
-def _run(main: Callable[[], int], arguments: list[str], environment: dict[str, str], errors: Path | None) -> None:
+def _run(
+    main: Callable[[], int],
+    arguments: list[str],
+    environment: dict[str, str],
+    errors: Path | None,
+    output: Path | None,
+) -> None:
     import torch
     from lightning.pytorch.utilities import rank_zero_only
 
@@ -87,7 +96,7 @@ def _run(main: Callable[[], int], arguments: list[str], environment: dict[str, s
     os.environ.update(environment)
     sys.argv = ["powertrain", *arguments]
     if errors is not None:
-        for path, target in ((Path(os.devnull), 1), (errors, 2)):
+        for path, target in ((output or Path(os.devnull), 1), (errors, 2)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), target)
     # PyTorch and Lightning read these when they are imported.
     if threads := environment.get("OMP_NUM_THREADS"):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -21,8 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from tests.faults.process import VARIABLE, Plan, main_forked
-from tests.forked import PRELOAD
+from tests.faults.process import VARIABLE, Plan, main
+from tests.forked import Forked
 
 ROOT = Path(__file__).resolve().parents[2]
 # torchrun gives the others 30 s after one has failed; these have nothing to do that takes longer than a step.
@@ -51,21 +50,9 @@ class Hung(AssertionError):
 
 
 class _Process(Protocol):
-    pid: int | None
+    pid: int
 
-    def code(self) -> int | None: ...
-
-
-class _Forked:
-    def __init__(self, argv: list[str], environment: dict[str, str], output: Path) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(list(PRELOAD))
-        self._process = context.Process(target=main_forked, args=(argv, environment, str(output)))
-        self._process.start()
-        self.pid = self._process.pid
-
-    def code(self) -> int | None:
-        return self._process.exitcode
+    def poll(self) -> int | None: ...
 
 
 class _Command:
@@ -82,7 +69,7 @@ class _Command:
         self.pid = self._process.pid
         self._mark = f"{VARIABLE}={environment[VARIABLE]}".encode()
 
-    def code(self) -> int | None:
+    def poll(self) -> int | None:
         """The exit code, once the ranks that it has started are gone as well."""
         code = self._process.poll()
         return code if code is None or not self._has_ranks() else None
@@ -124,9 +111,13 @@ class Attempt:
         port = _free_port()
         self._processes: list[_Process] = []
         for rank in range(count):
-            place = {} if layout.ranks == 1 or as_command else _torchrun(rank, layout.ranks, port)
-            start = _Command if as_command else _Forked
-            self._processes.append(start(argv, {**environment, **place}, self._output(rank)))
+            output = self._output(rank)
+            if as_command:
+                self._processes.append(_Command(argv, environment, output))
+            else:
+                place = {} if layout.ranks == 1 else _torchrun(rank, layout.ranks, port)
+                found = {**os.environ, **environment, **place}
+                self._processes.append(Forked(main, argv, found, output, output))
 
     def _output(self, rank: int) -> Path:
         return self.directory / f"rank-{rank}.log"
@@ -139,14 +130,14 @@ class Attempt:
     def send(self, signum: int, rank: int | None = None) -> None:
         """Send a signal to one rank, or to all of them."""
         for process in self._processes if rank is None else [self._processes[rank]]:
-            if process.code() is None and process.pid is not None:
+            if process.poll() is None:
                 # It may end in this moment.
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process.pid, signum)
 
     def codes(self) -> list[int | None]:
         """Return the exit code of each process; None where it runs, minus the signal where one killed it."""
-        return [process.code() for process in self._processes]
+        return [process.poll() for process in self._processes]
 
     @property
     def running(self) -> bool:

@@ -185,22 +185,6 @@ def main() -> int:
     return code
 
 
-def main_forked(argv: list[str], environment: dict[str, str], output: str) -> None:
-    """Be one rank in a process that a server of `multiprocessing` has forked, with everything imported before."""
-    os.environ.update(environment)
-    sys.argv = ["powertrain", *argv]
-    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    from lightning.pytorch.utilities import rank_zero_only
-
-    # Lightning reads it when it is imported, which was in the server.
-    rank_zero_only.rank = own_rank()
-    code = main()
-    sys.stdout.flush()
-    sys.exit(code)
-
-
 def read_trace(path: Path) -> list[dict[str, Any]]:
     """Return the lines of a trace."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

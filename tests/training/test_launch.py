@@ -79,7 +79,8 @@ def test_a_forked_process_has_the_threads_that_its_environment_says():
 
 
 def test_a_process_that_a_failed_test_has_left_does_not_keep_the_tests_from_ending():
-    test = "import signal; from tests.forked import Forked; Forked(signal.pause, [], {}, server=False); raise KeyError"
+    script = "kept = Forked(signal.pause, [], {}, server=False); raise KeyError"
+    test = f"import signal; from tests.forked import Forked; {script}"
     ended = subprocess.run([sys.executable, "-c", test], capture_output=True, text=True, timeout=60)
     assert ended.returncode == 1
     assert ended.stderr.splitlines()[-1] == "KeyError"
