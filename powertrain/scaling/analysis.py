@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -223,6 +223,19 @@ def positions(recipe: Recipe, selected: dict[tuple[str, float], Point]) -> list[
         PositionCurve(m, budget, bounds, *band(values[m]), *band(values[m] - values[recipe.baseline]))
         for m in sorted(values)
     ]
+
+
+def compared(records: Sequence[CellRecord], cells: Set[str]) -> list[CellRecord]:
+    """Return the records that findings rest on: the recipe's own cells; others where a mixer has none of its own yet.
+
+    Cells of other settings, such as those of a learning rate that was the tuned one before the grid was extended, would
+    give their mixer a choice that its rivals do not have.
+
+    Args:
+        cells: ids of the cells that the recipe asks for.
+    """
+    own = {(r.context, r.budget, r.mixer) for r in records if r.cell in cells}
+    return [r for r in records if r.cell in cells or (r.context, r.budget, r.mixer) not in own]
 
 
 def analyse(recipe: Recipe, records: Sequence[CellRecord], context: int, timings: Sequence[Timing] = ()) -> Findings:

@@ -269,34 +269,37 @@ class Expander:
         return {key: sum(losses) / len(losses) for key, losses in done.items() if losses}
 
     def tuned(self, stage: int, mixer: str, size: str, context: int, budget: float) -> tuple[float, float]:
-        """Return the best pair of factors at the nearest lower budget with a grid, of this size or the nearest one.
+        """Return the best pair of factors at the nearest lower budget with several, of this size or the nearest one.
+
+        Args:
+            stage: index of the stage that asks; those before it are looked at.
 
         Errors:
-            Undecided: the grid is not settled.
-            ConfigError: every cell of the grid failed.
+            Undecided: these cells are not settled.
+            ConfigError: every one of them failed.
         """
-        grids = [
-            (b, s)
-            for s in self.recipe.stages[: stage + 1]
-            if s.learning_rates == "grid" and s.sizes != "best"
+        tuning = [
+            (b, -index)
+            for index, s in enumerate(self.recipe.stages[:stage])
             for b in s.budgets
-            if b <= budget
+            if s.tunes and b <= budget
         ]
-        at, grid_stage = max(grids, key=lambda pair: pair[0])
+        at, index = max(tuning)
+        index = -index
         ladder = list(self.recipe.ladder)
         here = ladder.index(size)
-        index = self.recipe.stages.index(grid_stage)
         for neighbour in sorted(
             self.sizes(index, mixer, context, at), key=lambda s: (abs(ladder.index(s) - here), ladder.index(s))
         ):
-            seeds = grid_stage.seeds
+            seeds = self.recipe.stages[index].seeds
             choices = {
-                pair: [self.cell(mixer, neighbour, context, at, seed, *pair) for seed in seeds] for pair in self.grid()
+                pair: [self.cell(mixer, neighbour, context, at, seed, *pair) for seed in seeds]
+                for pair in self.factors(index, mixer, neighbour, context, at)
             }
             losses = self.losses(choices)
             if losses:
                 return min(losses, key=lambda pair: (losses[pair], pair))
-        raise ConfigError(f"no cell of {mixer}'s learning-rate grid at {at:g} FLOPs finished")
+        raise ConfigError(f"no cell that tunes {mixer}'s learning rate at {at:g} FLOPs finished")
 
     def best_size(self, before: int, mixer: str, context: int, budget: float) -> str:
         """Return the rung of the lowest loss at a budget, over the stages before `before`.
@@ -346,7 +349,10 @@ class Expander:
             Undecided, ConfigError: as `tuned`.
         """
         stage = self.recipe.stages[index]
-        return self.grid() if stage.learning_rates == "grid" else [self.tuned(index, mixer, size, context, budget)]
+        if stage.learning_rates == "grid":
+            return self.grid()
+        lr, batch = self.tuned(index, mixer, size, context, budget)
+        return [(lr * factor, batch) for factor in stage.factors]
 
     def expand(self) -> Expansion:
         """Return all cells that are decided, what is pending and what was dropped, in the recipe's order."""
@@ -400,7 +406,7 @@ class Expander:
                         yield context, index, stage, budget, mixer
 
     def _candidates(self, stage: Stage, mixer: str, sizes: list[str], context: int, budget: float) -> tuple[Cell, ...]:
-        pairs = self.grid() if stage.learning_rates == "grid" else [(1.0, 1.0)]
+        pairs = self.grid() if stage.learning_rates == "grid" else [(factor, 1.0) for factor in stage.factors]
         return tuple(
             self.cell(mixer, size, context, budget, seed, lr, batch)
             for size in sizes

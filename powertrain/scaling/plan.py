@@ -178,10 +178,15 @@ class Coverage:
     context: int
     budget: float
     mixer: str
+    cells: frozenset[str]  # decided so far, finished and failed ones included
     finished: int
     failed: int
-    planned: int  # cells decided so far, finished and failed ones included
     later: int  # further cells at most, which await results
+
+    @property
+    def planned(self) -> int:
+        """Number of cells decided so far."""
+        return len(self.cells)
 
     @property
     def complete(self) -> bool:
@@ -209,8 +214,8 @@ def coverage(
             for c in pending.candidates
         } - cells
         if cells or later:
-            counts = len(cells & finished), len(cells & failed), len(cells), len(later)
-            result.append(Coverage(*place, *counts))
+            counts = len(cells & finished), len(cells & failed), len(later)
+            result.append(Coverage(*place, frozenset(cells), *counts))
     return result
 
 

@@ -23,7 +23,8 @@ CONVENTIONS: tuple[Convention, ...] = get_args(Convention)
 
 # Sizes of a stage: every rung of the ladder; the rungs around the best of the budget before; the best of this budget.
 Sizes = Literal["all", "frontier", "best"]
-# Learning rates of a stage: the whole grid; the best of the same mixer and size at the nearest lower tuned budget.
+# Learning rates of a stage: the whole grid; the best of the same mixer and size at the nearest lower budget that had
+# several (or at this one, if an earlier stage had), times the stage's factors.
 Rates = Literal["grid", "tuned"]
 
 
@@ -93,6 +94,7 @@ class Stage:
     budgets: tuple[float, ...]  # FLOPs, under the recipe's convention
     sizes: Sizes = "all"  # all, frontier (the rungs nearest to where the optimum should be) or best
     learning_rates: Rates = "tuned"  # grid or tuned
+    factors: tuple[float, ...] = (1.0,)  # tuned only: what the best learning rate is multiplied by, each a cell
     seeds: tuple[int, ...] = (0,)  # seed of initialisation and data order; the same for every mixer
     rungs: int = 3  # frontier only: how many of those on which the budget can be spent
 
@@ -101,8 +103,17 @@ class Stage:
             raise ValueError(f"budgets={list(self.budgets)} must be FLOPs above 0, each once, in rising order")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
             raise ValueError(f"seeds={list(self.seeds)} must be whole numbers of at least 0, each once")
+        if not self.factors or min(self.factors) <= 0 or list(self.factors) != sorted(set(self.factors)):
+            raise ValueError(f"factors={list(self.factors)} must be above 0, each once, in rising order")
+        if self.learning_rates == "grid" and self.factors != (1.0,):
+            raise ValueError(f"factors={list(self.factors)} are for learning_rates=tuned: the grid has its own")
         if self.rungs < 1:
             raise ValueError(f"rungs={self.rungs} must be at least 1")
+
+    @property
+    def tunes(self) -> bool:
+        """Whether later stages take their learning rates from here."""
+        return self.sizes != "best" and (self.learning_rates == "grid" or len(self.factors) > 1)
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,12 @@ import io
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from powertrain.scaling.analysis import Findings, analyse
+from powertrain.scaling.analysis import Findings, analyse, compared
 from powertrain.scaling.compare import ENVELOPE_BIN, ENVELOPE_STEPS, Verdict
 from powertrain.scaling.drawing import render, style
 from powertrain.scaling.figures import DRAW, has_edge, has_minimum
@@ -117,27 +118,29 @@ def _so_far(parts: Sequence[Coverage], context: int) -> str:
     return f" So far: {sum(p.finished for p in own)} of {sum(p.planned for p in own)} cells{later}."
 
 
-def _others(part: Coverage, findings: Findings) -> int:
-    return sum((r.budget, r.mixer) == (part.budget, part.mixer) for r in findings.records) - part.finished
-
-
-def _there_is(part: Coverage, findings: Findings) -> str:
-    others = _others(part, findings)
-    return str(part) + (f"; {others} finished of other settings" if others else "")
-
-
 def _missing_lines(recipe: Recipe, findings: Findings, parts: Sequence[Coverage]) -> list[str]:
     incomplete = _incomplete(parts, findings.context)
     if not incomplete:
         return []
-    rows = [[f"{p.budget:.3g}", recipe.label(p.mixer), _there_is(p, findings)] for p in incomplete]
+    rows = [[f"{p.budget:.3g}", recipe.label(p.mixer), str(p)] for p in incomplete]
     text = "The sweep is not finished; what follows rests on the cells that are. `powertrain sweep run` continues it."
-    if any(_others(p, findings) for p in incomplete):
-        text += (
-            " Cells of other settings than the recipe now asks for (another learning rate than the one that is tuned "
-            "now, say) stand in the figures and tables as well."
-        )
     return ["### What is missing", "", text, "", *_table(["FLOPs", "mixer", "there is"], rows)]
+
+
+def _others_lines(recipe: Recipe, findings: Findings, others: Sequence[CellRecord]) -> list[str]:
+    here = {r.cell for r in others if r.context == findings.context}
+    if not here:
+        return []
+    text = (
+        f"{len(here)} finished {'cell is' if len(here) == 1 else 'cells are'} of other settings than the recipe now "
+        "asks for (of a learning rate that was the tuned one before the grid was extended, say): `table.parquet` holds "
+        "them, and findings leave them out"
+    )
+    used = Counter((r.budget, r.mixer) for r in findings.records if r.cell in here)
+    if used:
+        places = ", ".join(f"{recipe.label(m)} at {b:.3g} FLOPs ({n})" for (b, m), n in sorted(used.items()))
+        text += f", but where none of the recipe's own is finished: {places}"
+    return [text + ".", ""]
 
 
 def _verdict_rows(recipe: Recipe, findings: Findings, parts: Sequence[Coverage]) -> list[list[str]]:
@@ -146,15 +149,6 @@ def _verdict_rows(recipe: Recipe, findings: Findings, parts: Sequence[Coverage])
         duel = v.duels[0]
         margin = f"{v.margin:.4f} ({_interval(*v.margin_interval)}) below {recipe.label(v.runner_up)}"
         flips = findings.flips(recipe, v.budget)
-        used = {m: findings.selected[m, v.budget].size for m in (recipe.subject, duel.rival)}
-        flags = [f for f in findings.flags if f.budget == v.budget and f.size == used.get(f.mixer)]
-        doubts = [f"not measured at this budget: {recipe.label(mixer)}" for mixer in v.unmeasured]
-        doubts += [f"{recipe.label(f.mixer)}, {f.kind}: {f.text}" for f in flags]
-        doubts += [
-            f"{recipe.label(p.mixer)}, incomplete: {_there_is(p, findings)}"
-            for p in _incomplete(parts, findings.context)
-            if p.budget == v.budget
-        ]
         rows.append(
             [
                 f"{v.budget:.3g}",
@@ -163,10 +157,30 @@ def _verdict_rows(recipe: Recipe, findings: Findings, parts: Sequence[Coverage])
                 f"{_signed(duel.difference)} ({_interval(duel.low, duel.high)}) to {recipe.label(duel.rival)}",
                 f"**{v.outcome}**",
                 "; ".join(f"{c}: {o}" for c, o in flips) or "none",
-                "; ".join(doubts) or "none",
+                str(len(_doubts(recipe, findings, parts, v))),
             ]
         )
     return rows
+
+
+def _doubts(recipe: Recipe, findings: Findings, parts: Sequence[Coverage], verdict: Verdict) -> list[str]:
+    used = {m: findings.selected[m, verdict.budget].size for m in (recipe.subject, verdict.duels[0].rival)}
+    flags = [f for f in findings.flags if f.budget == verdict.budget and f.size == used.get(f.mixer)]
+    incomplete = [p for p in _incomplete(parts, findings.context) if p.budget == verdict.budget]
+    return [
+        *(f"not measured at this budget: {recipe.label(mixer)}" for mixer in verdict.unmeasured),
+        *(f"{recipe.label(f.mixer)}, {f.kind}: {f.text}" for f in flags),
+        *(f"{recipe.label(p.mixer)}, incomplete: {p}" for p in incomplete),
+    ]
+
+
+def _doubt_lines(recipe: Recipe, findings: Findings, parts: Sequence[Coverage]) -> list[str]:
+    lines = [
+        f"- {v.budget:.3g} FLOPs: {doubt}"
+        for v in findings.verdicts[recipe.convention]
+        for doubt in _doubts(recipe, findings, parts, v)
+    ]
+    return ["Doubts, of the configurations that these verdicts compare:", "", *lines, ""] if lines else []
 
 
 def _convention_rows(recipe: Recipe, findings: Findings) -> list[list[str]]:
@@ -291,6 +305,7 @@ def page(
     results: Sequence[Findings],
     drawn: Sequence[tuple[int, Figure]],
     parts: Sequence[Coverage] = (),
+    others: Sequence[CellRecord] = (),
 ) -> str:
     """Return the Markdown page of a report.
 
@@ -298,6 +313,7 @@ def page(
         results: findings per context.
         drawn: (context, figure) of every figure that has data.
         parts: how much there is of what the recipe asks for; empty: not known, and not spoken of.
+        others: finished cells of other settings than the recipe asks for.
     """
     lines = [f"# Sweep `{recipe.name}`", "", recipe.question, "", f"    powertrain sweep run {recipe.name}", ""]
     lines[-2:] = [f"    powertrain sweep run {recipe.name}", f"    powertrain sweep report {recipe.name}", ""]
@@ -305,15 +321,20 @@ def page(
     lines += [*(f"- {note}" for note in recipe.notes), ""] if recipe.notes else []
     for findings in results:
         kinds = [kind for context, kind in drawn if context == findings.context]
-        lines += _context_section(recipe, findings, kinds, parts)
+        lines += _context_section(recipe, findings, kinds, parts, others)
     lines += ["## Method", "", *_method(recipe), ""]
     return "\n".join(lines)
 
 
 def _context_section(
-    recipe: Recipe, findings: Findings, kinds: Sequence[Figure], parts: Sequence[Coverage]
+    recipe: Recipe,
+    findings: Findings,
+    kinds: Sequence[Figure],
+    parts: Sequence[Coverage],
+    others: Sequence[CellRecord],
 ) -> list[str]:
     lines = [f"## Context {findings.context}", "", *_missing_lines(recipe, findings, parts)]
+    lines += _others_lines(recipe, findings, others)
     rows = _verdict_rows(recipe, findings, parts)
     if rows:
         subject = recipe.label(recipe.subject)
@@ -333,9 +354,13 @@ def _context_section(
             "cell's own loss, which differs in the last digits.",
             "",
             *_table(header, rows),
+            *_doubt_lines(recipe, findings, parts),
         ]
         lines += [f"{subject} against its best rival, under each convention:", ""]
         lines += _table(["FLOPs", *CONVENTIONS], _convention_rows(recipe, findings))
+    marks = {True: "yes", False: "**no**", None: "not recorded"}
+    rows = [[c.name, marks[c.passed], c.evidence] for c in findings.checks]
+    lines += ["### Fairness, judged from the records", "", *_table(["condition", "met", "evidence"], rows)]
     for kind in kinds:
         stem = f"figures/{kind}-{findings.context}"
         lines += [
@@ -369,9 +394,6 @@ def _context_section(
     if findings.flags:
         rows = [[recipe.label(f.mixer), f"{f.budget:.3g}", f.size, f.kind, f.text] for f in findings.flags]
         lines += ["### At the edge of what was tried", "", *_table(["mixer", "FLOPs", "size", "what", "finding"], rows)]
-    marks = {True: "yes", False: "**no**", None: "not recorded"}
-    rows = [[c.name, marks[c.passed], c.evidence] for c in findings.checks]
-    lines += ["### Fairness, judged from the records", "", *_table(["condition", "met", "evidence"], rows)]
     return lines
 
 
@@ -409,7 +431,7 @@ def build(
 
     Args:
         records: finished cells.
-        parts: see `page`.
+        parts: see `page`; with them, findings rest on the cells that the recipe asks for.
         timings: give the records their seconds where they have them.
 
     Errors:
@@ -420,7 +442,10 @@ def build(
     if not records:
         raise ValueError(f"sweep {recipe.name!r} has no records yet: powertrain sweep run {recipe.name}")
     records = with_timings(records, timings)
-    results = [analyse(recipe, records, context, timings) for context in sorted({r.context for r in records})]
+    cells = {cell for part in parts for cell in part.cells}
+    others = [r for r in records if r.cell not in cells] if parts else []
+    used = compared(records, cells)
+    results = [analyse(recipe, used, context, timings) for context in sorted({r.context for r in used})]
     files: dict[str, bytes] = {}
     drawn: list[tuple[int, Figure]] = []
     with style():
@@ -432,7 +457,7 @@ def build(
                 drawn.append((findings.context, kind))
                 for suffix, content in render(figure).items():
                     files[f"figures/{kind}-{findings.context}.{suffix}"] = content
-    files["README.md"] = page(recipe, results, drawn, parts).encode()
+    files["README.md"] = page(recipe, results, drawn, parts, others).encode()
     files["summary.json"] = summary(recipe, results).encode()
     buffer = io.BytesIO()
     pyarrow.parquet.write_table(table(records), buffer, compression="zstd")

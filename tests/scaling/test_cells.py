@@ -151,6 +151,33 @@ def test_a_tuned_rate_is_that_of_its_own_mixer():
             assert cell.learning_rate_factor == favourite[cell.mixer]
 
 
+def test_factors_try_rates_around_the_tuned_one_and_later_stages_take_the_best():
+    stages = (
+        Stage((1e15,), "all", "grid"),
+        Stage((3e15,), "frontier", "tuned", factors=(0.5, 1.0)),
+        Stage((3e15,), "best", "tuned", seeds=(1,)),
+        Stage((1e16,), "frontier", "tuned"),
+    )
+    recipe = synthetic.recipe(stages=stages, limits=Limits(min_steps=20), warmup_steps=5)
+
+    def loss(cell):
+        # At 1e15 the grid's 1 is best; with more tokens power wants half of it, below the grid's 0.5 even.
+        favourite = 0.25 if cell.mixer == "power" and cell.budget > 1e15 else 0.5 if cell.mixer == "power" else 1.0
+        return cell.cost.parameters * 1e-9 + abs(cell.learning_rate_factor - favourite)
+
+    priced = [p for p in expand(recipe, {}).pending if p.budget == 3e15 and p.stage == 1]
+    assert {len(p.candidates) for p in priced} == {6}, "two rates on each of three rungs, at most"
+    expansion, _ = run_all(recipe, loss=loss)
+    for mixer in recipe.mixers:
+        tuned = {0.25, 0.5} if mixer == "power" else {0.5, 1.0}
+        best = 0.25 if mixer == "power" else 1.0
+        cells = [c for c in expansion.cells if c.mixer == mixer]
+        sizes = {c.size for c in cells if c.budget == 3e15}
+        first = {(c.size, c.learning_rate_factor) for c in cells if c.budget == 3e15 and c.seed == 0}
+        assert first == {(size, factor) for size in sizes for factor in tuned}
+        assert {c.learning_rate_factor for c in cells if c.seed == 1 or c.budget == 1e16} == {best}
+
+
 def test_a_failed_cell_does_not_hold_up_the_rest():
     first = expand(staged(), {})
     broken = {c.id for c in first.cells if c.mixer == "power" and c.learning_rate_factor == 1.0}

@@ -53,6 +53,14 @@ def test_shipped_recipes_are_valid(name):
             ["convention", "'algorithmic, no head', 'executed, no head'"],
         ),
         ({"decay_fraction": 1.0}, ["decay_fraction"]),
+        (
+            {"stages": [{"budgets": [1e12], "sizes": "all", "learning_rates": "grid", "factors": [0.5, 1.0]}]},
+            ["factors=[0.5, 1.0]", "the grid has its own"],
+        ),
+        (
+            {"stages": [*minimal()["stages"], {"budgets": [1e12], "sizes": "best", "factors": [1.0, 0.5]}]},
+            ["factors=[1.0, 0.5]", "rising"],
+        ),
         ({"warmup_steps": 90}, ["warmup_steps=90", "min_steps=100"]),
         ({"batch_tokens": {"value": 1024, "grid": [2, 1]}}, ["grid=[2.0, 1.0]"]),
         ({"analysis": {"confidence": 95}}, ["confidence=95"]),

@@ -12,7 +12,7 @@ import pytest
 from matplotlib.lines import Line2D
 from scipy import stats
 
-from powertrain.scaling.analysis import analyse
+from powertrain.scaling.analysis import analyse, compared
 from powertrain.scaling.compare import Gain, GainInterval
 from powertrain.scaling.drawing import Pens, log_ticks
 from powertrain.scaling.figures import draw_envelope, draw_isoflop, draw_perplexity
@@ -193,17 +193,52 @@ def test_perplexity_is_labelled_at_the_budgets():
     assert len(ax.get_yticks()) >= 4
 
 
-def test_what_is_missing_counts_the_records_of_other_settings():
+def test_the_page_says_what_is_missing():
     found = analyse(recipe(), records(curves=False, budgets=(1e15, 3e15), seeds=(0,)), 65536)
-    own = len([r for r in found.records if (r.budget, r.mixer) == (1e15, "power")])
-    asked = (Coverage(65536, 1e15, "power", own, 0, own + 1, 0), Coverage(65536, 3e15, "power", 0, 0, 0, 5))
+    own = frozenset(r.cell for r in found.records if (r.budget, r.mixer) == (1e15, "power"))
+    asked = (
+        Coverage(65536, 1e15, "power", own | {"to-come"}, len(own), 0, 0),
+        Coverage(65536, 3e15, "power", frozenset(), 0, 0, 5),
+    )
     text = page(recipe(), [found], [], asked)
-    assert f"| 1e+15 | power, deg 2 | {own} of {own + 1} cells |" in text
-    more = f"nothing yet, at most 5 more once these are known; {own} finished of other settings"
-    assert f"| 3e+15 | power, deg 2 | {more} |" in text
-    assert f"incomplete: {more}" in text, "beside its verdict too"
-    assert "stand in the figures and tables" in text
-    assert "stand in the figures and tables" not in page(recipe(), [found], [], asked[:1])
+    assert f"| 1e+15 | power, deg 2 | {len(own)} of {len(own) + 1} cells |" in text
+    assert "| 3e+15 | power, deg 2 | nothing yet, at most 5 more once these are known |" in text
+    assert "- 3e+15 FLOPs: power, deg 2, incomplete: nothing yet, at most 5 more" in text, "a doubt of its verdict too"
+
+
+def test_findings_rest_on_the_cells_that_the_recipe_asks_for():
+    kept = records(curves=False, budgets=(1e15,), factors=(0.5, 1.0))
+    # Lower than anything else, with a rate that only power has been tried at.
+    lucky = [
+        dataclasses.replace(
+            r,
+            cell=f"{r.cell}-{b:.0e}",
+            learning_rate_factor=4.0,
+            loss=r.loss / 2,
+            document_loss=tuple(x / 2 for x in r.document_loss),
+            budget=b,
+            tokens=r.tokens * b / r.budget,
+        )
+        for r in kept
+        if r.mixer == "power" and r.learning_rate_factor == 1.0
+        for b in (1e15, 3e15)
+    ]
+    asked = frozenset(r.cell for r in kept)
+    parts = [
+        Coverage(65536, 1e15, m, frozenset(r.cell for r in kept if r.mixer == m), 0, 0, 0)
+        for m in sorted({r.mixer for r in kept})
+    ]
+    used = compared([*kept, *lucky], asked)
+    assert {r.cell for r in used if r.budget == 1e15} == asked
+    assert len([r for r in used if r.budget == 3e15]) == len(lucky) / 2, "in place of cells that are not there"
+    files = build(recipe(analysis=Analysis(bootstrap=100)), [*kept, *lucky], parts)
+    text = files["README.md"].decode()
+    assert f"{len(lucky)} finished cells are of other settings" in text
+    assert f"none of the recipe's own is finished: power, deg 2 at 3e+15 FLOPs ({len(lucky) // 2})." in text
+    alone = json.loads(build(recipe(analysis=Analysis(bootstrap=100)), kept)["summary.json"])
+    verdicts = [json.loads(files["summary.json"]), alone]
+    losses = [v["contexts"]["65536"]["verdicts"]["algorithmic"][0]["losses"] for v in verdicts]
+    assert losses[0] == losses[1]
 
 
 def gain(**changes):

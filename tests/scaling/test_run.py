@@ -173,8 +173,9 @@ def test_a_sweep_cut_short_reports_what_there_is_and_what_is_missing(tmp_path):
     for part in first:
         row = f"| {part.budget:.3g} | {RECIPE.label(part.mixer)} | {part} |"
         assert (row in missing) is not part.complete
-    verdicts = [line for line in text.splitlines() if line.startswith("| 1e+15") and "incomplete:" in line]
-    assert len(verdicts) == (1 if "### Verdict" in text else 0)
+    doubts = [line for line in text.splitlines() if line.startswith("- 1e+15 FLOPs: ") and "incomplete:" in line]
+    lacking = [part for part in first if part.budget == 1e15 and not part.complete]
+    assert len(doubts) == (len(lacking) if "### Verdict" in text else 0)
 
     second = state_in(tmp_path / "second")
     second.paths.root.mkdir()
