@@ -169,6 +169,25 @@ def test_isoflop_speaks_of_the_marks_that_it_draws():
         assert {word for word in ("red ring", "Stars") if word in text} == {caption}
 
 
+def test_a_minimum_beside_the_best_size_at_the_edge_gets_no_star():
+    """The vertex of 3.0, 3.05 and 4.0 is between the first two; nothing smaller than the best was measured."""
+    losses = {"1m": 3.0, "3m": 3.05, "8m": 4.0}
+    options = {"laws": {"power": TWO["power"]}, "budgets": (1e15,), "factors": (1.0,), "seeds": (0,), "curves": False}
+    made = records(sizes={size: synthetic.SIZES[size] for size in losses}, **options)
+    bent = [
+        dataclasses.replace(
+            r, loss=losses[r.size], document_loss=tuple(x * losses[r.size] / r.loss for x in r.document_loss)
+        )
+        for r in made
+    ]
+    found = analyse(recipe(), bent, 65536)
+    (iso,) = found.isoflops
+    assert not iso.parabola.on_edge
+    figure, labels = isoflop_legend(found)
+    assert labels == {"$10^{15}$ FLOPs", "parabola", "best at the edge: no minimum"}
+    assert "*" not in {line.get_marker() for line in figure.axes[0].get_lines()}
+
+
 @pytest.mark.parametrize(
     ("low", "high", "ticks"),
     [
