@@ -24,6 +24,8 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 BUDGET_MAP, BUDGET_RANGE = "viridis_r", (0.12, 0.95)
 BAND_ALPHA = 0.16
 GREY = "#555555"
+# How far apart the marks of two mixers stand at one budget, as a share of the axis.
+GAIN_DODGE = 0.022
 # At the minimum of a parabola.
 MINIMUM_STAR: dict[str, Any] = {
     "marker": "*",

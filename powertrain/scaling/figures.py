@@ -16,6 +16,7 @@ from powertrain.scaling.drawing import (
     BUDGET_MAP,
     BUDGET_RANGE,
     EDGE_RING,
+    GAIN_DODGE,
     GREY,
     MINIMUM_STAR,
     Pens,
@@ -287,28 +288,34 @@ def draw_gain(recipe: Recipe, findings: Findings) -> Canvas | None:
     pens = Pens(recipe, findings.mixers(recipe))
     figure, axes = canvas()
     ax = axes[0, 0]
-    seen: list[float] = []
-    shown: list[float] = [1.0]
     last = max((e.compute.max() for e in findings.envelopes.values()), default=math.inf)
+    # The steep start compares warm-ups; two decades are what a budget is about.
+    curves = {
+        m: [g for g in findings.envelope_gains.get(m, []) if not g.bound and g.compute >= last / 10**2.5]
+        for m in mixers
+    }
+    seen = [g.compute for curve in curves.values() for g in curve] + [g.point.compute for g in findings.gains]
+    if not seen:
+        return None
+    fit_log_x(ax, seen)
+    left, right = ax.get_xlim()
+    shown: list[float] = [1.0]
     for position, m in enumerate(mixers):
         colour = pens.colour(m)
-        # Side by side, because intervals at equal budgets would hide each other.
-        dodge = 1.03 ** (position - (len(mixers) - 1) / 2)
-        # The steep start compares warm-ups; two decades are what a budget is about.
-        curve = [g for g in findings.envelope_gains.get(m, []) if not g.bound and g.compute >= last / 10**2.5]
-        if curve:
-            x, y = [g.compute for g in curve], [g.gain for g in curve]
-            ax.plot(exact(x), exact(y), color=colour, linewidth=1.1, alpha=0.8, linestyle="-", drawstyle="default")
-            seen += x
-            shown += y
+        # Side by side, because marks and intervals at equal budgets would hide each other: a mark's width apart.
+        dodge = (right / left) ** (GAIN_DODGE * (position - (len(mixers) - 1) / 2))
         points = sorted((g for g in findings.gains if g.mixer == m), key=lambda g: g.point.compute)
-        label = pens.label(m)
-        if not points and curve:
-            ax.plot([], [], color=colour, label=label)
+        if curves[m]:
+            x, y = [g.compute for g in curves[m]], [g.gain for g in curves[m]]
+            ax.plot(exact(x), exact(y), color=colour, linewidth=1.1, alpha=0.8)
+            shown += y
+        if curves[m] or points:
+            options = {"color": colour, "marker": pens.marker(m) if points else "", "linewidth": 1.2}
+            ax.plot([], [], linestyle="-" if curves[m] else "none", label=pens.label(m), **options)
         for g in points:
             centre = g.point.gain
             error = exact([[centre - g.low], [g.high - centre]])
-            options = {"color": colour, "marker": pens.marker(m), "label": label, "linewidth": 1.2, "capsize": 2.5}
+            options = {"color": colour, "marker": pens.marker(m), "linewidth": 1.2, "capsize": 2.5}
             fill = "white" if g.point.bound else colour
             at = exact([g.point.compute * dodge]), exact([centre])
             ax.errorbar(*at, yerr=error, linestyle="none", markerfacecolor=fill, zorder=3, **options)
@@ -320,17 +327,12 @@ def draw_gain(recipe: Recipe, findings: Findings) -> Canvas | None:
                     xytext=(float(at[0][0]), float(at[1][0])),
                     arrowprops={"arrowstyle": "->", "color": colour, "linewidth": 1.2},
                 )
-            label = "_nolegend_"
-            seen.append(g.point.compute)
             shown += [
                 g.low,
                 g.high,
                 centre * 1.3 if g.point.bound == "at least" else centre / 1.3 if g.point.bound else centre,
             ]
-    if not seen:
-        return None
     ax.axhline(1, color=pens.colour(recipe.baseline), linewidth=1.4, label=f"{pens.label(recipe.baseline)} (baseline)")
-    fit_log_x(ax, seen)
     ax.set_yscale("log")
     low, high = min(shown), max(shown)
     ax.set_ylim(*exact([low / 1.15, high * 1.15]))

@@ -15,7 +15,7 @@ from scipy import stats
 from powertrain.scaling.analysis import analyse, compared
 from powertrain.scaling.compare import Gain, GainInterval
 from powertrain.scaling.drawing import Pens, log_ticks
-from powertrain.scaling.figures import draw_envelope, draw_isoflop, draw_perplexity
+from powertrain.scaling.figures import draw_envelope, draw_gain, draw_isoflop, draw_perplexity
 from powertrain.scaling.plan import Coverage
 from powertrain.scaling.recipe import Analysis
 from powertrain.scaling.records import CurvePoint
@@ -264,6 +264,25 @@ def gain(**changes):
     point = Gain(1e16, 2.0, 1.0, "at least")
     values = {"low": 0.722, "low_bound": False, "high": 1.0, "high_bound": True, "censored_share": 0.774}
     return GainInterval(**{"mixer": "power", "budget": 1e16, "point": point, **values, **changes})
+
+
+def test_bounds_of_several_mixers_at_one_budget_stand_side_by_side():
+    laws = {m: synthetic.LAWS[m] for m in ("power", "softmax", "linear", "window")}
+    found = analyse(recipe(), records(laws=laws, curves=False, budgets=(1e15,)), 65536)
+    bounds = tuple(
+        gain(mixer=m, budget=b, point=Gain(b, 2.0, 1.0, "at least"))
+        for m in laws
+        for b in (1e15, 3e15)
+        if m != "softmax"
+    )
+    figure = draw_gain(recipe(), dataclasses.replace(found, gains=bounds))
+    figure.draw_without_rendering()
+    (ax,) = figure.axes
+    marks = [line for line in ax.get_lines() if line.get_marker() in ("o", "s", "^", "D") and len(line.get_xdata())]
+    across = sorted(float(ax.transData.transform((line.get_xdata()[0], 1.0))[0]) for line in marks)
+    assert len(across) == len(bounds)
+    # The widest mark is a square on its tip.
+    assert min(np.diff(across)) > 2**0.5 * marks[0].get_markersize() * figure.dpi / 72
 
 
 def test_the_interval_of_a_bound_is_printed():
