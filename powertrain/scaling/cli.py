@@ -179,8 +179,8 @@ def _plan(recipe: Recipe, arguments: argparse.Namespace) -> int:
     on_cpu = state.shared_config().trainer.accelerator == "cpu"
     device = find_device(arguments.device or ("cpu" if on_cpu else "H200"))
     state.memory_gib = device.memory_gib
-    records = timing.with_timings(state.store.read(), timing.read(state.paths.timings))
-    plan = make_plan(_cells_within_limits(state), device, records, state.store.finished())
+    records, timings = state.store.read(), timing.read(state.paths.timings)
+    plan = make_plan(_cells_within_limits(state), device, records, state.store.finished(), timings)
     if arguments.json:
         for row in as_rows(plan):
             print(json.dumps(row))

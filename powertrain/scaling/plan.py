@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from powertrain.scaling.cells import Cell, Expansion
 from powertrain.scaling.recipe import Recipe
 from powertrain.scaling.records import CellRecord
+from powertrain.scaling.timing import Timing, with_timings
 from powertrain.schema import ConfigError
 
 # Memory of one device in GiB as its driver reports it, by parts of its name; the first that is contained counts.
@@ -81,52 +81,107 @@ def without_kernels(cell: Cell) -> str | None:
     return None
 
 
+# What a time rests on. alone: records of this size, of cells that had this device to themselves. bound: of cells that
+# shared it, and would have been faster alone, or of another size. scaled: records of another device. assumed: a share
+# of the peak.
+Basis = Literal["alone", "bound", "scaled", "assumed", "unknown"]
+# How the plan marks such a time, and what the mark means.
+MARKS: dict[Basis, tuple[str, str]] = {
+    "bound": ("<", "at most: from records of cells that shared the device or of other sizes"),
+    "scaled": ("~", "assumed: from records of another device, in the ratio of the peaks"),
+    "assumed": ("~", f"assumed: {ASSUMED_UTILISATION:.0%} of the peak, where nothing was measured"),
+}
+
+
 @dataclass(frozen=True)
 class Estimate:
-    """Time of one cell on one device."""
+    """Time of one cell, alone on one device."""
 
     seconds: float | None  # None: nothing was measured, and the device's or the mixer's speed is not known
     new_steps: int  # steps that no other cell of its trunk has run before
-    measured: bool  # from records of this device, not from an assumed utilisation
+    basis: Basis
+
+    @property
+    def measured(self) -> bool:
+        """Whether it comes from records of this device."""
+        return self.basis in ("alone", "bound")
+
+
+@dataclass(frozen=True)
+class Step:
+    """How long a step took in a record, had it been on this device."""
+
+    size: str
+    parameters: float
+    flops: float  # executed
+    seconds: float  # device-seconds
+    basis: Basis
 
 
 class Pricer:
-    """Estimates times from measured rates where records hold any, else from an assumed utilisation.
+    """Estimates times from the steps that records hold, else from an assumed utilisation.
 
     Args:
-        records: of earlier cells; those of the same device count.
+        records: of earlier cells.
+        timings: of their mixers and sizes, each alone on the device; they come before the records' own clocks.
     """
 
-    def __init__(self, device: Device, records: Iterable[CellRecord] = ()) -> None:
+    def __init__(self, device: Device, records: Sequence[CellRecord] = (), timings: Iterable[Timing] = ()) -> None:
         self.device = device
-        self.rates: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
-        for r in records:
-            if r.seconds and device.name.lower() in r.device.lower():
-                self.rates[r.mixer, r.context].append((r.parameters, r.flops("executed") / r.seconds))
+        self.steps: dict[tuple[str, int], list[Step]] = defaultdict(list)
+        for r, timed in zip(records, with_timings(records, timings), strict=True):
+            ratio = self._ratio(r.device)
+            seconds = timed.seconds or r.seconds
+            if seconds and ratio is not None:
+                own: Basis = "alone" if timed.seconds else "bound"
+                basis: Basis = own if device.name.lower() in r.device.lower() else "scaled"
+                step = Step(r.size, r.parameters, r.flops("executed") / r.steps, seconds * ratio / r.steps, basis)
+                self.steps[r.mixer, r.context].append(step)
 
-    def rate(self, cell: Cell) -> tuple[float | None, bool]:
-        """Return executed FLOP/s and whether they were measured: at the nearest size of the same mixer and context."""
-        measured = self.rates.get((cell.mixer, cell.context))
-        if measured:
-            return min(measured, key=lambda m: (abs(math.log(m[0] / cell.cost.parameters)), m))[1], True
+    def _ratio(self, name: str) -> float | None:
+        """Return what to multiply times of a device by, which a driver calls `name`; None: not known."""
+        from powertrain.training.hardware import peak_flops
+
+        if self.device.name.lower() in name.lower():
+            return 1.0
+        theirs = peak_flops(name, "bf16")
+        return theirs / self.device.peak_flops if theirs and self.device.peak_flops else None
+
+    def step_seconds(self, cell: Cell, layers: Mapping[tuple[str, str], int]) -> tuple[float | None, Basis]:
+        """Return the time of a step, from records of the same mixer and context where there are any.
+
+        Without one of the same size that was alone it is the least upper estimate. A larger model fills the device no
+        worse: its steps take longer by its FLOPs at most. Only where all records are of larger ones, of the smallest:
+        steps of small models are launches of kernels, fewer by the layers that are fewer.
+
+        Args:
+            layers: by mixer and size.
+        """
+        own, parameters = cell.config.model.n_layers, cell.cost.parameters
+        flops = cell.batch_tokens * cell.cost.flops_per_token["executed"]
+        if steps := self.steps.get((cell.mixer, cell.context)):
+            least = max(min(s.parameters for s in steps), parameters)
+            estimates = []
+            for s in (s for s in steps if s.parameters <= least):
+                growth = max(flops / s.flops, own / layers.get((cell.mixer, s.size), own))
+                basis: Basis = "bound" if s.basis == "alone" and s.size != cell.size else s.basis
+                estimates.append((("alone", "bound", "scaled").index(basis), s.seconds * growth, basis))
+            return min(estimates)[1:]
         if self.device.peak_flops is None or without_kernels(cell) is not None:
-            return None, False
-        return self.device.peak_flops * ASSUMED_UTILISATION, False
+            return None, "unknown"
+        return max(flops / (self.device.peak_flops * ASSUMED_UTILISATION), own * LAYER_SECONDS), "assumed"
 
     def estimate(self, cells: Sequence[Cell]) -> dict[str, Estimate]:
         """Return an estimate per cell id; cells of one trunk pay for their shared steps once, smallest budget first."""
         reached: dict[str, int] = defaultdict(int)
         result: dict[str, Estimate] = {}
+        layers = {(c.mixer, c.size): c.config.model.n_layers for c in cells}
         for cell in sorted(cells, key=lambda c: (c.trunk, c.steps)):
             new_steps = cell.steps - min(reached[cell.trunk], cell.decay_start)
             reached[cell.trunk] = max(reached[cell.trunk], cell.decay_start)
-            rate, measured = self.rate(cell)
-            flops = new_steps * cell.batch_tokens * cell.cost.flops_per_token["executed"]
-            seconds = None
-            if rate is not None:
-                launching = 0.0 if measured else new_steps * cell.config.model.n_layers * LAYER_SECONDS
-                seconds = max(flops / rate, launching) + OVERHEAD_SECONDS
-            result[cell.id] = Estimate(seconds, new_steps, measured)
+            step, basis = self.step_seconds(cell, layers)
+            seconds = new_steps * step + OVERHEAD_SECONDS if step is not None else None
+            result[cell.id] = Estimate(seconds, new_steps, basis)
         return result
 
 
@@ -163,12 +218,16 @@ class Plan:
 
 
 def make_plan(
-    expansion: Expansion, device: Device, records: Sequence[CellRecord] = (), finished: Iterable[str] = ()
+    expansion: Expansion,
+    device: Device,
+    records: Sequence[CellRecord] = (),
+    finished: Iterable[str] = (),
+    timings: Iterable[Timing] = (),
 ) -> Plan:
     """Price an expansion on a device."""
     candidates = [c for p in expansion.pending for c in p.candidates]
     cells = {c.id: c for c in [*expansion.cells, *candidates]}
-    return Plan(expansion, Pricer(device, records).estimate(list(cells.values())), frozenset(finished), device)
+    return Plan(expansion, Pricer(device, records, timings).estimate(list(cells.values())), frozenset(finished), device)
 
 
 @dataclass(frozen=True)
@@ -247,6 +306,7 @@ def as_rows(plan: Plan) -> list[dict[str, Any]]:
                 "flops": {c: f * cell.tokens for c, f in cell.cost.flops_per_token.items()},
                 "flops_by_part": {part: f * cell.tokens for part, f in cell.cost.flops_by_part.items()},
                 "seconds": estimate.seconds,
+                "basis": estimate.basis,
                 "measured_rate": estimate.measured,
             }
         )
@@ -293,7 +353,7 @@ def render(plan: Plan) -> list[Any]:
                 f"{row['steps']}{shared}",
                 f"{row['tokens']:.3g}",
                 *shares,
-                "done" if row["state"] == "finished" else duration(row["seconds"]),
+                "done" if row["state"] == "finished" else MARKS.get(row["basis"], ("",))[0] + duration(row["seconds"]),
                 row["cell"] if row["state"] != "at most" else f"(at most) {row['cell']}",
                 style="dim" if row["state"] != "planned" else None,
             )
@@ -351,8 +411,9 @@ def summary(plan: Plan) -> str:
     done = sum(c.id in plan.finished for c in plan.expansion.cells)
     hours = plan.hours
     cost = f"{hours:.2f} {plan.device.name}-hours" if hours is not None else f"time on {plan.device.name} unknown"
-    priced = [estimate for c in remaining if (estimate := plan.estimates[c.id]).seconds is not None]
-    assumed = not all(estimate.measured for estimate in priced)
-    basis = f" (assuming {ASSUMED_UTILISATION:.0%} of the peak where nothing was measured)" if assumed and hours else ""
+    bases = {plan.estimates[c.id].basis for c in remaining}
+    meaning = "; ".join(f"{mark} {text}" for basis, (mark, text) in MARKS.items() if basis in bases)
     later = f" and at most {at_most} more once these are known" if at_most else ""
-    return f"{planned} cells, {done} finished{later}; {flops:.3g} FLOPs to go, {cost}{basis}"
+    return (
+        f"{planned} cells, {done} finished{later}; {flops:.3g} FLOPs to go, {cost}{f' ({meaning})' if meaning else ''}"
+    )

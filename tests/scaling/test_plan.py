@@ -13,6 +13,7 @@ from powertrain.scaling.plan import (
     ASSUMED_UTILISATION,
     LAYER_SECONDS,
     OVERHEAD_SECONDS,
+    Estimate,
     Pricer,
     find_device,
     make_plan,
@@ -21,6 +22,7 @@ from powertrain.scaling.plan import (
     unpriced,
 )
 from powertrain.scaling.recipe import Limits, Recipe, Rule, Stage, load_recipe
+from powertrain.scaling.timing import Timing
 from powertrain.schema import ConfigError, build
 
 from . import synthetic
@@ -145,18 +147,57 @@ def test_time_is_executed_flops_over_the_assumed_rate_or_that_of_launching_kerne
         assert plan.estimates[cell.id].seconds == pytest.approx(expected)
     assert bound == {True, False}
     assert plan.hours == pytest.approx(sum(e.seconds for e in plan.estimates.values() if e.seconds) / 3600)
-    assert "assuming 30%" in summary(plan)
+    assert {e.basis for e in plan.estimates.values()} == {"assumed", "unknown"}
+    assert "(~ assumed: 30% of the peak" in summary(plan)
 
 
-def test_measured_rates_replace_the_assumed_one():
-    plan = fake_plan((Stage((1e15,), "all", "grid"),))
-    cell = plan.expansion.cells[0]
-    record = dataclasses.replace(fake_record(cell), seconds=100.0, device="NVIDIA H200")
-    estimate = Pricer(find_device("H200"), [record]).estimate([cell])[cell.id]
-    assert estimate.measured
+def priced(cell, *records, device="H200", timings=(), cells=()):
+    return Pricer(find_device(device), records, timings).estimate([cell, *cells])[cell.id]
+
+
+def record_of(cell, seconds=100.0, **changes):
+    return dataclasses.replace(fake_record(cell), **{"seconds": seconds, "device": "NVIDIA H200", **changes})
+
+
+def test_measured_times_replace_the_assumed_one():
+    cell = fake_plan((Stage((1e15,), "all", "grid"),)).expansion.cells[0]
+    estimate = priced(cell, record_of(cell))
+    assert (estimate.basis, estimate.measured) == ("alone", True)
     assert estimate.seconds == pytest.approx(100.0 + OVERHEAD_SECONDS)
-    other = Pricer(find_device("H100"), [record]).estimate([cell])[cell.id]
-    assert not other.measured
+
+
+def test_a_record_that_shared_the_device_bounds_the_time_and_a_timing_replaces_it():
+    """Eight runners at once: the fastest of them was slowed least, and alone it would still have been faster."""
+    cell = fake_plan((Stage((1e15,), "all", "grid"),)).expansion.cells[0]
+    shared = [record_of(cell, seconds, runners=8) for seconds in (700.0, 300.0, 500.0)]
+    assert priced(cell, *shared) == Estimate(pytest.approx(300.0 + OVERHEAD_SECONDS), cell.steps, "bound")
+    key = cell.mixer, cell.size, cell.context, cell.batch_tokens, "NVIDIA H200", 1
+    timing = Timing(*key, tokens_per_second=cell.tokens / 80, readings=(), environment={})
+    timed = priced(cell, *shared, timings=[timing])
+    assert timed == Estimate(pytest.approx(80.0 + OVERHEAD_SECONDS), cell.steps, "alone")
+
+
+def test_records_of_another_device_count_in_the_ratio_of_the_peaks():
+    cell = next(c for c in fake_plan((Stage((1e15,), "all", "grid"),)).expansion.cells if c.mixer == "linear")
+    far = record_of(cell, device="NVIDIA H100 80GB HBM3", runners=8)
+    estimate = priced(cell, far, device="A100")
+    assert (estimate.basis, estimate.measured) == ("scaled", False)
+    assert estimate.seconds == pytest.approx(100.0 * 989.4 / 312 + OVERHEAD_SECONDS)
+    assert priced(cell, far, record_of(cell, 200.0, runners=8)).basis == "bound", "this device's own come first"
+    assert priced(cell, record_of(cell, device="cpu")).seconds is None
+
+
+def test_other_sizes_bound_the_time_by_flops_upwards_and_by_layers_downwards():
+    cells = {c.size: c for c in fake_plan((Stage((1e16,), "all", "grid"),)).expansion.cells if c.mixer == "power"}
+    small, middle, large = cells["1m"], cells["3m"], cells["8m"]
+    assert middle.config.model.n_layers == 4
+    shallow = dataclasses.replace(small.config.model, n_layers=3)
+    small = dataclasses.replace(small, config=dataclasses.replace(small.config, model=shallow))
+    step = 100.0 / middle.steps
+    flops = large.cost.flops_per_token["executed"] / middle.cost.flops_per_token["executed"]
+    for cell, growth in ((large, flops), (small, 0.75)):
+        estimate = priced(cell, record_of(middle), cells=[middle])
+        assert estimate == Estimate(pytest.approx(growth * step * cell.steps + OVERHEAD_SECONDS), cell.steps, "bound")
 
 
 def test_budgets_of_a_trunk_pay_for_shared_steps_once():
