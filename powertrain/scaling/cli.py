@@ -66,7 +66,11 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--directory", type=Path, default=DIRECTORY, help="holds one directory per sweep (default: sweeps)"
         )
-    plan.add_argument("--device", help="what to price for, such as H100, or cpu (default: cpu or H200, by the recipe)")
+    plan.add_argument(
+        "--device",
+        help="what to price for, such as H100, or cpu (default: cpu for recipes that train there, else the GPU here, "
+        "the device of most records, or H200)",
+    )
     plan.add_argument("--json", action="store_true", help="one JSON object per cell instead of tables")
     where = run.add_mutually_exclusive_group()
     where.add_argument("--gpus", help="one runner per GPU of this list, such as 0,1,2,3, or `all`")
@@ -173,14 +177,25 @@ def _records(state: SweepState, arguments: argparse.Namespace) -> list[CellRecor
 
 def _plan(recipe: Recipe, arguments: argparse.Namespace) -> int:
     from powertrain.scaling import timing
-    from powertrain.scaling.plan import as_rows, find_device, make_plan, render, rounded_batches
+    from powertrain.scaling.plan import (
+        as_rows,
+        choose_device,
+        find_device,
+        gpu_here,
+        make_plan,
+        render,
+        rounded_batches,
+    )
 
     state = _state(recipe, arguments.directory)
     on_cpu = state.shared_config().trainer.accelerator == "cpu"
-    device = find_device(arguments.device or ("cpu" if on_cpu else "H200"))
-    state.memory_gib = device.memory_gib
     records, timings = state.store.read(), timing.read(state.paths.timings)
-    plan = make_plan(_cells_within_limits(state), device, records, state.store.finished(), timings)
+    if arguments.device or on_cpu:
+        device, chosen = find_device(arguments.device or "cpu"), "" if arguments.device else "the recipe trains there"
+    else:
+        device, chosen = choose_device(records, gpu_here())
+    state.memory_gib = device.memory_gib
+    plan = make_plan(_cells_within_limits(state), device, records, state.store.finished(), timings, chosen)
     if arguments.json:
         for row in as_rows(plan):
             print(json.dumps(row))

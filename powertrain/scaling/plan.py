@@ -24,6 +24,7 @@ MEMORY_GIB = (
     ("A100-PCIE-40GB", 39.0),
     ("A100", 79.0),
     ("L40S", 44.0),
+    ("L40", 44.0),
     ("A40", 44.0),
     ("L4", 22.0),
     ("A10G", 22.0),
@@ -63,8 +64,40 @@ def find_device(name: str) -> Device:
     if name.lower() not in known:
         raise ConfigError(f"device {name!r} is not known: {nearest(name, [*known.values(), 'cpu'])}")
     full = known[name.lower()]
-    memory = next((gib for part, gib in MEMORY_GIB if part in full), None)
-    return Device(full, dict(PEAK_BF16_FLOPS)[full], memory)
+    return Device(full, dict(PEAK_BF16_FLOPS)[full], _memory_gib(full))
+
+
+def recognised(driver_name: str) -> Device | None:
+    """Return the device that a driver calls so, as records do; None where no data sheet says its peak."""
+    from powertrain.training.hardware import PEAK_BF16_FLOPS
+
+    known = ((n, peak) for n, peak in PEAK_BF16_FLOPS if n in driver_name)
+    return next((Device(n, peak, _memory_gib(driver_name)) for n, peak in known), None)
+
+
+def _memory_gib(name: str) -> float | None:
+    return next((gib for part, gib in MEMORY_GIB if part in name), None)
+
+
+def gpu_here() -> str | None:
+    """Return what the driver calls this machine's first GPU; None without one."""
+    import torch
+
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+
+
+def choose_device(records: Iterable[CellRecord], gpu: str | None) -> tuple[Device, str]:
+    """Return the GPU that a plan is priced for where nobody says which, and why that one.
+
+    Args:
+        gpu: what the driver calls the one that is here.
+    """
+    if gpu is not None and (device := recognised(gpu)):
+        return device, "the GPU here"
+    counts = Counter(device for r in records if (device := recognised(r.device)))
+    if counts:
+        return max(counts, key=lambda d: (counts[d], d.name)), "the device of most records"
+    return find_device("H200"), "no known GPU is here, and no record names one"
 
 
 def without_kernels(cell: Cell) -> str | None:
@@ -130,22 +163,22 @@ class Pricer:
         self.device = device
         self.steps: dict[tuple[str, int], list[Step]] = defaultdict(list)
         for r, timed in zip(records, with_timings(records, timings), strict=True):
-            ratio = self._ratio(r.device)
+            theirs = find_device("cpu") if r.device == "cpu" else recognised(r.device)
+            ratio = self._ratio(theirs) if theirs else None
             seconds = timed.seconds or r.seconds
-            if seconds and ratio is not None:
+            if theirs and seconds and ratio is not None:
                 own: Basis = "alone" if timed.seconds else "bound"
-                basis: Basis = own if device.name.lower() in r.device.lower() else "scaled"
+                basis = own if theirs.name == device.name else "scaled"
                 step = Step(r.size, r.parameters, r.flops("executed") / r.steps, seconds * ratio / r.steps, basis)
                 self.steps[r.mixer, r.context].append(step)
 
-    def _ratio(self, name: str) -> float | None:
-        """Return what to multiply times of a device by, which a driver calls `name`; None: not known."""
-        from powertrain.training.hardware import peak_flops
-
-        if self.device.name.lower() in name.lower():
+    def _ratio(self, theirs: Device) -> float | None:
+        """Return what times of a device are multiplied by; None: not known."""
+        if theirs.name == self.device.name:
             return 1.0
-        theirs = peak_flops(name, "bf16")
-        return theirs / self.device.peak_flops if theirs and self.device.peak_flops else None
+        if theirs.peak_flops is None or self.device.peak_flops is None:
+            return None
+        return theirs.peak_flops / self.device.peak_flops
 
     def step_seconds(self, cell: Cell, layers: Mapping[tuple[str, str], int]) -> tuple[float | None, Basis]:
         """Return the time of a step, from records of the same mixer and context where there are any.
@@ -193,6 +226,7 @@ class Plan:
     estimates: dict[str, Estimate]
     finished: frozenset[str]
     device: Device
+    chosen: str = ""  # why this device, unless somebody asked for it
 
     @property
     def hours(self) -> float | None:
@@ -223,11 +257,13 @@ def make_plan(
     records: Sequence[CellRecord] = (),
     finished: Iterable[str] = (),
     timings: Iterable[Timing] = (),
+    chosen: str = "",
 ) -> Plan:
     """Price an expansion on a device."""
     candidates = [c for p in expansion.pending for c in p.candidates]
     cells = {c.id: c for c in [*expansion.cells, *candidates]}
-    return Plan(expansion, Pricer(device, records, timings).estimate(list(cells.values())), frozenset(finished), device)
+    estimates = Pricer(device, records, timings).estimate(list(cells.values()))
+    return Plan(expansion, estimates, frozenset(finished), device, chosen)
 
 
 @dataclass(frozen=True)
@@ -305,6 +341,7 @@ def as_rows(plan: Plan) -> list[dict[str, Any]]:
                 "parameters": cell.cost.parameters,
                 "flops": {c: f * cell.tokens for c, f in cell.cost.flops_per_token.items()},
                 "flops_by_part": {part: f * cell.tokens for part, f in cell.cost.flops_by_part.items()},
+                "device": plan.device.name,
                 "seconds": estimate.seconds,
                 "basis": estimate.basis,
                 "measured_rate": estimate.measured,
@@ -412,8 +449,8 @@ def summary(plan: Plan) -> str:
     hours = plan.hours
     cost = f"{hours:.2f} {plan.device.name}-hours" if hours is not None else f"time on {plan.device.name} unknown"
     bases = {plan.estimates[c.id].basis for c in remaining}
+    chosen = f"{plan.chosen}; --device prices another" if plan.chosen else ""
     meaning = "; ".join(f"{mark} {text}" for basis, (mark, text) in MARKS.items() if basis in bases)
+    notes = "; ".join(note for note in (chosen, meaning) if note)
     later = f" and at most {at_most} more once these are known" if at_most else ""
-    return (
-        f"{planned} cells, {done} finished{later}; {flops:.3g} FLOPs to go, {cost}{f' ({meaning})' if meaning else ''}"
-    )
+    return f"{planned} cells, {done} finished{later}; {flops:.3g} FLOPs to go, {cost}{f' ({notes})' if notes else ''}"

@@ -7,6 +7,7 @@ import pytest
 
 from powertrain import config
 from powertrain.scaling import catalog, cli
+from powertrain.scaling import plan as plan_module
 from powertrain.scaling.catalog import ComposedCatalog, model_cost, state_size
 from powertrain.scaling.cells import Expander
 from powertrain.scaling.plan import (
@@ -15,6 +16,7 @@ from powertrain.scaling.plan import (
     OVERHEAD_SECONDS,
     Estimate,
     Pricer,
+    choose_device,
     find_device,
     make_plan,
     rounded_batches,
@@ -22,6 +24,7 @@ from powertrain.scaling.plan import (
     unpriced,
 )
 from powertrain.scaling.recipe import Limits, Recipe, Rule, Stage, load_recipe
+from powertrain.scaling.records import RecordStore
 from powertrain.scaling.timing import Timing
 from powertrain.schema import ConfigError, build
 
@@ -148,7 +151,7 @@ def test_time_is_executed_flops_over_the_assumed_rate_or_that_of_launching_kerne
     assert bound == {True, False}
     assert plan.hours == pytest.approx(sum(e.seconds for e in plan.estimates.values() if e.seconds) / 3600)
     assert {e.basis for e in plan.estimates.values()} == {"assumed", "unknown"}
-    assert "(~ assumed: 30% of the peak" in summary(plan)
+    assert "~ assumed: 30% of the peak" in summary(plan)
 
 
 def priced(cell, *records, device="H200", timings=(), cells=()):
@@ -185,6 +188,8 @@ def test_records_of_another_device_count_in_the_ratio_of_the_peaks():
     assert estimate.seconds == pytest.approx(100.0 * 989.4 / 312 + OVERHEAD_SECONDS)
     assert priced(cell, far, record_of(cell, 200.0, runners=8)).basis == "bound", "this device's own come first"
     assert priced(cell, record_of(cell, device="cpu")).seconds is None
+    # A name that contains another's is another device: the NVL has 0.84 of the peak.
+    assert priced(cell, record_of(cell, device="NVIDIA H100 NVL"), device="H100").basis == "scaled"
 
 
 def test_other_sizes_bound_the_time_by_flops_upwards_and_by_layers_downwards():
@@ -233,7 +238,8 @@ def test_mixers_without_kernels_are_left_out_of_the_sum_until_measured():
     assert measured.hours > plan.hours
 
 
-def test_a_recipe_is_priced_on_the_device_that_it_asks_for(tmp_path, capsys):
+def test_a_recipe_is_priced_on_the_device_that_it_asks_for(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(plan_module, "gpu_here", lambda: None)
     here = ["--directory", str(tmp_path)]
     assert cli.main(["plan", "smoke", *here]) == 0
     output = capsys.readouterr().out
@@ -247,6 +253,36 @@ def test_a_recipe_is_priced_on_the_device_that_it_asks_for(tmp_path, capsys):
     model = ComposedCatalog(recipe).config("power", "xs", 256).model
     executed = {device: model_cost(model, 256, device).flops_per_token["executed"] for device in ("cpu", "cuda")}
     assert ComposedCatalog(recipe).cost("power", "xs", 256).flops_per_token["executed"] == executed["cpu"]
+
+
+def test_a_plan_is_priced_for_the_gpu_here_or_the_records_device_and_says_which_and_why():
+    cell = fake_plan((Stage((1e15,), "all", "grid"),)).expansion.cells[0]
+    names = ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-40GB", "NVIDIA H100 80GB HBM3", "cpu", "cpu", "cpu")
+    records = [dataclasses.replace(fake_record(cell), device=name) for name in names]
+    device, why = choose_device(records, "NVIDIA L40")
+    assert (device.name, device.memory_gib, why) == ("L40", 44.0, "the GPU here")
+    for gpu in (None, "NVIDIA T4"):
+        device, why = choose_device(records, gpu)
+        assert (device.name, device.memory_gib, why) == ("A100", 39.0, "the device of most records")
+    device, why = choose_device(records[3:], None)
+    assert device == find_device("H200")
+    plan = make_plan(Expander(synthetic.recipe(), FakeCatalog(), {}).expand(), device, chosen=why)
+    assert f"H200-hours ({why}; --device prices another; ~ assumed" in summary(plan)
+
+
+def test_the_command_asks_the_machine_and_its_records_for_the_device(tmp_path, capsys, monkeypatch):
+    recipe = load_recipe("flops_65k")
+    cell = Expander(recipe, ComposedCatalog(recipe), {}).expand().cells[0]
+    h100 = dataclasses.replace(fake_record(cell), device="NVIDIA H100 80GB HBM3")
+    RecordStore(tmp_path / "flops_65k" / "records").append(h100)
+    for gpu, options, name, why in (
+        (None, [], "H100", "(the device of most records; "),
+        ("NVIDIA A100-SXM4-80GB", [], "A100", "(the GPU here; "),
+        ("NVIDIA A100-SXM4-80GB", ["--device", "B200"], "B200", "(~ "),
+    ):
+        monkeypatch.setattr(plan_module, "gpu_here", lambda gpu=gpu: gpu)
+        assert cli.main(["plan", "flops_65k", "--directory", str(tmp_path), *options]) == 0
+        assert f"{name}-hours {why}" in capsys.readouterr().out.replace("\n", " ")
 
 
 def test_without_a_known_rate_there_is_no_time():
