@@ -201,13 +201,14 @@ def _plan(recipe: Recipe, arguments: argparse.Namespace) -> int:
             print(json.dumps(row))
         return 0
     from rich.console import Console
+    from rich.table import Table
 
-    # Wide enough for every column where the output is no terminal.
+    # Where the output is no terminal: wide enough for every column, and one line for what is one.
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)
     for item in render(plan):
-        console.print(item)
+        console.print(item, soft_wrap=not console.is_terminal and not isinstance(item, Table))
     batches = rounded_batches(recipe, plan.expansion)
     if batches is not None:
         console.print(batches, highlight=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -30,6 +31,10 @@ MEMORY_GIB = (
     ("A10G", 22.0),
     ("RTX 4090", 23.0),
 )
+# In a reason to wait: how many cells besides the one that it names.
+MORE = re.compile(r" and (\d+) more$")
+# In a reason to drop a cell: the first one is what differs between sizes and budgets.
+NUMBER = re.compile(r"(?<!\S)\d+(?:\.\d+)?(?:e[+-]\d+)?(?!\S)")
 # Share of the peak that training reaches where nothing was measured yet: what 100m-sized models of this kind commonly
 # reach on one GPU; small models reach less. The plan says when it rests on this.
 ASSUMED_UTILISATION = 0.3
@@ -395,27 +400,58 @@ def render(plan: Plan) -> list[Any]:
                 style="dim" if row["state"] != "planned" else None,
             )
         result.append(table)
-    for pending in plan.expansion.pending:
-        result.append(
-            Text(
-                f"later: {pending.mixer} at {pending.budget:.3g} FLOPs, context {pending.context}: {pending.reason} "
-                f"(at most {len(pending.candidates)} cells)",
-                style="dim",
-            )
-        )
-    for dropped in plan.expansion.dropped:
-        result.append(Text(f"dropped: {dropped}", style="yellow"))
+    result += [Text(line, style="dim") for line in later(plan.expansion)]
+    result += [Text(line, style="yellow") for line in dropped(plan.expansion)]
     result.append(summary(plan))
     if plan.unpriced and plan.hours is not None:
         result.append(unpriced(plan))
     return result
 
 
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def _at(expansion: Expansion, context: int) -> str:
+    contexts = {c.context for c in expansion.cells}
+    return f", context {context}" if contexts != {context} else ""
+
+
+def later(expansion: Expansion) -> list[str]:
+    """Return what awaits results: a line for each stage, budget and choice, with all mixers that await it."""
+    groups: dict[tuple[int, int, float, str], list[tuple[str, int, int]]] = defaultdict(list)
+    for p in expansion.pending:
+        choice, _, awaited = p.reason.partition(" awaits ")
+        others = MORE.search(awaited)
+        count = 1 + int(others[1]) if others else 1
+        groups[p.context, p.stage, p.budget, choice].append((p.mixer, len(p.candidates), count))
+    lines = []
+    for (context, _, budget, choice), waiting in groups.items():
+        cells = sum(count for _, count, _ in waiting)
+        line = f"later: {choice} at {budget:.3g} FLOPs{_at(expansion, context)}, at most {_counted(cells, 'cell')}: "
+        lines.append(line + ", ".join(f"{m} {count} after {_counted(n, 'other')}" for m, count, n in waiting))
+    return lines
+
+
+def dropped(expansion: Expansion) -> list[str]:
+    """Return what will not run: a line for each mixer and reason, with all sizes and budgets and the number of each."""
+    groups: dict[tuple[int, str, str], dict[float, list[tuple[str, str]]]] = defaultdict(lambda: defaultdict(list))
+    for d in expansion.dropped:
+        number = next(iter(NUMBER.findall(d.reason)), "")
+        groups[d.context, d.mixer, NUMBER.sub("{}", d.reason, count=1)][d.budget].append((d.size, number))
+    lines = []
+    for (context, mixer, reason), budgets in groups.items():
+        where = "; ".join(f"{', '.join(size for size, _ in own)} at {budget:.3g}" for budget, own in budgets.items())
+        numbers = "; ".join(", ".join(number for _, number in own) for own in budgets.values())
+        lines.append(f"dropped: {mixer} {where} FLOPs{_at(expansion, context)}: {reason.replace('{}', numbers, 1)}")
+    return lines
+
+
 def unpriced(plan: Plan) -> str:
     """Return which cells are not in the sum of times, in one line."""
     counts = Counter((cell.mixer, without_kernels(cell) if plan.device.peak_flops else None) for cell in plan.unpriced)
     cells = ", ".join(
-        f"{count} {'cell' if count == 1 else 'cells'} of {mixer}" + (f" ({reason})" if reason else "")
+        f"{_counted(count, 'cell')} of {mixer}" + (f" ({reason})" if reason else "")
         for (mixer, reason), count in counts.items()
     )
     return f"not in the sum, as their speed is not known before some are measured: {cells}"

@@ -1,7 +1,9 @@
 import dataclasses
 import json
 import math
+import re
 import time
+from collections import Counter
 
 import pytest
 
@@ -9,7 +11,7 @@ from powertrain import config
 from powertrain.scaling import catalog, cli
 from powertrain.scaling import plan as plan_module
 from powertrain.scaling.catalog import ComposedCatalog, model_cost, state_size
-from powertrain.scaling.cells import Expander
+from powertrain.scaling.cells import Dropped, Expander, Expansion
 from powertrain.scaling.plan import (
     ASSUMED_UTILISATION,
     LAYER_SECONDS,
@@ -17,7 +19,9 @@ from powertrain.scaling.plan import (
     Estimate,
     Pricer,
     choose_device,
+    dropped,
     find_device,
+    later,
     make_plan,
     rounded_batches,
     summary,
@@ -214,6 +218,50 @@ def test_budgets_of_a_trunk_pay_for_shared_steps_once():
     small, large = both
     assert plan.estimates[small.id].new_steps == small.steps
     assert plan.estimates[large.id].new_steps == large.steps - small.decay_start
+
+
+def test_a_reason_that_drops_cells_is_said_once_with_every_size_budget_and_number():
+    few = "{} tokens per parameter, fewer than 2"
+    reasons = (
+        ("10m", 1e15, few.format("1.2")),
+        ("25m", 1e15, few.format("0.135")),
+        ("25m", 3e15, few.format("1.4e-01")),
+        ("124m", 1e15, "19 steps of 65536 tokens, fewer than 40"),
+        ("best", 1e15, "no cell of power at 1e+15 FLOPs finished"),
+    )
+    cells = fake_plan((Stage((1e15,), "all", "grid"),)).expansion.cells
+    expansion = Expansion(cells, (), tuple(Dropped("power", size, 65536, budget, why) for size, budget, why in reasons))
+    assert dropped(expansion) == [
+        "dropped: power 10m, 25m at 1e+15; 25m at 3e+15 FLOPs: 1.2, 0.135; 1.4e-01 tokens per parameter, fewer than 2",
+        "dropped: power 124m at 1e+15 FLOPs: 19 steps of 65536 tokens, fewer than 40",
+        "dropped: power best at 1e+15 FLOPs: no cell of power at 1e+15 FLOPs finished",
+    ]
+    elsewhere = Expansion(cells, (), (Dropped("power", "1m", 8192, 1e15, "19 steps"),))
+    assert dropped(elsewhere) == ["dropped: power 1m at 1e+15 FLOPs, context 8192: 19 steps"]
+
+
+def test_what_waits_takes_a_line_for_each_stage_and_budget():
+    stages = (Stage((1e15,), "all", "grid"), Stage((3e15, 1e16), "frontier", "tuned"))
+    expansion = fake_plan(stages).expansion
+    grids = Counter(c.mixer for c in expansion.cells)
+    most = {(p.mixer, p.budget): len(p.candidates) for p in expansion.pending}
+    assert len(most) == len(expansion.pending) == 8
+    assert later(expansion) == [
+        f"later: sizes=frontier at {budget:.3g} FLOPs, at most {sum(most[m, budget] for m in grids)} cells: "
+        + ", ".join(f"{m} {most[m, budget]} after {grids[m]} others" for m in grids)
+        for budget in (3e15, 1e16)
+    ]
+
+
+def test_a_plan_that_no_terminal_shows_has_a_line_for_each_thing_it_says(tmp_path, capsys):
+    assert cli.main(["plan", "flops_65k", "--directory", str(tmp_path), "--device", "H100"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    recipe = load_recipe("flops_65k")
+    expansion = Expander(recipe, ComposedCatalog(recipe), {}, memory_gib=find_device("H100").memory_gib).expand()
+    said = [line for line in lines if line.startswith(("later", "dropped"))]
+    assert said == later(expansion) + dropped(expansion)
+    assert len(said) < (len(expansion.pending) + len(expansion.dropped)) / 2
+    assert any(re.fullmatch(r"\d+ cells, 0 finished .* FLOPs to go, .*\)", line) for line in lines)
 
 
 def test_finished_cells_cost_nothing_more():
