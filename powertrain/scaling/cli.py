@@ -29,7 +29,7 @@ From FLOPs budgets to perplexity curves: a recipe says which mixers, sizes and b
 
 EXAMPLES = """\
 examples:
-  powertrain sweep plan smoke                    every cell with its steps, tokens, FLOPs and time; nothing runs
+  powertrain sweep plan smoke                    the cells with their steps, tokens, FLOPs and time; nothing runs
   powertrain sweep run smoke                     run what is missing, here; the same command again continues
   powertrain sweep run flops_65k --gpus 0,1,2,3  one runner per GPU
   powertrain sweep run flops_65k --gpus 0 --per-gpu 6   small models fill a GPU only together
@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     commands = result.add_subparsers(
         dest="command", required=True, metavar="plan | prepare | run | status | time | report"
     )
-    plan = commands.add_parser("plan", help="print every cell and what it costs")
+    plan = commands.add_parser("plan", help="print the cells and what they cost")
     prepare = commands.add_parser("prepare", help="prepare the data, which the first runner would else do")
     run = commands.add_parser("run", help="train what is missing")
     status = commands.add_parser("status", help="say what is finished, running and failed")
@@ -71,7 +71,12 @@ def parser() -> argparse.ArgumentParser:
         help="what to price for, such as H100, or cpu (default: cpu for recipes that train there, else the GPU here, "
         "the device of most records, or H200)",
     )
-    plan.add_argument("--json", action="store_true", help="one JSON object per cell instead of tables")
+    plan.add_argument(
+        "--all", action="store_true", help="a row for each finished cell too, instead of one per budget, mixer and size"
+    )
+    plan.add_argument(
+        "--json", action="store_true", help="one JSON object per cell, finished or not, instead of tables"
+    )
     where = run.add_mutually_exclusive_group()
     where.add_argument("--gpus", help="one runner per GPU of this list, such as 0,1,2,3, or `all`")
     run.add_argument(
@@ -207,7 +212,7 @@ def _plan(recipe: Recipe, arguments: argparse.Namespace) -> int:
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)
-    for item in render(plan):
+    for item in render(plan, console.width, every=arguments.all):
         console.print(item, soft_wrap=not console.is_terminal and not isinstance(item, Table))
     batches = rounded_batches(recipe, plan.expansion)
     if batches is not None:

@@ -35,6 +35,8 @@ MEMORY_GIB = (
 MORE = re.compile(r" and (\d+) more$")
 # In a reason to drop a cell: the first one is what differs between sizes and budgets.
 NUMBER = re.compile(r"(?<!\S)\d+(?:\.\d+)?(?:e[+-]\d+)?(?!\S)")
+# Columns that a narrow terminal is spared, these together, first to last.
+NARROW = (("weights", "head", "pairs", "state"), ("cell",), ("batch", "tokens"))
 # Share of the peak that training reaches where nothing was measured yet: what 100m-sized models of this kind commonly
 # reach on one GPU; small models reach less. The plan says when it rests on this.
 ASSUMED_UTILISATION = 0.3
@@ -364,48 +366,70 @@ def duration(seconds: float | None) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def render(plan: Plan) -> list[Any]:
-    """Return the plan as `rich` tables and lines."""
+def render(plan: Plan, width: int, *, every: bool = False) -> list[Any]:
+    """Return the plan as `rich` tables and lines.
+
+    Args:
+        width: of the terminal; columns that it has no room for are left out, by their names.
+        every: finished cells too have a row each, not one for all of a budget, mixer and size.
+    """
     from rich.table import Table
     from rich.text import Text
 
     rows = as_rows(plan)
     result: list[Any] = []
     for context in sorted({row["context"] for row in rows}):
-        table = Table(title=f"context {context}", title_justify="left", box=None, pad_edge=False, header_style="bold")
-        for name in ("budget", "mixer", "size"):
-            table.add_column(name)
-        for name in ("lr", "batch", "seed", "steps", "tokens", "weights", "head", "pairs", "state", "time"):
-            table.add_column(name, justify="right")
-        table.add_column("cell")
+        groups: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
         for row in (r for r in rows if r["context"] == context):
-            parts, total = row["flops_by_part"], row["flops"]["algorithmic"]
-            state = parts["state_update"] + parts["state_query"]
-            shares = [
-                f"{100 * x / total:.0f} %" for x in (parts["weights"], parts["head"], parts["intra_chunk"], state)
-            ]
-            shared = "" if row["new_steps"] == row["steps"] else f" ({row['new_steps']} new)"
-            table.add_row(
-                f"{row['budget']:.3g}",
-                row["mixer"],
-                row["size"],
-                f"{row['learning_rate']:.3g}" if row["state"] != "at most" else "tuned",
-                f"{row['batch_tokens']}",
-                f"{row['seed']}",
-                f"{row['steps']}{shared}",
-                f"{row['tokens']:.3g}",
-                *shares,
-                "done" if row["state"] == "finished" else MARKS.get(row["basis"], ("",))[0] + duration(row["seconds"]),
-                row["cell"] if row["state"] != "at most" else f"(at most) {row['cell']}",
-                style="dim" if row["state"] != "planned" else None,
-            )
-        result.append(table)
+            alike = row["budget"], row["mixer"], row["size"], row["batch_tokens"]
+            groups[alike if row["state"] == "finished" and not every else (row["cell"],)].append(row)
+        lines = [_columns(group) for group in groups.values()]
+        wide = {name: 2 + max(len(name), *(len(line[name]) for line in lines)) for name in lines[0]}
+        absent: list[str] = []
+        for names in NARROW:
+            if sum(wide[name] for name in wide if name not in absent) - 2 > width:
+                absent += names
+        title = f"context {context}" + (f" (no room for {', '.join(absent)}: --json has them)" if absent else "")
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        shown = [name for name in wide if name not in absent]
+        for name in shown:
+            table.add_column(name, justify="left" if name in ("budget", "mixer", "size", "cell") else "right")
+        for group, line in zip(groups.values(), lines, strict=True):
+            table.add_row(*(line[name] for name in shown), style="dim" if group[0]["state"] != "planned" else None)
+        result += [Text(title, style="italic"), table]
     result += [Text(line, style="dim") for line in later(plan.expansion)]
     result += [Text(line, style="yellow") for line in dropped(plan.expansion)]
     result.append(summary(plan))
     if plan.unpriced and plan.hours is not None:
         result.append(unpriced(plan))
     return result
+
+
+def _columns(group: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the columns of a cell, or of several finished ones that differ in learning rate and seed."""
+    row = group[0]
+    parts, total = row["flops_by_part"], row["flops"]["algorithmic"]
+    share = {"weights": parts["weights"], "head": parts["head"], "pairs": parts["intra_chunk"]}
+    share["state"] = parts["state_update"] + parts["state_query"]
+    finished, at_most = row["state"] == "finished", row["state"] == "at most"
+    rates = {r["learning_rate"] for r in group}
+    several = f"{len(group)} cells" if len(group) > 1 else row["cell"]
+    return {
+        "budget": f"{row['budget']:.3g}",
+        "mixer": row["mixer"],
+        "size": row["size"],
+        "lr": "tuned" if at_most else f"{len(rates)} rates" if len(rates) > 1 else f"{row['learning_rate']:.3g}",
+        "batch": f"{row['batch_tokens']}",
+        "seed": ", ".join(str(seed) for seed in sorted({r["seed"] for r in group})),
+        "steps": f"{row['steps']}",
+        # The others are those of a smaller budget, whose run this one branches off.
+        "new": "" if finished else f"{row['new_steps']}",
+        "tokens": f"{row['tokens']:.3g}",
+        **{part: f"{100 * flops / total:.0f} %" for part, flops in share.items()},
+        "time": "done" if finished else MARKS.get(row["basis"], ("",))[0] + duration(row["seconds"]),
+        # Which cells they will be follows from results: their learning rate is part of what an id stands for.
+        "cell": "at most" if at_most else several,
+    }
 
 
 def _counted(count: int, what: str) -> str:

@@ -18,11 +18,13 @@ from powertrain.scaling.plan import (
     OVERHEAD_SECONDS,
     Estimate,
     Pricer,
+    as_rows,
     choose_device,
     dropped,
     find_device,
     later,
     make_plan,
+    render,
     rounded_batches,
     summary,
     unpriced,
@@ -262,6 +264,51 @@ def test_a_plan_that_no_terminal_shows_has_a_line_for_each_thing_it_says(tmp_pat
     assert said == later(expansion) + dropped(expansion)
     assert len(said) < (len(expansion.pending) + len(expansion.dropped)) / 2
     assert any(re.fullmatch(r"\d+ cells, 0 finished .* FLOPs to go, .*\)", line) for line in lines)
+
+
+def shown(plan, width=160, **options):
+    """The title of a plan's only table, its header and its rows."""
+    from rich.console import Console
+
+    title, table, *_ = render(plan, width, **options)
+    console = Console(width=width)
+    with console.capture() as capture:
+        console.print(title, table, sep="\n")
+    return [line.rstrip() for line in capture.get().splitlines()]
+
+
+def shipped_plan(name, finished=lambda cell: False):
+    recipe = load_recipe(name)
+    expansion = Expander(recipe, ComposedCatalog(recipe), {}).expand()
+    return make_plan(expansion, find_device("H100"), finished={c.id for c in expansion.cells if finished(c)})
+
+
+def test_finished_cells_of_a_size_share_a_row_unless_all_are_asked_for():
+    cells = shipped_plan("smoke").expansion.cells
+    grid = [c for c in cells if (c.mixer, c.size) == ("power", "xs")]
+    plan = shipped_plan("smoke", lambda c: c in (*grid, cells[-1]))
+    pending = sum(len(p.candidates) for p in plan.expansion.pending)
+    _, _, *rows = shown(plan)
+    assert len(rows) == len(cells) - len(grid) + 1 + pending
+    (together,) = (r.split() for r in rows if r.endswith(f" {len(grid)} cells"))
+    assert together[:5] == ["2e+10", "power", "xs", f"{len(grid)}", "rates"]
+    assert f"{grid[0].steps}" in together
+    assert [r.split()[-2] for r in rows if r.endswith(cells[-1].id)] == ["done"]
+    assert sum(r.endswith("at most") for r in rows) == pending
+    _, _, *every = shown(plan, every=True)
+    assert {c.id for c in cells} <= {r.split()[-1] for r in every}
+    assert len(every) == len(as_rows(plan)) == len(cells) + pending
+
+
+def test_a_narrow_terminal_is_spared_columns_and_told_which():
+    plan = shipped_plan("flops_65k")
+    shares, cell = {"weights", "head", "pairs", "state"}, {"cell"}
+    for width, absent in ((160, set()), (100, shares), (80, shares | cell)):
+        title, *table = shown(plan, width)
+        assert len(table) == 1 + len(as_rows(plan)), "no row takes two lines"
+        assert not any("…" in line for line in table)
+        assert (shares | cell | {"batch", "tokens"}) - set(table[0].split()) == absent
+        assert {name for name in shares | cell if name in title} == absent
 
 
 def test_finished_cells_cost_nothing_more():
