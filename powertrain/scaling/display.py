@@ -78,12 +78,16 @@ def status_table(state: SweepState, *, bar: bool) -> RenderableType:
     cells_by_id = {c.id: c for c in expansion.cells}
     seen = {cell: progress_of(state, cells_by_id[cell]) for cell in running}
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("context", "FLOPs", *state.recipe.mixers):
-        table.add_column(name, justify="right" if name in ("context", "FLOPs") else "left")
+    # A context that all share is no column, for the width of a terminal.
+    several = len(state.recipe.contexts) > 1
+    for name in (*(["context"] if several else []), "FLOPs"):
+        table.add_column(name, justify="right")
+    for name in state.recipe.mixers:
+        table.add_column(name)
     outcomes = state.outcomes()
     for context in state.recipe.contexts:
         for budget in state.recipe.budgets:
-            row = [str(context), f"{budget:.3g}"]
+            row = [*([str(context)] if several else []), f"{budget:.3g}"]
             for mixer in state.recipe.mixers:
                 own = [c for c in expansion.cells if (c.mixer, c.budget, c.context) == (mixer, budget, context)]
                 later = sum(
@@ -92,11 +96,14 @@ def status_table(state: SweepState, *, bar: bool) -> RenderableType:
                     if (p.mixer, p.budget, p.context) == (mixer, budget, context)
                 )
                 done = [outcomes[c.id] for c in own if c.id in outcomes]
-                text = f"{len(done)}/{len(own)}" + (f" + {later} later" if later else "")
-                text += f"  best {min(done):.4f}" if done else ""
-                bad = sum(c.id in failed for c in own)
-                text += f"  [red]{bad} failed[/red]" if bad else ""
-                row.append(text if own or later else "-")
+                # Lines of their own: four mixers side by side are wider than a terminal.
+                counts = ([f"{len(done)}/{len(own)}"] if own else []) + ([f"+{later} later"] if later else [])
+                parts = [" ".join(counts) or "-"]
+                if done:
+                    parts.append(f"best {min(done):.4f}")
+                if bad := sum(c.id in failed for c in own):
+                    parts.append(f"[red]{bad} failed[/red]")
+                row.append("\n".join(parts))
             table.add_row(*row)
     share = _done_share(state, expansion, {cell: fraction for cell, (fraction, _) in seen.items()})
     lines: list[Any] = [table]

@@ -269,6 +269,23 @@ def test_status_ends_its_last_line_and_draws_a_bar_on_a_terminal_only(tmp_path):
         assert "0.0% of the sweep's FLOPs" in text
 
 
+def test_the_status_of_four_mixers_is_whole_on_a_terminal_of_80_columns(tmp_path):
+    grid, seeds = Stage((1e15,), "all", "grid"), Stage((1e15,), "best", "tuned", seeds=(1, 2))
+    state = state_in(tmp_path, dataclasses.replace(RECIPE, stages=(grid, seeds)))
+    run(state, FakeExecutor())
+    planned = {m: [c.id for c in state.expand().cells if c.mixer == m and not c.seed] for m in RECIPE.mixers}
+    for cells in planned.values():
+        state.store.path(cells[0]).unlink()
+    state = state_in(tmp_path, state.recipe)
+    console = Console(file=io.StringIO(), width=80)
+    console.print(status_table(state, bar=False))
+    header, counts, best, _ = (line.split() for line in console.file.getvalue().splitlines())
+    assert header == ["FLOPs", *RECIPE.mixers]
+    assert counts == ["1e+15", *" ".join(f"{len(c) - 1}/{len(c)} +2 later" for c in planned.values()).split()]
+    losses = [min(state.outcomes()[c] for c in cells[1:]) for cells in planned.values()]
+    assert best == " ".join(f"best {loss:.4f}" for loss in losses).split()
+
+
 @pytest.mark.parametrize(("name", "flags"), [("plan", []), ("plan", ["--json"]), ("status", [])])
 def test_whoever_stops_reading_ends_the_command_quietly(tmp_path, name, flags):
     reader, writer = os.pipe()
