@@ -88,7 +88,9 @@ def _run(
     import torch
     from lightning.pytorch.utilities import rank_zero_only
 
-    # What a new interpreter would find.
+    # What a new interpreter would find. With the server's way of starting processes, which is inherited, locks would
+    # outlive a killed process.
+    multiprocessing.set_start_method(None, force=True)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(signum, signal.SIG_DFL)
