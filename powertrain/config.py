@@ -13,7 +13,7 @@ from typing import Any, get_origin
 from powertrain.cluster.config import ClusterConfig
 from powertrain.data.config import MIN_BPE_VOCAB, DataConfig
 from powertrain.models.config import MixerConfig, ModelConfig
-from powertrain.schema import ConfigError, build, leaf_keys, nearest
+from powertrain.schema import ConfigError, UnknownOptionError, build, leaf_keys, namesakes, nearest
 from powertrain.training.config import (
     BudgetConfig,
     DebugConfig,
@@ -363,7 +363,13 @@ def from_values(values: dict[str, Any]) -> RunConfig:
     values = dict(values)
     if "mixer" in values:
         values["model"] = {**values["model"], "mixer": values.pop("mixer")}
-    return build(RunConfig, values)
+    try:
+        return build(RunConfig, values)
+    except UnknownOptionError as error:
+        known = override_keys()
+        if not namesakes(error.key, known):
+            raise
+        raise ConfigError(f"unknown option '{error.key}': {nearest(error.key, known)}") from error
 
 
 def to_values(config: RunConfig) -> dict[str, Any]:

@@ -16,25 +16,46 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; the message is one sentence for the user."""
 
 
+class UnknownOptionError(ConfigError):
+    """A key that its section does not have.
+
+    Args:
+        key: dotted, of the whole configuration.
+        section: dotted keys that there are beside it.
+    """
+
+    def __init__(self, key: str, section: Iterable[str]) -> None:
+        super().__init__(f"unknown option '{key}': {nearest(key, section)}")
+        self.key = key
+
+
+def namesakes(key: str, known: Iterable[str]) -> list[str]:
+    """Return the known dotted keys whose last word is that of `key`, sorted."""
+    leaf = key.rpartition(".")[2]
+    return sorted(k for k in known if k.rpartition(".")[2] == leaf)
+
+
 def nearest(word: str, known: Iterable[str], *, list_all: bool = False) -> str:
     """Return a hint that names the known word closest to `word`, or all of them when none is close.
+
+    Of dotted keys, those with the same last word are the closest, wherever they are.
 
     Args:
         word: what was given.
         known: what is allowed.
         list_all: name all of them after a close one too; for short lists.
     Returns:
-        `did you mean 'x'?` or `allowed: a, b, c`.
+        `did you mean 'x'?`, `did you mean 'a.x' or 'b.x'?` or `allowed: a, b, c`.
     """
     known = sorted(known)
     leaves = {k.rsplit(".", 1)[-1]: k for k in known}
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    close = namesakes(word, known) or difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if not close:
         leaf = difflib.get_close_matches(word.rsplit(".", 1)[-1], list(leaves), n=1, cutoff=0.6)
         close = [leaves[leaf[0]]] if leaf else []
     allowed = "allowed: " + ", ".join(known)
     if close:
-        return f"did you mean '{close[0]}'?" + (f" {allowed}" if list_all else "")
+        return f"did you mean {' or '.join(map(repr, close))}?" + (f" {allowed}" if list_all else "")
     return allowed
 
 
@@ -62,7 +83,8 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     Returns:
         An instance of `cls`.
     Errors:
-        ConfigError: unknown key (names the nearest one), wrong type, or what `cls.__post_init__` rejects.
+        UnknownOptionError: a key that there is not; it names the nearest of its section.
+        ConfigError: wrong type, or what `cls.__post_init__` rejects.
     """
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where or cls.__name__} must be a mapping of options, got {values!r}")
@@ -71,9 +93,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     prefix = f"{where}." if where else ""
     for key in values:
         if key not in fields:
-            raise ConfigError(
-                f"unknown option '{prefix}{key}': {nearest(f'{prefix}{key}', [prefix + f for f in fields])}"
-            )
+            raise UnknownOptionError(f"{prefix}{key}", [prefix + f for f in fields])
     missing = [
         prefix + name
         for name, f in fields.items()

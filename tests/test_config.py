@@ -55,6 +55,9 @@ def test_every_group_of_conf_is_known():
         (["trainer.max_tokn=3"], "unknown option 'trainer.max_tokn': did you mean 'trainer.max_tokens'?"),
         (["+trainer.max_tokn=3"], "did you mean 'trainer.max_tokens'?"),
         (["max_tokens=3"], "did you mean 'trainer.max_tokens'?"),
+        (["trainer.lr=1e-3"], "unknown option 'trainer.lr': did you mean 'optim.lr'?"),
+        (["trainer.shape=linear"], "unknown option 'trainer.shape': did you mean 'schedule.shape'?"),
+        (["trainer.vocab_size=9"], "did you mean 'data.tokenizer.vocab_size' or 'model.vocab_size'?"),
         (["mixer.chunk_size=4096"], "mixer.chunk_size=4096 is longer than trainer.context_length=1024"),
         (["mixer=window", "mixer.window=4096"], "mixer.window=4096 is wider than trainer.context_length=1024"),
         (["trainer.max_steps=3", "trainer.max_tokens=5e6"], "give one budget"),
@@ -191,6 +194,10 @@ def test_saved_values_with_an_unknown_key_are_refused():
     values = to_values(compose([]))
     values["optim"]["lrr"] = 1
     with pytest.raises(ConfigError, match=r"unknown option 'optim\.lrr': did you mean 'optim\.lr'"):
+        from_values(values)
+    del values["optim"]["lrr"]
+    values["trainer"]["lr"] = 1
+    with pytest.raises(ConfigError, match=r"unknown option 'trainer\.lr': did you mean 'optim\.lr'"):
         from_values(values)
 
 

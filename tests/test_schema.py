@@ -72,3 +72,9 @@ def test_leaf_keys_are_dotted_and_complete():
 def test_nearest_finds_a_key_by_its_last_word():
     assert nearest("width", ["inner.width", "seed"]) == "did you mean 'inner.width'?"
     assert nearest("zzz", ["b", "a"]) == "allowed: a, b"
+
+
+def test_nearest_prefers_the_same_last_word_in_any_section():
+    known = ["inner", "inner.with", "other.width", "seed"]
+    assert nearest("inner.width", known) == "did you mean 'other.width'?"
+    assert nearest("inner.width", [*known, "more.width"]) == "did you mean 'more.width' or 'other.width'?"
