@@ -464,11 +464,24 @@ def _datamodule(config: RunConfig) -> TokenDataModule:
 
 
 def _check_data(config: RunConfig, datamodule: TokenDataModule) -> None:
-    """Reject a context that the data cannot fill, with the sentence of the data."""
+    """Reject a context that the data cannot fill, with the sentence of the data and a context that they can."""
     try:
         _ = datamodule.train_windows, datamodule.val_windows
     except ValueError as error:
-        raise ConfigError(f"trainer.context_length={config.trainer.context_length}: {error}") from error
+        fits = _longest_context(config, min(datamodule.splits.values()))
+        shorter = "" if fits is None else f", or trainer.context_length={fits}"
+        raise ConfigError(f"trainer.context_length={config.trainer.context_length}: {error}{shorter}") from error
+
+
+def _longest_context(config: RunConfig, limit: int) -> int | None:
+    """Return the longest context of at most `limit` tokens that all else in `config` allows; None without one."""
+    batch = config.trainer.global_batch_tokens
+    for context in (n for n in range(min(limit, batch), 0, -1) if batch % n == 0):
+        with contextlib.suppress(ValueError):
+            trainer = dataclasses.replace(config.trainer, context_length=context)
+            dataclasses.replace(config, trainer=trainer)
+            return context
+    return None
 
 
 def _introduce(

@@ -2,8 +2,10 @@
 
 import errno
 import fcntl
+import itertools
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -16,6 +18,7 @@ import yaml
 
 from powertrain.cli import main
 from powertrain.config import compose, options, share_dir, to_values
+from powertrain.data.prepare import split_of
 from powertrain.run_status import RunBusyError, RunStatus, write_status
 from powertrain.train import environment, run
 from powertrain.training.fit import RunLockedError
@@ -234,6 +237,36 @@ def test_a_context_that_the_data_cannot_fill_is_one_sentence(tiny, tmp_path, cap
     (sentence,) = [line for line in capsys.readouterr().err.splitlines() if "trainer.context_length=65536" in line]
     assert "split holds" in sentence
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("split", "fraction", "short"),
+    [("document", 0.01, "validation"), ("tail", 0.01, "validation"), ("tail", 0.995, "train")],
+)
+def test_a_split_shorter_than_a_context_is_refused_with_what_works(split, fraction, short, tiny, tmp_path, capsys):
+    context = ["trainer.context_length=1024", "trainer.global_batch_tokens=4096", "trainer.max_steps=1"]
+    if split == "document":
+        (tmp_path / "corpus" / "short.txt").write_text(text_of_the_validation_split(0.01))
+    command = ["train", *tiny, *context, f"data.split={split}"]
+    for dry in ([], ["cluster.dry_run=true"]):
+        assert main([*command, f"data.val_fraction={fraction}", *dry]) == 2
+        said = capsys.readouterr()
+        (sentence,) = [line for line in said.err.splitlines() if line.startswith("powertrain")]
+        assert f"trainer.context_length=1024: the {short} split holds " in sentence
+        assert "plan" not in said.out
+    fits = re.findall(r"(?:data\.split=tail with )?(?:data|trainer)\.\w+=[\d.]+", sentence)[1:]
+    assert [option.partition("=")[0] for option in fits] == [
+        "data.val_fraction", *["data.split"] * (split == "document"), "trainer.context_length"
+    ]  # fmt: skip
+    for option in fits:
+        assert main([*command, f"data.val_fraction={fraction}", *option.split(" with ")]) == 0, option
+    longest = int(fits[-1].partition("=")[2])
+    assert main([*command, f"data.val_fraction={fraction}", f"trainer.context_length={2 * longest}"]) == 2
+
+
+def text_of_the_validation_split(fraction):
+    """Return a short document that validates wherever as large a share does."""
+    return next(text for n in itertools.count() if split_of(text := f"short {n}", fraction, 0) == "validation")
 
 
 def test_budget_in_flops(tiny, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -191,10 +192,29 @@ class TokenDataModule(L.LightningDataModule):
         if len(windows) == 0:
             raise ValueError(
                 f"the {split} split holds {stream.num_tokens:,} tokens in {stream.num_documents:,} documents, fewer "
-                f"than one sequence of context_length={self.context_length:,}: use a shorter context, more text, or "
-                f"another data.val_fraction; data.split=tail divides each document"
+                f"than one sequence of context_length={self.context_length:,}: give more text{self._other_split(split)}"
             )
         return windows
+
+    def _other_split(self, short: str) -> str:
+        """Return how else to divide the documents so that both splits hold a sequence; "" where nothing does."""
+        share = self.context_length / sum(self.splits.values())
+        # The ends of all documents are a share that is known; which whole documents validate their hashes say.
+        options = [(1.1, "data.val_fraction=", "")]
+        if self.config.split == "document":
+            options = [(2.0, "data.val_fraction=", " or so"), (1.1, "data.split=tail with data.val_fraction=", "")]
+        text = ""
+        for margin, before, after in options:
+            if margin * share <= 0.5:
+                digits = 1 - math.floor(math.log10(margin * share))  # two that count
+                wanted = math.ceil(margin * share * 10**digits) / 10**digits
+                text += f", {before}{wanted if short == 'validation' else round(1 - wanted, digits):g}{after}"
+        return text
+
+    @property
+    def splits(self) -> dict[str, int]:
+        """Tokens of each split, `train` and `validation`; a context is at most the smaller."""
+        return {name: counts["tokens"] for name, counts in self.store.manifest["splits"].items()}
 
     @property
     def vocab_size(self) -> int:
