@@ -49,7 +49,7 @@ examples:
   powertrain train experiment=quickstart
   powertrain train model=124m mixer=softmax data=text data.files='corpus/*.txt' trainer.max_tokens=1e9
   powertrain train model=10m budget=flops budget.value=1e15 logger=wandb
-  powertrain train cluster=slurm cluster.nodes=2 cluster.gpus_per_node=8 cluster.time=12:00:00 model=1.3b
+  powertrain train cluster=slurm cluster.nodes=2 cluster.gpus_per_node=8 model=1.3b data=text data.files='corpus/*.txt'
   powertrain train experiment=quickstart --cfg job      print the composed configuration; nothing runs
   powertrain train experiment=quickstart cluster.dry_run=true   print size, tokens, steps and FLOPs; nothing runs
 
@@ -280,7 +280,7 @@ def run(config: RunConfig, *, command: str = "", signals: StopSignals | None = N
     datamodule = _datamodule(config)
     model_config = dataclasses.replace(config.model, vocab_size=datamodule.vocab_size)
     length = _length(config, model_config)
-    _check_data(config, datamodule)
+    _check_data(config, datamodule, length)
     with _claimed(run_dir, config) as report, isolate_rng():
         if _is_main_process():
             _describe_run(run_dir, config, command)
@@ -427,17 +427,16 @@ def plan(config: RunConfig, *, here: bool = True) -> list[str]:
         if here:
             raise
         return [f"plan    not known here: {error}"]
-    if is_prepared:
-        datamodule = _datamodule(config)
-        _check_data(config, datamodule)
-        vocab_size, train_tokens = datamodule.vocab_size, datamodule.train_tokens
-    else:
-        try:
-            vocab_size, train_tokens = planned_vocabulary(config), None
-        except ConfigError as error:
-            return [f"plan    not known: {error}"]
+    datamodule = _datamodule(config) if is_prepared else None
+    try:
+        vocab_size = datamodule.vocab_size if datamodule else planned_vocabulary(config)
+    except ConfigError as error:
+        return [f"plan    not known: {error}"]
     model = dataclasses.replace(config.model, vocab_size=vocab_size)
-    return [_model_line(config, model), *plan_lines(_length(config, model), train_tokens)]
+    length = _length(config, model)
+    if datamodule is not None:
+        _check_data(config, datamodule, length)
+    return [_model_line(config, model), *plan_lines(length, datamodule.train_tokens if datamodule else None)]
 
 
 def _model_line(config: RunConfig, model: ModelConfig) -> str:
@@ -463,14 +462,20 @@ def _datamodule(config: RunConfig) -> TokenDataModule:
     )
 
 
-def _check_data(config: RunConfig, datamodule: TokenDataModule) -> None:
-    """Reject a context that the data cannot fill, with the sentence of the data and a context that they can."""
+def _check_data(config: RunConfig, datamodule: TokenDataModule, length: TrainingLength) -> None:
+    """Reject a context that the data cannot fill, and a length that nobody gave and they are far too few for."""
+    from powertrain.training.length import check_epochs
+
     try:
         _ = datamodule.train_windows, datamodule.val_windows
     except ValueError as error:
         fits = _longest_context(config, min(datamodule.splits.values()))
         shorter = "" if fits is None else f", or trainer.context_length={fits}"
         raise ConfigError(f"trainer.context_length={config.trainer.context_length}: {error}{shorter}") from error
+    try:
+        check_epochs(length, datamodule.train_tokens)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _longest_context(config: RunConfig, limit: int) -> int | None:

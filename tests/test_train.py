@@ -264,6 +264,22 @@ def test_a_split_shorter_than_a_context_is_refused_with_what_works(split, fracti
     assert main([*command, f"data.val_fraction={fraction}", f"trainer.context_length={2 * longest}"]) == 2
 
 
+def test_a_run_without_a_budget_is_refused_where_its_data_are_far_too_few(tiny, tmp_path, capsys):
+    tiny = [*tiny, "data.max_documents=4", "data.split=tail", "data.val_fraction=0.3"]
+    (sentence,) = refusals(tiny, capsys)
+    assert "powertrain train: no budget is given, and 20 tokens per parameter would be " in sentence
+    assert not (tmp_path / "runs").exists()
+    assert refusals([*tiny, "cluster.dry_run=true"], capsys) == [sentence]
+    budget = re.search(r"trainer\.max_tokens=\d+ for one", sentence)[0].removesuffix(" for one")
+    assert main(["train", *tiny, budget]) == 0
+    assert "warning" not in capsys.readouterr().out
+
+
+def refusals(overrides, capsys):
+    assert main(["train", *overrides]) == 2
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("powertrain")]
+
+
 def text_of_the_validation_split(fraction):
     """Return a short document that validates wherever as large a share does."""
     return next(text for n in itertools.count() if split_of(text := f"short {n}", fraction, 0) == "validation")

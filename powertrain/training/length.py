@@ -9,8 +9,10 @@ from powertrain.training.config import BudgetConfig, DebugConfig, TrainerConfig
 
 # Training tokens per parameter that minimise the loss for a given compute (Hoffmann et al., 2022, section 3).
 TOKENS_PER_PARAMETER = 20
-# Up to here a repeated token is worth about as much as a new one (Muennighoff et al., 2023, figure 1).
+# Up to so many epochs a repeated token is worth about as much as a new one, and from so many on nothing (Muennighoff et
+# al., 2023, figure 1).
 MANY_EPOCHS = 4
+WORTHLESS_EPOCHS = 40
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class TrainingLength:
     tokens_per_step: int  # input tokens of one step over all devices
     flops_per_token: float  # algorithmic FLOPs of one token, forward and backward
     reason: str  # what decided the number of steps, for the user
+    given: bool = True  # whether the configuration says how long; False where it follows from the model's size
 
     @property
     def flops_per_step(self) -> float:
@@ -62,6 +65,7 @@ def resolve_length(
     given = {name: value for name, value in given.items() if value is not None}
     if len(given) > 1:
         raise ValueError(f"{' and '.join(f'{k}={v:g}' for k, v in given.items())} are all given; give one budget.")
+    is_given = bool(given)
     tokens_per_step = trainer.global_batch_tokens
     per_step = {"steps": 1.0, "tokens": float(tokens_per_step), "flops": flops_per_token * tokens_per_step}
     if trainer.max_steps is not None:
@@ -76,8 +80,28 @@ def resolve_length(
     # Budgets that are whole multiples of a step must not gain one by rounding of the division.
     steps = max(1, math.ceil(amount / per_step[unit] * (1 - 1e-12)))
     if debug.max_steps is not None and debug.max_steps < steps:
-        steps, reason = debug.max_steps, "debug.max_steps"
-    return TrainingLength(steps, tokens_per_step, flops_per_token, reason)
+        steps, reason, is_given = debug.max_steps, "debug.max_steps", True
+    return TrainingLength(steps, tokens_per_step, flops_per_token, reason, is_given)
+
+
+def check_epochs(length: TrainingLength, train_tokens: int) -> None:
+    """Refuse a length that nobody gave where the data are far too few for it; one that was given `plan_lines` warns of.
+
+    Args:
+        train_tokens: of one epoch.
+    Errors:
+        ValueError: no budget is given, and the run would repeat its data more than `WORTHLESS_EPOCHS` times.
+    """
+    epochs = length.tokens / train_tokens
+    if length.given or epochs <= WORTHLESS_EPOCHS:
+        return
+    # Whole steps, since a budget is rounded up to them.
+    one, many = (max(1, n * train_tokens // length.tokens_per_step) * length.tokens_per_step for n in (1, MANY_EPOCHS))
+    raise ValueError(
+        f"no budget is given, and {TOKENS_PER_PARAMETER} tokens per parameter would be {epochs:.0f} epochs of the "
+        f"{amount(train_tokens)} training tokens: give trainer.max_tokens={one} for one epoch, "
+        f"trainer.max_tokens={many} for {MANY_EPOCHS}, or more text"
+    )
 
 
 def amount(value: float) -> str:

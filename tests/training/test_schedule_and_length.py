@@ -1,9 +1,10 @@
 import math
+import re
 
 import pytest
 
 from powertrain.training.config import BudgetConfig, DebugConfig, ScheduleConfig, TrainerConfig
-from powertrain.training.length import TrainingLength, amount, plan_lines, resolve_length
+from powertrain.training.length import TrainingLength, amount, check_epochs, plan_lines, resolve_length
 from powertrain.training.schedules import Schedule
 
 LENGTH = TrainingLength(steps=100, tokens_per_step=1000, flops_per_token=50.0, reason="")
@@ -113,3 +114,28 @@ def test_the_plan_of_a_run_warns_of_many_epochs_and_of_no_others():
     assert "data not prepared yet" in plan
     _, warning = plan_lines(LENGTH, train_tokens=20_000)
     assert warning.startswith("warning the run goes 5.0 times over its data")
+
+
+def test_a_length_that_nobody_gave_is_refused_where_it_repeats_the_data_for_nothing():
+    length = resolve()  # 200 steps of 6400 tokens
+    check_epochs(length, train_tokens=32_000)
+    with pytest.raises(ValueError, match="no budget is given") as caught:
+        check_epochs(length, train_tokens=31_999)
+    sentence = str(caught.value)
+    assert "would be 40 epochs of the 32k training tokens: give trainer.max_tokens=25600 for one epoch" in sentence
+    one, four = (int(value) for value in re.findall(r"trainer\.max_tokens=(\d+)", sentence))
+    # With them it is neither refused nor warned of.
+    for tokens, epochs in ((one, 1), (four, 4)):
+        taken = resolve(max_tokens=tokens)
+        assert taken.tokens == tokens
+        assert epochs - 0.5 < taken.tokens / 31_999 <= epochs
+        assert len(plan_lines(taken, 31_999)) == 1
+    # What was asked for is done, with a warning.
+    for asked in (resolve(max_steps=200), resolve(BudgetConfig("steps", 200)), resolve(debug=DebugConfig(max_steps=9))):
+        check_epochs(asked, train_tokens=64)
+        assert plan_lines(asked, train_tokens=64)[1].startswith("warning the run goes ")
+
+
+def test_data_of_less_than_a_step_are_given_one():
+    with pytest.raises(ValueError, match=r"max_tokens=6400 for one epoch, trainer\.max_tokens=6400 for 4"):
+        check_epochs(resolve(), train_tokens=640)
