@@ -262,7 +262,8 @@ def run(config: RunConfig, *, command: str = "", signals: StopSignals | None = N
     Returns:
         How it ended, its run directory and its latest metrics.
     Errors:
-        ConfigError: the configuration contradicts the data, the machine, or the run that its directory holds.
+        ConfigError: the configuration contradicts the data, the machine, or the run that its directory holds, or asks
+            for a dry run, which `plan` makes.
         CheckpointError, NonFiniteError, RunLockedError: see `powertrain.training.fit.fit`.
     """
     import lightning.pytorch as pl
@@ -274,6 +275,11 @@ def run(config: RunConfig, *, command: str = "", signals: StopSignals | None = N
     from powertrain.training.loggers import read_metrics
     from powertrain.training.status import TellProgress
 
+    if config.cluster.dry_run:
+        raise ConfigError(
+            "cluster.dry_run=true is for `powertrain train`, and run() trains: leave it out, or call "
+            "powertrain.train.plan(config), which returns what the run amounts to"
+        )
     run_id = config.resolved_run_id()
     run_dir = Path(config.paths.runs) / run_id
     _check_same_run(run_dir, config)

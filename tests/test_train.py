@@ -20,7 +20,8 @@ from powertrain.cli import main
 from powertrain.config import compose, options, share_dir, to_values
 from powertrain.data.prepare import split_of
 from powertrain.run_status import RunBusyError, RunStatus, write_status
-from powertrain.train import environment, run
+from powertrain.schema import ConfigError
+from powertrain.train import environment, plan, run
 from powertrain.training.fit import RunLockedError
 from powertrain.training.loggers import read_metrics
 from tests.training.fakes import locked_by_another
@@ -152,6 +153,17 @@ def test_a_dry_run_of_a_saved_configuration_trains_nothing(tiny, tmp_path, capsy
     assert main(["train", "--config", str(tmp_path / "saved.yaml")]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["model", "plan"]
     assert not (tmp_path / "runs").exists()
+
+
+def test_run_refuses_a_dry_run_and_names_what_makes_one(tiny, tmp_path):
+    config = compose([*tiny, "trainer.max_steps=1", "cluster.dry_run=true"])
+    with pytest.raises(
+        ConfigError, match=r"cluster\.dry_run=true is for `powertrain train`.* call powertrain\.train\.plan"
+    ):
+        run(config)
+    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "cache").exists()
+    assert [line.split()[0] for line in plan(config)] == ["model", "plan"]
 
 
 def interrupted(*args, **kwargs):
