@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "models": {"ops"},
     "data": set(),
     "training": {"models", "data", "ops", "locks"},
-    "inference": {"models", "ops", "data", "config", "training"},
+    "inference": {"models", "ops", "data", "config", "training", "run_status"},
     "config": {"schema", "models", "data", "training", "cluster"},
     "cluster": {"schema", "config", "native", "run_status", "locks"},
     "run_status": set(),

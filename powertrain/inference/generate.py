@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from powertrain.config import from_values
 from powertrain.data.tokenizers import Tokenizer, load_tokenizer
 from powertrain.inference.cache import DecodeCache
 from powertrain.models.gpt import GPT
+from powertrain.run_status import read_status
 from powertrain.training.checkpoint import Checkpoint, CheckpointError, read_weights
 
 
@@ -117,7 +119,12 @@ def load_run(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT,
     A checkpoint's files are verified against the sizes and SHA-256 that it states; an exported file states none.
     Errors: ValueError where there is no run, no checkpoint, or one that is damaged or of another model.
     """
-    path = Path(path)
+    model, tokenizer, _ = _load(Path(path), device)
+    return model, tokenizer
+
+
+def _load(path: Path, device: str | torch.device) -> tuple[GPT, Tokenizer, Checkpoint | None]:
+    """What `load_run` returns, and the checkpoint that the weights are of; None for an exported file."""
     run = run_directory(path)
     config_file = run / "config.yaml"
     if not path.exists() or not config_file.is_file():
@@ -140,7 +147,18 @@ def load_run(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT,
             read_weights(checkpoint, model)
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{source} does not hold the weights of the model in {config_file}: {error}") from error
-    return model.to(device).eval(), tokenizer
+    return model.to(device).eval(), tokenizer, checkpoint
+
+
+def _unfinished(run: Path, checkpoint: Checkpoint) -> str | None:
+    """How far an unfinished run was at its checkpoint, in a line for the user; None where it has all its steps."""
+    status = read_status(run)
+    if status is None or status.state == "finished":
+        return None
+    total = status.total_steps
+    planned = "" if not total else f" of {total:,} ({checkpoint.step / total:.1%})"
+    loss = "" if checkpoint.val_loss is None else f", validation loss {checkpoint.val_loss:.4f} nats per token"
+    return f"the run is not finished: its weights are those of step {checkpoint.step:,}{planned}{loss}"
 
 
 def _best_checkpoint(run: Path) -> Path:
@@ -165,7 +183,10 @@ def _check(prompt: Tensor, max_new_tokens: int, temperature: float, top_k: int |
 
 
 def main(argv: list[str]) -> int:
-    """`powertrain generate RUN`: print the prompt and its continuation as it is generated; returns 0."""
+    """`powertrain generate RUN`: print the prompt and its continuation as it is generated; returns 0.
+
+    Of an unfinished run, a line on stderr says how far it is.
+    """
     parser = argparse.ArgumentParser(prog="powertrain generate", description="Continue a prompt with a trained run.")
     parser.add_argument(
         "run", help="a run directory (its best checkpoint is taken), or a checkpoint or exported file in one"
@@ -179,7 +200,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     arguments = parser.parse_args(argv)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = load_run(arguments.run, device)
+    path = Path(arguments.run)
+    model, tokenizer, checkpoint = _load(path, device)
+    note = None if checkpoint is None else _unfinished(run_directory(path), checkpoint)
+    if note is not None:
+        print(f"powertrain generate: {note}", file=sys.stderr, flush=True)
     print(arguments.prompt, end="", flush=True)
     for piece in generate_text(
         model,

@@ -161,6 +161,7 @@ class Checkpoint:
         except CheckpointError as error:
             raise CheckpointError(f"{self.directory} is not a usable checkpoint: {error}") from error
         self.step: int = manifest["step"]
+        self.val_loss: float | None = manifest["val_loss"]  # at exactly this step, nats per token
         self.values: dict[str, Any] = manifest["values"]  # as they were given to CheckpointStore.begin
         self.shapes: dict[str, list[int]] = manifest["tensors"]  # of whole tensors, by name
         self._reader = PieceReader(self.directory, {name: facts["pieces"] for name, facts in manifest["files"].items()})

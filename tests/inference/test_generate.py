@@ -14,6 +14,7 @@ from powertrain.data.tokenizers import byte_tokenizer
 from powertrain.inference.generate import generate_text, generate_tokens, load_run, sample
 from powertrain.models.config import MixerConfig, ModelConfig
 from powertrain.models.gpt import GPT
+from powertrain.run_status import RunStatus, write_status
 from powertrain.training.checkpoint import Checkpoint, CheckpointError, CheckpointStore
 from tests.models.small import small_model, tokens
 
@@ -180,6 +181,30 @@ def test_command_prints_prompt_and_continuation(run: Path, capsys: pytest.Captur
     expected = "".join(generate_text(model, tokenizer, "def f(", max_new_tokens=12, temperature=0.8, seed=3))
     assert text == f"def f({expected}\n"
     assert len(expected) > 3
+
+
+def test_command_says_how_far_an_unfinished_run_is(run: Path, capsys: pytest.CaptureFixture):
+    def said(path: Path) -> str:
+        assert powertrain(["generate", str(path), "--max-new-tokens", "1", "--device", "cpu"]) == 0
+        return capsys.readouterr().err
+
+    assert said(run) == ""  # copied without its status
+    write_status(run, RunStatus("interrupted", step=2, total_steps=1200))
+    line = "powertrain generate: the run is not finished: its weights are those of step "
+    assert said(run) == f"{line}1 of 1,200 (0.1%), validation loss 1.0000 nats per token\n"
+    assert said(run / "checkpoints" / "last") == f"{line}2 of 1,200 (0.2%), validation loss 2.0000 nats per token\n"
+    # Killed before its first heartbeat, and saved where it was not validated.
+    write_status(run, RunStatus("running"))
+    CheckpointStore(run / "checkpoints").save(3, weights(run), {})
+    assert said(run / "checkpoints" / "last") == f"{line}3\n"
+    assert powertrain(["export", str(run)]) == 0
+    assert said(run / "model.safetensors") == ""
+    write_status(run, RunStatus("finished", step=2, total_steps=2))
+    assert said(run) == ""
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return {f"model.{name}": value for name, value in load_run(run)[0].state_dict().items()}
 
 
 def test_command_explains_what_is_missing(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
