@@ -24,6 +24,7 @@ PRELOAD = (
     "powertrain.inference.generate",
     "powertrain.models.gpt",
     "powertrain.train",
+    "powertrain.train_cli",
     "powertrain.training.fit",
     "powertrain.training.loggers",
     "powertrain.training.plots",

@@ -1,0 +1,265 @@
+"""`powertrain train`: what is typed, from its arguments to the exit code and the closing report."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from powertrain.cluster.queue import SlurmError, current_job_id
+from powertrain.config import GROUPS, RunConfig, compose, from_values, options, share_dir, to_values
+from powertrain.run_status import RunBusyError
+from powertrain.schema import ConfigError
+from powertrain.train import EXTENDABLE, RunResult, check_same_run, is_main_process, plan, run, say
+
+if TYPE_CHECKING:
+    from powertrain.training.signals import StopSignals
+
+EXAMPLES = """\
+examples:
+  powertrain train experiment=quickstart
+  powertrain train model=124m mixer=softmax data=text data.files='corpus/*.txt' trainer.max_tokens=1e9
+  powertrain train model=10m budget=flops budget.value=1e15 logger=wandb
+  powertrain train cluster=slurm cluster.nodes=2 cluster.gpus_per_node=8 model=1.3b data=text data.files='corpus/*.txt'
+  powertrain train experiment=quickstart --cfg job      print the composed configuration; nothing runs
+  powertrain train experiment=quickstart cluster.dry_run=true   print size, tokens, steps and FLOPs; nothing runs
+
+The same command again resumes the run. Ctrl-C saves, and says how to resume.
+"""
+
+
+def parser(directories: list[Path]) -> argparse.ArgumentParser:
+    """Return the parser of `powertrain train`; its help lists every group and its options."""
+    groups = "\n".join(f"  {g + '=':<12} {', '.join(options(g, directories))}" for g in GROUPS)
+    result = argparse.ArgumentParser(
+        prog="powertrain train",
+        usage="powertrain train [group=option ...] [key=value ...] [--cfg job] [--config-dir DIR]",
+        description="Train a language model from configuration.",
+        epilog=f"groups and their options:\n{groups}\n\n{EXAMPLES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    result.add_argument("overrides", nargs="*", help="Hydra overrides; `--cfg job` shows every key and its value")
+    result.add_argument("--cfg", choices=["job"], help="print the composed, validated configuration and stop")
+    result.add_argument("--config-dir", type=Path, help="directory of your own groups, as experiment/mine.yaml")
+    result.add_argument(
+        "--config", type=Path, help="a saved config.yaml, run here exactly as it is; a submitted job runs its own so"
+    )
+    return result
+
+
+def main(argv: list[str]) -> int:
+    """Run `powertrain train`.
+
+    Returns:
+        The exit code: 0 finished, submitted, planned, or interrupted and queued again; 1 stopped with an error;
+        128 + signal when interrupted (130 for Ctrl-C) and saved.
+    Errors:
+        ConfigError: bad input, before anything else happens.
+    """
+    arguments = parser([share_dir("conf")]).parse_intermixed_args(argv)
+    config = _configuration(arguments)
+    if arguments.cfg:
+        import yaml
+
+        print(yaml.safe_dump(to_values(config), sort_keys=False), end="")
+        return 0
+
+    # A job that was submitted trains with --config.
+    submits = config.cluster.kind == "slurm" and arguments.config is None
+    if config.cluster.dry_run:
+        return _dry_run(config, submits=submits)
+    if submits:
+        from powertrain.cluster import submit
+
+        check_same_run(Path(config.paths.runs) / config.resolved_run_id(), config)
+        return submit.main(config)
+    from powertrain.training.signals import StopSignals
+
+    with StopSignals() as signals:
+        return _train_here(config, arguments, argv, signals)
+
+
+def _configuration(arguments: argparse.Namespace) -> RunConfig:
+    if arguments.config is None:
+        return compose(arguments.overrides, arguments.config_dir)
+    import yaml
+
+    if arguments.overrides or arguments.config_dir:
+        raise ConfigError("--config runs a saved configuration exactly as it is: give no overrides and no --config-dir")
+    if not arguments.config.is_file():
+        raise ConfigError(f"--config {arguments.config} is not a file")
+    return from_values(yaml.safe_load(arguments.config.read_text()))
+
+
+def _dry_run(config: RunConfig, *, submits: bool) -> int:
+    """Print what the run amounts to, and the script of a job; refuse what the same command would refuse to begin."""
+    from powertrain.data.shards import ShardError
+    from powertrain.training.batching import resolve_devices
+
+    if not submits:
+        resolve_devices(config.trainer)
+    check_same_run(Path(config.paths.runs) / config.resolved_run_id(), config)
+    try:
+        lines = plan(config, here=not submits)
+    except ShardError as error:
+        print(f"powertrain train: {error}", file=sys.stderr)
+        return 1
+    # Of a job, its script alone is the output.
+    print("\n".join(lines), file=sys.stderr if submits else sys.stdout)
+    if not submits:
+        return 0
+    from powertrain.cluster import submit
+
+    return submit.main(config)
+
+
+def _train_here(config: RunConfig, arguments: argparse.Namespace, argv: list[str], signals: StopSignals) -> int:
+    from powertrain.training.batching import resolve_devices
+    from powertrain.training.launch import end_with_launcher, launch, launcher
+    from powertrain.training.signals import Stopped
+
+    devices = resolve_devices(config.trainer)
+    if devices.torch_device.type == "cuda":
+        from powertrain.ops.cuda import library_problem
+
+        library_problem()  # builds the kernels, with progress, before any process waits for another
+    if devices.per_node > 1 and launcher() is None:
+        again = [sys.executable, "-m", "powertrain", "train", *argv]
+        return launch(again, devices.per_node, num_nodes=devices.num_nodes)
+    command, again_as = (shlex.join([program, "train", *argv]) for program in ("powertrain", _program()))
+    end_with_launcher()
+    try:
+        result = run(config, command=command, signals=signals)
+        if result.fit.interrupted_by is not None:
+            step = result.fit.counters.step
+            saved = f"Everything is saved at step {step}" if result.fit.checkpoint else "No step was under way"
+            return _interrupted(config, result.fit.interrupted_by, saved, again_as)
+        _report(config, result, arguments.overrides if arguments.config is None else None)
+    except Stopped as stop:
+        return _interrupted(config, stop.signum, "No step was under way", again_as)
+    except Exception as error:
+        if devices.world_size > 1:
+            _end_rank(error)
+        if not isinstance(error, _expected_errors()):
+            raise
+        print(f"powertrain train: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _expected_errors() -> tuple[type[Exception], ...]:
+    """Errors whose message is one sentence for the user, all that there is to say."""
+    from powertrain.data.shards import ShardError
+    from powertrain.training.checkpoint import CheckpointError
+    from powertrain.training.fit import RunLockedError
+    from powertrain.training.nonfinite import NonFiniteError
+
+    return (CheckpointError, NonFiniteError, RunLockedError, RunBusyError, ShardError)
+
+
+def _end_rank(error: Exception) -> NoReturn:
+    """Report the error of one of several processes in the order of causes, and end it; see `training.launch`."""
+    from powertrain.training.launch import LOST_PEER_DELAY, OTHER_RANK_DELAY, is_lost_peer
+
+    # The launcher ends those whose error is only the echo of another's.
+    for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(signum, signal.SIG_DFL)
+    if is_lost_peer(error):
+        time.sleep(LOST_PEER_DELAY)
+    elif not is_main_process():
+        time.sleep(OTHER_RANK_DELAY)
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")
+    # Errors that all ranks agree on speak for all of them.
+    agreed = isinstance(error, _expected_errors())
+    known = agreed or isinstance(error, ValueError | OSError)
+    text = f"powertrain train: {error if known else f'{type(error).__name__}: {error}'}\n"
+    if not (agreed and is_main_process()):
+        text = text.replace(": ", f": rank {rank}: ", 1)
+    if not known or os.environ.get("POWERTRAIN_TRACEBACK", "0") not in ("", "0"):
+        text += "".join(traceback.format_exception(error))
+    sys.stderr.write(text)
+    sys.stderr.flush()
+    sys.stdout.flush()
+    # Python's own way out would wait for threads and collectives that wait for others.
+    os._exit(2 if isinstance(error, ValueError | OSError) else 1)
+
+
+def _interrupted(config: RunConfig, signum: int, saved: str, command: str) -> int:
+    """Say how to resume, or in a Slurm job see to it that the run resumes by itself; return the exit code."""
+    if current_job_id() is None or signum == signal.SIGINT:
+        say(f"\nInterrupted. {saved}; resume with:\n  {command}")
+        return 128 + signum
+    # Of all ranks, since any other code would have srun end rank 0 before it has asked for another attempt.
+    if not is_main_process():
+        return 0
+    from powertrain.cluster.requeue import requeue
+
+    say(f"\nInterrupted by {signal.Signals(signum).name}. {saved}.")
+    try:
+        answer = requeue(Path(config.paths.runs) / config.resolved_run_id(), signum)
+    except SlurmError as error:
+        print(f"powertrain train: {error}", file=sys.stderr, flush=True)
+        return 1
+    say(answer.sentence)
+    return 0 if answer.queued else 128 + signum
+
+
+def _report(config: RunConfig, result: RunResult, overrides: list[str] | None) -> None:
+    """Show what came out: losses, the curve, a sample, and how to go on."""
+    if not is_main_process():
+        return
+    from powertrain.inference.generate import generate_text, load_run
+    from powertrain.training.batching import resolve_devices
+    from powertrain.training.plots import plot_curve
+
+    m = result.metrics
+    if result.fit.resumed_step >= result.length.steps:
+        say(f"The run was finished already, at step {result.fit.counters.step:,}.")
+    say()
+    if "val/loss" in m:
+        per_byte = f", {m['val/bits_per_byte']:.3f} bits per byte" if "val/bits_per_byte" in m else ""
+        say(f"validation loss {m['val/loss']:.4f} nats per token, perplexity {m['val/perplexity']:.2f}{per_byte}")
+    say(f"loss curve      {plot_curve(result.run_dir)}")
+    if config.sample.max_new_tokens:
+        model, tokenizer = load_run(result.run_dir, resolve_devices(config.trainer).torch_device)
+        pieces = generate_text(
+            model,
+            tokenizer,
+            config.sample.prompt,
+            max_new_tokens=config.sample.max_new_tokens,
+            temperature=config.sample.temperature,
+            top_k=config.sample.top_k,
+            seed=config.seed,
+        )
+        text = config.sample.prompt + "".join(pieces)
+        (result.run_dir / "sample.txt").write_text(text)
+        rule = "-" * 72
+        say(f"\nA sample of {config.sample.max_new_tokens} tokens:\n{rule}\n{text}\n{rule}")
+    say()
+    if overrides is not None:
+        kept = [o for o in overrides if not o.startswith((*EXTENDABLE, "budget=", "run_id="))]
+        further = f"run_id={result.run_id} trainer.max_tokens={2 * result.length.tokens}"
+        if config.trainer.max_steps is not None:
+            further += " trainer.max_steps=null"
+        if config.budget.value is not None:
+            further += " budget.value=null"
+        say(f"Train it twice as long:  {shlex.join([_program(), 'train', *kept])} {further}")
+        if config.schedule.kind != "constant":
+            say("                         (its learning rate rises again, and the loss with it at first)")
+    prompt = shlex.quote(config.sample.prompt)
+    say(f"Generate from it:        {shlex.join([_program(), 'generate', str(result.run_dir)])} --prompt {prompt}")
+
+
+def _program() -> str:
+    """Return how this command is called from here: by its name where the shell finds it, else by its path."""
+    called = Path(sys.argv[0])
+    if shutil.which("powertrain") is not None or called.name != "powertrain":
+        return "powertrain"
+    return os.path.relpath(called) if called.is_relative_to(Path.cwd()) else str(called)
