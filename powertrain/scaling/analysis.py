@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,24 +24,14 @@ from powertrain.scaling.compare import (
     trunk_curve,
 )
 from powertrain.scaling.fairness import Check, Flag, edge_flags, fairness
-from powertrain.scaling.fit import LawFit, Parabola, fit_law, fit_parabola, optimum
+from powertrain.scaling.fit import LawFit, fit_law, optimum
+from powertrain.scaling.isoflop import IsoFlop, isoflops
 from powertrain.scaling.recipe import CONVENTIONS, Convention, Recipe
 from powertrain.scaling.records import CellRecord
-from powertrain.scaling.resample import Point, Sample, interval, resample
+from powertrain.scaling.resample import Point, Sample, resample
 from powertrain.scaling.timing import Timing
 
 Array = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class IsoFlop:
-    """The sizes of one mixer at one budget: best learning rate each, and the parabola through them."""
-
-    mixer: str
-    budget: float
-    points: tuple[Point, ...]  # rising in parameters
-    parabola: Parabola | None
-    parameters_interval: tuple[float, float] | None  # of the parabola's minimum
 
 
 @dataclass(frozen=True)
@@ -109,29 +98,6 @@ class Findings:
         if recipe.convention not in outcome:
             return []
         return [(c, o) for c, o in outcome.items() if o != outcome[recipe.convention]]
-
-
-def isoflops(sample: Sample, confidence: float) -> list[IsoFlop]:
-    """Return the sizes per mixer and budget, each at its best learning rate and batch, with their parabola."""
-    groups: dict[tuple[str, float], dict[str, Point]] = defaultdict(dict)
-    for point in sample.points:
-        sizes = groups[point.mixer, point.budget]
-        best = sizes.get(point.size)
-        if best is None or (-len(point.records), point.loss) < (-len(best.records), best.loss):
-            sizes[point.size] = point
-    result = []
-    for (mixer, budget), sizes in sorted(groups.items()):
-        points = tuple(sorted(sizes.values(), key=lambda p: p.first.parameters))
-        parameters = np.array([p.first.parameters for p in points])
-        parabola = fit_parabola(parameters, np.array([p.loss for p in points]))
-        spread = None
-        if parabola is not None and not parabola.on_edge:
-            replicates = np.stack([p.replicates for p in points], axis=1)
-            fits = [fit_parabola(parameters, losses) for losses in replicates[:: max(1, len(replicates) // 200)]]
-            minima = np.array([f.parameters for f in fits if f is not None])
-            spread = interval(minima, confidence)
-        result.append(IsoFlop(mixer, budget, points, parabola, spread))
-    return result
 
 
 def law(recipe: Recipe, mixer: str, iso: Sequence[IsoFlop]) -> LawFinding:
@@ -223,19 +189,6 @@ def positions(recipe: Recipe, selected: dict[tuple[str, float], Point]) -> list[
         PositionCurve(m, budget, bounds, *band(values[m]), *band(values[m] - values[recipe.baseline]))
         for m in sorted(values)
     ]
-
-
-def compared(records: Sequence[CellRecord], cells: Set[str]) -> list[CellRecord]:
-    """Return the records that findings rest on: the recipe's own cells; others where a mixer has none of its own yet.
-
-    Cells of other settings, such as those of a learning rate that was the tuned one before the grid was extended, would
-    give their mixer a choice that its rivals do not have.
-
-    Args:
-        cells: ids of the cells that the recipe asks for.
-    """
-    own = {(r.context, r.budget, r.mixer) for r in records if r.cell in cells}
-    return [r for r in records if r.cell in cells or (r.context, r.budget, r.mixer) not in own]
 
 
 def analyse(recipe: Recipe, records: Sequence[CellRecord], context: int, timings: Sequence[Timing] = ()) -> Findings:

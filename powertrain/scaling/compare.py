@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,6 +57,19 @@ class Frontier:
     def measured(self, compute: float) -> bool:
         """Return whether `compute` lies within the measured range."""
         return bool(self.compute[0] / SAME_BUDGET <= compute <= self.compute[-1] * SAME_BUDGET)
+
+
+def compared(records: Sequence[CellRecord], cells: Set[str]) -> list[CellRecord]:
+    """Return the records that findings rest on: the recipe's own cells; others where a mixer has none of its own yet.
+
+    Cells of other settings, such as those of a learning rate that was the tuned one before the grid was extended, would
+    give their mixer a choice that its rivals do not have.
+
+    Args:
+        cells: ids of the cells that the recipe asks for.
+    """
+    own = {(r.context, r.budget, r.mixer) for r in records if r.cell in cells}
+    return [r for r in records if r.cell in cells or (r.context, r.budget, r.mixer) not in own]
 
 
 def select(sample: Sample) -> dict[tuple[str, float], Point]:

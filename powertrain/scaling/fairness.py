@@ -13,7 +13,7 @@ from powertrain.scaling.resample import Sample
 from powertrain.scaling.timing import key_of
 
 if TYPE_CHECKING:
-    from powertrain.scaling.analysis import IsoFlop
+    from powertrain.scaling.isoflop import IsoFlop
     from powertrain.scaling.timing import Timing
 
 
@@ -66,17 +66,7 @@ def edge_flags(recipe: Recipe, sample: Sample, iso: Sequence[IsoFlop]) -> list[F
         if text:
             flags.append(Flag(mixer, budget, "batch", size, text))
     flags += _fewer_rates(groups)
-    for i in iso:
-        best = min(i.points, key=lambda p: p.loss)
-        if len(i.points) == 1:
-            flags.append(Flag(i.mixer, i.budget, "size", best.size, "only one size was measured"))
-        elif best is i.points[0]:
-            flags.append(Flag(i.mixer, i.budget, "size", best.size, "the smallest size measured is the best"))
-        elif best is i.points[-1]:
-            flags.append(Flag(i.mixer, i.budget, "size", best.size, "the largest size measured is the best"))
-        elif i.parabola is not None and i.parabola.on_edge:
-            text = "the parabola's minimum lies outside the sizes it was fitted on"
-            flags.append(Flag(i.mixer, i.budget, "size", best.size, text))
+    flags += [Flag(i.mixer, i.budget, "size", i.best.size, i.edge) for i in iso if i.edge is not None]
     return flags
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from powertrain.scaling.analysis import Findings, IsoFlop
+from powertrain.scaling.analysis import Findings
 from powertrain.scaling.compare import Envelope, Frontier, trunk_curve
 from powertrain.scaling.drawing import (
     BAND_ALPHA,
@@ -26,7 +26,6 @@ from powertrain.scaling.drawing import (
     log_axis,
     number,
 )
-from powertrain.scaling.fit import Parabola
 from powertrain.scaling.recipe import Figure, Recipe
 from powertrain.scaling.resample import comparison_intervals
 
@@ -84,26 +83,14 @@ def draw_envelope(recipe: Recipe, findings: Findings) -> Canvas | None:
     return figure
 
 
-def _edges(findings: Findings) -> set[tuple[str, float]]:
-    """Return the mixers and budgets whose best size is at the edge of those measured."""
-    return {(f.mixer, f.budget) for f in findings.flags if f.kind == "size"}
-
-
-def _minima(findings: Findings) -> list[tuple[IsoFlop, Parabola]]:
-    """Return the parabolas whose minimum is among the sizes measured, with one at least that is worse on each side."""
-    edges = _edges(findings)
-    parabolas = [(i, i.parabola) for i in findings.isoflops if i.parabola is not None]
-    return [(i, p) for i, p in parabolas if not p.on_edge and (i.mixer, i.budget) not in edges]
-
-
 def has_minimum(findings: Findings) -> bool:
     """Return whether any parabola has its minimum among the sizes measured, where a star is drawn."""
-    return bool(_minima(findings))
+    return any(i.minimum is not None for i in findings.isoflops)
 
 
 def has_edge(findings: Findings) -> bool:
     """Return whether any best size is at the edge of those measured, where a ring is drawn."""
-    return bool(_edges(findings))
+    return any(i.edge is not None for i in findings.isoflops)
 
 
 def draw_isoflop(recipe: Recipe, findings: Findings) -> Canvas | None:
@@ -121,7 +108,6 @@ def draw_isoflop(recipe: Recipe, findings: Findings) -> Canvas | None:
     size = {"width": 3.6 * columns + 0.8, "height": 2.9 * rows + 0.6}
     figure, axes = canvas(columns, rows, **size, sharex=True, sharey=True)
     pens = Pens(recipe, mixers)
-    edges = _edges(findings)
     all_sizes = [p.first.parameters for i in findings.isoflops for p in i.points]
     handles: dict[str, Any] = {}
     for ax, m in zip(axes.flat, mixers, strict=False):
@@ -135,15 +121,12 @@ def draw_isoflop(recipe: Recipe, findings: Findings) -> Canvas | None:
                 continue
             grid = np.geomspace(i.parabola.fitted[0], i.parabola.fitted[-1], 100)
             ax.plot(exact(grid), exact(i.parabola(grid)), color=colour, linewidth=1.2, linestyle="-")
-        for i, parabola in _minima(findings):
-            if i.mixer == m:
-                at = exact([parabola.parameters]), exact([parabola.loss])
+        for i in (i for i in findings.isoflops if i.mixer == m):
+            if i.minimum is not None:
+                at = exact([i.minimum.parameters]), exact([i.minimum.loss])
                 ax.plot(*at, color=shades[budgets.index(i.budget)], zorder=4, **MINIMUM_STAR)
-        for i in findings.isoflops:
-            if i.mixer == m and (m, i.budget) in edges:
-                best = min(i.points, key=lambda p: p.loss)
-                at = exact([best.first.parameters]), exact([best.loss])
-                ax.plot(*at, zorder=5, **EDGE_RING)
+            if i.edge is not None:
+                ax.plot(exact([i.best.first.parameters]), exact([i.best.loss]), zorder=5, **EDGE_RING)
         ax.set_title(pens.label(m), color=pens.colour(m))
     for ax in axes.flat[len(mixers) :]:
         ax.set_visible(False)

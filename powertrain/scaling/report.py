@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from powertrain.scaling.analysis import Findings, analyse, compared
-from powertrain.scaling.compare import ENVELOPE_BIN, ENVELOPE_STEPS, Verdict
+from powertrain.scaling.analysis import Findings, analyse
+from powertrain.scaling.compare import ENVELOPE_BIN, ENVELOPE_STEPS, Verdict, compared
 from powertrain.scaling.drawing import render, style
 from powertrain.scaling.figures import DRAW, has_edge, has_minimum
 from powertrain.scaling.plan import Coverage
@@ -255,16 +255,12 @@ def _law_lines(recipe: Recipe, findings: Findings) -> list[str]:
 def _isoflop_rows(recipe: Recipe, findings: Findings) -> list[list[str]]:
     rows = []
     for i in findings.isoflops:
-        best = min(i.points, key=lambda p: p.loss)
-        if i.parabola is None:
-            fitted, spread = "no parabola", ""
-        elif i.parabola.on_edge:
-            fitted, spread = "minimum outside the sizes measured", ""
+        best, spread = i.best, ""
+        if i.minimum is not None:
+            fitted = f"{i.minimum.parameters:.3g} ({i.minimum.loss:.4f})"
+            spread = "{:.3g} to {:.3g}".format(*i.parameters_interval) if i.parameters_interval else ""
         else:
-            fitted = f"{i.parabola.parameters:.3g} ({i.parabola.loss:.4f})"
-            spread = (
-                f"{i.parameters_interval[0]:.3g} to {i.parameters_interval[1]:.3g}" if i.parameters_interval else ""
-            )
+            fitted = "no parabola" if i.parabola is None else "minimum outside the sizes measured"
         measured = f"{best.size}: {best.first.parameters:.3g} ({best.loss:.4f})"
         row = [recipe.label(i.mixer), f"{i.budget:.3g}", str(len(i.points)), measured, fitted, spread]
         rows.append([*row, f"{best.first.learning_rate:.3g}"])

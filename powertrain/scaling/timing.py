@@ -12,12 +12,14 @@ import os
 import re
 import statistics
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from powertrain.scaling.compare import compared, select
 from powertrain.scaling.records import CellRecord
+from powertrain.scaling.resample import resample
 from powertrain.schema import ConfigError, build
 from powertrain.training.config import BudgetConfig
 
@@ -102,14 +104,20 @@ def with_timings(records: Iterable[CellRecord], timings: Iterable[Timing]) -> li
     return timed
 
 
-def winners(records: Sequence[CellRecord]) -> list[CellRecord]:
-    """Return the lowest record of each mixer, context and budget; of several with one key, the first."""
-    best: dict[tuple[int, str, float], CellRecord] = {}
-    for r in sorted(records, key=lambda r: r.cell):
-        group = r.context, r.mixer, r.budget
-        if group not in best or r.loss < best[group].loss:
-            best[group] = r
-    return list({key_of(r): r for _, r in sorted(best.items(), reverse=True)}.values())[::-1]
+def winners(records: Sequence[CellRecord], cells: Set[str]) -> list[CellRecord]:
+    """Return a record of each configuration that the report selects, one for each mixer, size and context.
+
+    Args:
+        cells: ids of the cells that the recipe asks for; see `compared`.
+    """
+    used = compared(records, cells)
+    found: dict[Key, CellRecord] = {}
+    for context in sorted({r.context for r in used}):
+        # Replicates make intervals, which a choice does not need.
+        chosen = select(resample([r for r in used if r.context == context], replicates=1))
+        for _, point in sorted(chosen.items()):
+            found.setdefault(key_of(point.first), point.first)
+    return list(found.values())
 
 
 def measure(cell: Cell, directory: Path) -> Timing:
@@ -161,7 +169,7 @@ def measure(cell: Cell, directory: Path) -> Timing:
 
 
 def run_timings(state: SweepState, directory: Path, log: Path, say: Any) -> list[Timing]:
-    """Measure what is missing: every winner among the records, on the device of this machine.
+    """Measure what is missing: every configuration that the report selects, on the device of this machine.
 
     A timing of another commit or other versions counts as missing, and is replaced. Edits without a commit all look
     alike: what was measured between two of them stays.
@@ -178,7 +186,7 @@ def run_timings(state: SweepState, directory: Path, log: Path, say: Any) -> list
     environment = environment_here()
     known = {t.key for t in read(directory) if t.environment == environment}
     made = []
-    for record in winners(state.store.read()):
+    for record in winners(state.store.read(), {cell.id for cell in state.expand().cells}):
         factors = record.learning_rate_factor, record.batch_factor
         cell = make_cell(
             state.recipe, state.catalog, record.mixer, record.size, record.context, record.budget, record.seed, *factors

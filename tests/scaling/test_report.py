@@ -12,8 +12,8 @@ import pytest
 from matplotlib.lines import Line2D
 from scipy import stats
 
-from powertrain.scaling.analysis import analyse, compared
-from powertrain.scaling.compare import Gain, GainInterval
+from powertrain.scaling.analysis import analyse
+from powertrain.scaling.compare import Gain, GainInterval, compared
 from powertrain.scaling.drawing import Pens, log_ticks
 from powertrain.scaling.figures import draw_envelope, draw_gain, draw_isoflop, draw_perplexity
 from powertrain.scaling.plan import Coverage
