@@ -80,6 +80,17 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Reason:
+    """Why a cell will not run: a phrase, and what stands in it for {}, which differs between cells of one phrase."""
+
+    phrase: str
+    number: str = ""
+
+    def __str__(self) -> str:
+        return self.phrase.replace("{}", self.number)
+
+
+@dataclass(frozen=True)
 class Dropped:
     """A cell that will not run, and why."""
 
@@ -87,7 +98,7 @@ class Dropped:
     size: str
     context: int
     budget: float
-    reason: str
+    reason: Reason
 
     def __str__(self) -> str:
         return f"{self.mixer}, {self.size}, {self.budget:.3g} FLOPs, context {self.context}: {self.reason}"
@@ -101,7 +112,8 @@ class Pending:
     mixer: str
     context: int
     budget: float
-    reason: str
+    choice: str  # what is not decided
+    awaits: tuple[str, ...]  # ids of the cells that decide it
     candidates: tuple[Cell, ...]
 
 
@@ -184,7 +196,7 @@ def least_memory(cell: Cell) -> float:
     return BYTES_PER_PARAMETER * cell.cost.parameters_total + activations
 
 
-def infeasible(recipe: Recipe, cell: Cell, memory_gib: float | None = None) -> str | None:
+def infeasible(recipe: Recipe, cell: Cell, memory_gib: float | None = None) -> Reason | None:
     """Return why a cell should not run, or None.
 
     Args:
@@ -193,16 +205,17 @@ def infeasible(recipe: Recipe, cell: Cell, memory_gib: float | None = None) -> s
     limits = recipe.limits
     memory = limits.memory_gib if limits.memory_gib is not None else memory_gib
     per_parameter = cell.tokens / cell.cost.parameters
+    least, most = limits.min_tokens_per_parameter, limits.max_tokens_per_parameter
     if cell.steps < limits.min_steps:
-        return f"{cell.steps} steps of {cell.batch_tokens} tokens, fewer than {limits.min_steps}"
+        return Reason(f"{{}} steps of {cell.batch_tokens} tokens, fewer than {limits.min_steps}", f"{cell.steps}")
     if limits.max_tokens is not None and cell.tokens > limits.max_tokens:
-        return f"{cell.tokens:.3g} tokens, more than the {limits.max_tokens:.3g} of the data"
-    if per_parameter < limits.min_tokens_per_parameter:
-        return f"{per_parameter:.3g} tokens per parameter, fewer than {limits.min_tokens_per_parameter:g}"
-    if limits.max_tokens_per_parameter is not None and per_parameter > limits.max_tokens_per_parameter:
-        return f"{per_parameter:.3g} tokens per parameter, more than {limits.max_tokens_per_parameter:g}"
+        return Reason(f"{{}} tokens, more than the {limits.max_tokens:.3g} of the data", f"{cell.tokens:.3g}")
+    if per_parameter < least:
+        return Reason(f"{{}} tokens per parameter, fewer than {least:g}", f"{per_parameter:.3g}")
+    if most is not None and per_parameter > most:
+        return Reason(f"{{}} tokens per parameter, more than {most:g}", f"{per_parameter:.3g}")
     if memory is not None and least_memory(cell) > memory * 2**30:
-        return f"needs at least {least_memory(cell) / 2**30:.1f} GiB of a device's {memory:.4g} GiB"
+        return Reason(f"needs at least {{}} GiB of a device's {memory:.4g} GiB", f"{least_memory(cell) / 2**30:.1f}")
     return None
 
 
@@ -210,8 +223,8 @@ class Undecided(Exception):
     """A choice depends on cells that are neither finished nor failed."""
 
     def __init__(self, cells: Iterable[str]) -> None:
-        first, *others = dict.fromkeys(cells)
-        super().__init__(f"{first} and {len(others)} more" if others else first)
+        self.cells = tuple(dict.fromkeys(cells))
+        super().__init__(", ".join(self.cells))
 
 
 class Expander:
@@ -243,7 +256,7 @@ class Expander:
             self._made[key] = make_cell(self.recipe, self.catalog, *key)  # type: ignore[arg-type]
         return self._made[key]
 
-    def reason(self, cell: Cell) -> str | None:
+    def reason(self, cell: Cell) -> Reason | None:
         """Return why a cell is infeasible, or None."""
         return infeasible(self.recipe, cell, self.memory_gib)
 
@@ -371,26 +384,22 @@ class Expander:
                 count = 1 if stage.sizes == "best" else stage.rungs
                 sizes = self.feasible_sizes(mixer, context, budget)[:count]
                 candidates = self._candidates(stage, mixer, sizes, context, budget)
-                pending.append(
-                    Pending(index, mixer, context, budget, f"sizes={stage.sizes} awaits {undecided}", candidates)
-                )
+                choice = f"sizes={stage.sizes}"
+                pending.append(Pending(index, mixer, context, budget, choice, undecided.cells, candidates))
                 continue
             except ConfigError as error:
-                dropped[Dropped(mixer, stage.sizes, context, budget, str(error))] = None
+                dropped[Dropped(mixer, stage.sizes, context, budget, Reason(str(error)))] = None
                 continue
             for size in sizes:
                 try:
                     pairs = self.factors(index, mixer, size, context, budget)
                 except Undecided as undecided:
                     candidates = self._candidates(stage, mixer, [size], context, budget)
-                    pending.append(
-                        Pending(
-                            index, mixer, context, budget, f"learning rate of {size} awaits {undecided}", candidates
-                        )
-                    )
+                    choice = f"learning rate of {size}"
+                    pending.append(Pending(index, mixer, context, budget, choice, undecided.cells, candidates))
                     continue
                 except ConfigError as error:
-                    dropped[Dropped(mixer, size, context, budget, str(error))] = None
+                    dropped[Dropped(mixer, size, context, budget, Reason(str(error)))] = None
                     continue
                 for seed in stage.seeds:
                     for lr, batch in pairs:

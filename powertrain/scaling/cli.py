@@ -182,15 +182,9 @@ def _records(state: SweepState, arguments: argparse.Namespace) -> list[CellRecor
 
 def _plan(recipe: Recipe, arguments: argparse.Namespace) -> int:
     from powertrain.scaling import timing
-    from powertrain.scaling.plan import (
-        as_rows,
-        choose_device,
-        find_device,
-        gpu_here,
-        make_plan,
-        render,
-        rounded_batches,
-    )
+    from powertrain.scaling.plan import as_rows, make_plan
+    from powertrain.scaling.plan_text import render, rounded_batches
+    from powertrain.scaling.pricing import choose_device, find_device, gpu_here
 
     state = _state(recipe, arguments.directory)
     on_cpu = state.shared_config().trainer.accelerator == "cpu"

@@ -8,26 +8,19 @@ from collections import Counter
 import pytest
 
 from powertrain import config
-from powertrain.scaling import catalog, cli
-from powertrain.scaling import plan as plan_module
+from powertrain.scaling import catalog, cli, pricing
 from powertrain.scaling.catalog import ComposedCatalog, model_cost, state_size
-from powertrain.scaling.cells import Dropped, Expander, Expansion
-from powertrain.scaling.plan import (
+from powertrain.scaling.cells import Dropped, Expander, Expansion, Reason
+from powertrain.scaling.plan import as_rows, make_plan
+from powertrain.scaling.plan_text import dropped, later, render, rounded_batches, summary, unpriced
+from powertrain.scaling.pricing import (
     ASSUMED_UTILISATION,
     LAYER_SECONDS,
     OVERHEAD_SECONDS,
     Estimate,
     Pricer,
-    as_rows,
     choose_device,
-    dropped,
     find_device,
-    later,
-    make_plan,
-    render,
-    rounded_batches,
-    summary,
-    unpriced,
 )
 from powertrain.scaling.recipe import Limits, Recipe, Rule, Stage, load_recipe
 from powertrain.scaling.records import RecordStore
@@ -223,13 +216,13 @@ def test_budgets_of_a_trunk_pay_for_shared_steps_once():
 
 
 def test_a_reason_that_drops_cells_is_said_once_with_every_size_budget_and_number():
-    few = "{} tokens per parameter, fewer than 2"
+    few, short = "{} tokens per parameter, fewer than 2", "{} steps of 65536 tokens, fewer than 40"
     reasons = (
-        ("10m", 1e15, few.format("1.2")),
-        ("25m", 1e15, few.format("0.135")),
-        ("25m", 3e15, few.format("1.4e-01")),
-        ("124m", 1e15, "19 steps of 65536 tokens, fewer than 40"),
-        ("best", 1e15, "no cell of power at 1e+15 FLOPs finished"),
+        ("10m", 1e15, Reason(few, "1.2")),
+        ("25m", 1e15, Reason(few, "0.135")),
+        ("25m", 3e15, Reason(few, "1.4e-01")),
+        ("124m", 1e15, Reason(short, "19")),
+        ("best", 1e15, Reason("no cell of power at 1e+15 FLOPs finished")),
     )
     cells = fake_plan((Stage((1e15,), "all", "grid"),)).expansion.cells
     expansion = Expansion(cells, (), tuple(Dropped("power", size, 65536, budget, why) for size, budget, why in reasons))
@@ -238,7 +231,7 @@ def test_a_reason_that_drops_cells_is_said_once_with_every_size_budget_and_numbe
         "dropped: power 124m at 1e+15 FLOPs: 19 steps of 65536 tokens, fewer than 40",
         "dropped: power best at 1e+15 FLOPs: no cell of power at 1e+15 FLOPs finished",
     ]
-    elsewhere = Expansion(cells, (), (Dropped("power", "1m", 8192, 1e15, "19 steps"),))
+    elsewhere = Expansion(cells, (), (Dropped("power", "1m", 8192, 1e15, Reason("{} steps", "19")),))
     assert dropped(elsewhere) == ["dropped: power 1m at 1e+15 FLOPs, context 8192: 19 steps"]
 
 
@@ -334,7 +327,7 @@ def test_mixers_without_kernels_are_left_out_of_the_sum_until_measured():
 
 
 def test_a_recipe_is_priced_on_the_device_that_it_asks_for(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(plan_module, "gpu_here", lambda: None)
+    monkeypatch.setattr(pricing, "gpu_here", lambda: None)
     here = ["--directory", str(tmp_path)]
     assert cli.main(["plan", "smoke", *here]) == 0
     output = capsys.readouterr().out
@@ -375,7 +368,7 @@ def test_the_command_asks_the_machine_and_its_records_for_the_device(tmp_path, c
         ("NVIDIA A100-SXM4-80GB", [], "A100", "(the GPU here; "),
         ("NVIDIA A100-SXM4-80GB", ["--device", "B200"], "B200", "(~ "),
     ):
-        monkeypatch.setattr(plan_module, "gpu_here", lambda gpu=gpu: gpu)
+        monkeypatch.setattr(pricing, "gpu_here", lambda gpu=gpu: gpu)
         assert cli.main(["plan", "flops_65k", "--directory", str(tmp_path), *options]) == 0
         assert f"{name}-hours {why}" in capsys.readouterr().out.replace("\n", " ")
 
