@@ -361,6 +361,18 @@ def from_values(values: dict[str, Any]) -> RunConfig:
         ConfigError: unknown keys, wrong types, contradictions.
     """
     values = dict(values)
+    if "experiment" in values:
+        keys = ", ".join(map(str, values["experiment"])) or "keys"
+        raise ConfigError(
+            "an experiment file must begin with the line `# @package _global_`, as conf/experiment/quickstart.yaml "
+            f"does: without it, its {keys} would be options of `experiment`"
+        )
+    for group in ("model", "mixer"):
+        if group in values and not isinstance(values[group], dict):
+            raise ConfigError(
+                f"{group}={values[group]!r} must hold options of {group}; an experiment file chooses {values[group]} "
+                f"by `defaults: [override /{group}: {values[group]}]`"
+            )
     if "mixer" in values:
         values["model"] = {**values["model"], "mixer": values.pop("mixer")}
     try:

@@ -275,6 +275,8 @@ def _check_data(config: RunConfig, datamodule: TokenDataModule, length: Training
         fits = _longest_context(config, min(datamodule.splits.values()))
         shorter = "" if fits is None else f", or trainer.context_length={fits}"
         raise ConfigError(f"trainer.context_length={config.trainer.context_length}: {error}{shorter}") from error
+    if config.debug.overfit:
+        return  # one batch, again and again
     try:
         check_epochs(length, datamodule.train_tokens)
     except ValueError as error:

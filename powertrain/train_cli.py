@@ -73,13 +73,8 @@ def main(argv: list[str]) -> int:
 
     # A job that was submitted trains with --config.
     submits = config.cluster.kind == "slurm" and arguments.config is None
-    if config.cluster.dry_run:
-        return _dry_run(config, submits=submits)
-    if submits:
-        from powertrain.cluster import submit
-
-        check_same_run(Path(config.paths.runs) / config.resolved_run_id(), config)
-        return submit.main(config)
+    if config.cluster.dry_run or submits:
+        return _plan(config, submits=submits)
     from powertrain.training.signals import StopSignals
 
     with StopSignals() as signals:
@@ -98,26 +93,40 @@ def _configuration(arguments: argparse.Namespace) -> RunConfig:
     return from_values(yaml.safe_load(arguments.config.read_text()))
 
 
-def _dry_run(config: RunConfig, *, submits: bool) -> int:
-    """Print what the run amounts to, and the script of a job; refuse what the same command would refuse to begin."""
-    from powertrain.data.shards import ShardError
-    from powertrain.training.batching import resolve_devices
-
+def _plan(config: RunConfig, *, submits: bool) -> int:
+    """Print what the run amounts to, and submit the job or, in a dry run, print its script; refuse what the run would
+    refuse to begin, as far as this machine knows.
+    """
     if not submits:
+        from powertrain.training.batching import resolve_devices
+
         resolve_devices(config.trainer)
     check_same_run(Path(config.paths.runs) / config.resolved_run_id(), config)
-    try:
-        lines = plan(config, here=not submits)
-    except ShardError as error:
-        print(f"powertrain train: {error}", file=sys.stderr)
-        return 1
-    # Of a job, its script alone is the output.
-    print("\n".join(lines), file=sys.stderr if submits else sys.stdout)
+    # A submission without the data here knows no more than its configuration, and need not import torch for that.
+    if config.cluster.dry_run or _data_here(config):
+        from powertrain.data.shards import ShardError
+
+        try:
+            lines = plan(config, here=not submits)
+        except ShardError as error:
+            print(f"powertrain train: {error}", file=sys.stderr)
+            return 1
+        # Of a job, its script or its id alone is the output.
+        print("\n".join(lines), file=sys.stderr if submits else sys.stdout)
     if not submits:
         return 0
     from powertrain.cluster import submit
 
     return submit.main(config)
+
+
+def _data_here(config: RunConfig) -> bool:
+    from powertrain.data.prepare import prepared
+
+    try:
+        return prepared(config.data, config.paths.cache) is not None
+    except (ValueError, OSError):
+        return False
 
 
 def _train_here(config: RunConfig, arguments: argparse.Namespace, argv: list[str], signals: StopSignals) -> int:

@@ -239,3 +239,19 @@ def test_share_dir_says_what_is_missing(monkeypatch, tmp_path):
     monkeypatch.setattr(run_config, "__file__", str(tmp_path / "powertrain" / "config.py"))
     with pytest.raises(FileNotFoundError, match="'conf' is missing"):
         share_dir("conf")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("trainer: {max_tokens: 1e6}\n", ["# @package _global_", "its trainer would be options of `experiment`"]),
+        ("# @package _global_\nmodel: 1m\n", ["model='1m'", "override /model: 1m"]),
+        ("# @package _global_\nmixer: linear\n", ["mixer='linear'", "override /mixer: linear"]),
+    ],
+)
+def test_a_mistake_in_an_experiment_of_ones_own_is_one_sentence(tmp_path, text, words):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(text)
+    with pytest.raises(ConfigError) as error:
+        compose(["experiment=mine"], tmp_path)
+    assert all(word in str(error.value) for word in words)

@@ -23,7 +23,7 @@ from powertrain.scaling.compare import (
     select,
     trunk_curve,
 )
-from powertrain.scaling.fairness import Check, Flag, edge_flags, fairness
+from powertrain.scaling.fairness import Check, Flag, fairness, flags
 from powertrain.scaling.fit import LawFit, fit_law, optimum
 from powertrain.scaling.isoflop import IsoFlop, isoflops
 from powertrain.scaling.recipe import CONVENTIONS, Convention, Recipe
@@ -191,8 +191,18 @@ def positions(recipe: Recipe, selected: dict[tuple[str, float], Point]) -> list[
     ]
 
 
-def analyse(recipe: Recipe, records: Sequence[CellRecord], context: int, timings: Sequence[Timing] = ()) -> Findings:
+def analyse(
+    recipe: Recipe,
+    records: Sequence[CellRecord],
+    context: int,
+    timings: Sequence[Timing] = (),
+    others: Sequence[CellRecord] = (),
+) -> Findings:
     """Return all findings at one context; the records' order does not matter.
+
+    Args:
+        others: records of settings that are not compared: they add to the noise between seeds, and to the learning
+            rates that are known to be worse.
 
     Errors:
         ValueError: no record at this context.
@@ -201,7 +211,8 @@ def analyse(recipe: Recipe, records: Sequence[CellRecord], context: int, timings
     if not here:
         raise ValueError(f"no record at context {context}: allowed are {sorted({r.context for r in records})}")
     settings = recipe.analysis
-    sample = resample(here, settings.bootstrap)
+    aside = [r for r in others if r.context == context]
+    sample = resample(here, settings.bootstrap, others=aside)
     selected = select(sample)
     iso = isoflops(sample, settings.confidence)
     mixers = sorted({r.mixer for r in here})
@@ -226,6 +237,6 @@ def analyse(recipe: Recipe, records: Sequence[CellRecord], context: int, timings
             if base is not None and m != recipe.baseline
         },
         positions=tuple(positions(recipe, selected)),
-        flags=tuple(edge_flags(recipe, sample, iso)),
+        flags=tuple(flags(recipe, sample, selected, iso, aside)),
         checks=tuple(fairness(recipe, here, sample, timings)),
     )

@@ -282,7 +282,7 @@ class Expander:
         return {key: sum(losses) / len(losses) for key, losses in done.items() if losses}
 
     def tuned(self, stage: int, mixer: str, size: str, context: int, budget: float) -> tuple[float, float]:
-        """Return the best pair of factors at the nearest lower budget with several, of this size or the nearest one.
+        """Return the best pair of factors at the nearest budget with several, of this size or the nearest tried there.
 
         Args:
             stage: index of the stage that asks; those before it are looked at.
@@ -291,27 +291,24 @@ class Expander:
             Undecided: these cells are not settled.
             ConfigError: every one of them failed.
         """
-        tuning = [
-            (b, -index)
-            for index, s in enumerate(self.recipe.stages[:stage])
-            for b in s.budgets
-            if s.tunes and b <= budget
-        ]
-        at, index = max(tuning)
-        index = -index
+        before = list(enumerate(self.recipe.stages[:stage]))
+        at = max(b for _, s in before if s.tunes for b in s.budgets if b <= budget)
+        choices: dict[tuple[str, int, float, float], list[Cell]] = {}
+        for index, s in before:
+            if not s.tunes or at not in s.budgets:
+                continue
+            for tried in self.sizes(index, mixer, context, at):
+                for lr, batch in self.factors(index, mixer, tried, context, at):
+                    choices[tried, index, lr, batch] = [
+                        self.cell(mixer, tried, context, at, seed, lr, batch) for seed in s.seeds
+                    ]
         ladder = list(self.recipe.ladder)
         here = ladder.index(size)
-        for neighbour in sorted(
-            self.sizes(index, mixer, context, at), key=lambda s: (abs(ladder.index(s) - here), ladder.index(s))
-        ):
-            seeds = self.recipe.stages[index].seeds
-            choices = {
-                pair: [self.cell(mixer, neighbour, context, at, seed, *pair) for seed in seeds]
-                for pair in self.factors(index, mixer, neighbour, context, at)
-            }
-            losses = self.losses(choices)
+        sizes = sorted({tried for tried, *_ in choices}, key=lambda t: (abs(ladder.index(t) - here), ladder.index(t)))
+        for nearest in sizes:
+            losses = self.losses({key: cells for key, cells in choices.items() if key[0] == nearest})
             if losses:
-                return min(losses, key=lambda pair: (losses[pair], pair))
+                return min(losses, key=lambda key: (losses[key], key))[2:]
         raise ConfigError(f"no cell that tunes {mixer}'s learning rate at {at:g} FLOPs finished")
 
     def best_size(self, before: int, mixer: str, context: int, budget: float) -> str:

@@ -396,7 +396,8 @@ def _report(recipe: Recipe, arguments: argparse.Namespace) -> int:
     state = _state(recipe, arguments.directory)
     paths = state.paths
     records = _records(state, arguments)
-    parts = coverage(recipe, state.expand(), state.store.finished())
+    expansion = state.expand()
+    parts = coverage(recipe, expansion, state.store.finished(), state.failed(expansion))
     files = build(recipe, records, parts, timing.read(paths.timings))
     output = arguments.output or paths.report
     write(files, output)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from powertrain.scaling.recipe import Convention
-from powertrain.scaling.records import CellRecord
+from powertrain.scaling.records import CellRecord, Place
 from powertrain.scaling.resample import Point, Sample, interval
 
 Array = NDArray[np.float64]
@@ -59,17 +59,17 @@ class Frontier:
         return bool(self.compute[0] / SAME_BUDGET <= compute <= self.compute[-1] * SAME_BUDGET)
 
 
-def compared(records: Sequence[CellRecord], cells: Set[str]) -> list[CellRecord]:
+def compared(records: Sequence[CellRecord], asked: Mapping[Place, Set[str]]) -> list[CellRecord]:
     """Return the records that findings rest on: the recipe's own cells; others where a mixer has none of its own yet.
 
     Cells of other settings, such as those of a learning rate that was the tuned one before the grid was extended, would
     give their mixer a choice that its rivals do not have.
 
     Args:
-        cells: ids of the cells that the recipe asks for.
+        asked: ids of the cells that the recipe asks for, as far as they are decided, at every place that it has.
     """
-    own = {(r.context, r.budget, r.mixer) for r in records if r.cell in cells}
-    return [r for r in records if r.cell in cells or (r.context, r.budget, r.mixer) not in own]
+    own = {r.place for r in records if r.cell in asked.get(r.place, ())}
+    return [r for r in records if r.place in asked and (r.cell in asked[r.place] or r.place not in own)]
 
 
 def select(sample: Sample) -> dict[tuple[str, float], Point]:

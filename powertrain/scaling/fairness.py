@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from powertrain.scaling.recipe import Recipe
 from powertrain.scaling.records import CellRecord
-from powertrain.scaling.resample import Sample
+from powertrain.scaling.resample import Point, Sample
 from powertrain.scaling.timing import key_of
 
 if TYPE_CHECKING:
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Flag:
-    """A choice that the data do not bound: the true optimum may lie beyond what was tried."""
+    """What the data do not bound: an optimum may lie beyond what was tried, or a loss be luck."""
 
     mixer: str
     budget: float
-    kind: str  # learning rate, batch or size
+    kind: str  # learning rate, batch, size, seeds or loss
     size: str  # rung at which it was found
     text: str
 
@@ -48,29 +48,59 @@ def _edge(values: Sequence[float], best: float, what: str) -> str | None:
     return None
 
 
-def edge_flags(recipe: Recipe, sample: Sample, iso: Sequence[IsoFlop]) -> list[Flag]:
-    """Return a flag wherever a learning rate, batch or size is best at the edge of what was tried, or fewer learning
-    rates were tried than another mixer had at the budget.
+def flags(
+    recipe: Recipe,
+    sample: Sample,
+    selected: Mapping[tuple[str, float], Point],
+    iso: Sequence[IsoFlop],
+    others: Sequence[CellRecord] = (),
+) -> list[Flag]:
+    """Return what the data do not bound: a learning rate, batch or size that is best at the edge of what was tried or
+    the only one; fewer learning rates than another mixer had; a selected configuration of one seed; a loss above that
+    of a smaller budget.
+
+    Args:
+        selected: configuration by mixer and budget.
+        others: records of settings that are not compared, whose learning rates were tried nevertheless.
     """
-    flags: list[Flag] = []
-    groups: dict[tuple[str, float, str], list[Any]] = defaultdict(list)
+    found: list[Flag] = []
+    groups: dict[tuple[str, float, str], list[Point]] = defaultdict(list)
     for point in sample.points:
         groups[point.mixer, point.budget, point.size].append(point)
+    elsewhere: dict[tuple[str, float, str], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for r in others:
+        elsewhere[r.mixer, r.budget, r.size][r.learning_rate].append(r.loss)
     for (mixer, budget, size), points in sorted(groups.items()):
         best = min(points, key=lambda p: p.loss)
-        rates = [p.first.learning_rate for p in points]
-        text = _edge(rates, best.first.learning_rate, "learning rate")
+        aside = {rate: sum(ls) / len(ls) for rate, ls in elsewhere[mixer, budget, size].items()}
+        lower = {rate: loss for rate, loss in aside.items() if loss < best.loss}
+        rates = {p.first.learning_rate for p in points} | set(aside)
+        if lower:
+            rate = min(lower, key=lambda r: (lower[r], r))
+            text: str | None = f"{rate:.3g}, which is not compared, was lower ({lower[rate]:.4f})"
+        elif len(rates) == 1:
+            text = "only one was tried"
+        else:
+            text = _edge(list(rates), best.first.learning_rate, "learning rate")
         if text:
-            flags.append(Flag(mixer, budget, "learning rate", size, text))
+            found.append(Flag(mixer, budget, "learning rate", size, text))
         text = _edge([p.first.batch_tokens for p in points], best.first.batch_tokens, "batch")
         if text:
-            flags.append(Flag(mixer, budget, "batch", size, text))
-    flags += _fewer_rates(groups)
-    flags += [Flag(i.mixer, i.budget, "size", i.best.size, i.edge) for i in iso if i.edge is not None]
-    return flags
+            found.append(Flag(mixer, budget, "batch", size, text))
+    found += _fewer_rates(groups)
+    found += [Flag(i.mixer, i.budget, "size", i.best.size, i.edge) for i in iso if i.edge is not None]
+    for (mixer, budget), point in sorted(selected.items()):
+        if len(point.records) == 1:
+            found.append(Flag(mixer, budget, "seeds", point.size, "only one was run"))
+        before = [p for (m, b), p in selected.items() if m == mixer and b < budget and p.loss < point.loss]
+        if before:
+            lowest = min(before, key=lambda p: p.loss)
+            text = f"{point.loss:.4f}, above the {lowest.loss:.4f} of {lowest.size} at {lowest.budget:.3g} FLOPs"
+            found.append(Flag(mixer, budget, "loss", point.size, text))
+    return found
 
 
-def _fewer_rates(groups: Mapping[tuple[str, float, str], Sequence[Any]]) -> list[Flag]:
+def _fewer_rates(groups: Mapping[tuple[str, float, str], Sequence[Point]]) -> list[Flag]:
     """Return a flag for each mixer that has fewer learning rates at its best size than another has at its own."""
     best: dict[tuple[float, str], tuple[float, str, int]] = {}
     for (mixer, budget, size), points in groups.items():
@@ -171,22 +201,27 @@ def _equal_effort(records: Sequence[CellRecord]) -> Check:
     tried: dict[tuple[float, str], dict[str, set[tuple[float, float]]]] = defaultdict(lambda: defaultdict(set))
     for r in records:
         tried[r.budget, r.size][r.mixer].add((r.learning_rate_factor, r.batch_factor))
-    counts = {place: {m: len(pairs) for m, pairs in by_mixer.items()} for place, by_mixer in tried.items()}
     name = "learning rate tuned with equal effort"
-    if all(n == 1 for by_mixer in counts.values() for n in by_mixer.values()):
+    if all(len(pairs) == 1 for by_mixer in tried.values() for pairs in by_mixer.values()):
         return Check(name, None, "one learning rate per size: nothing was tuned")
-    unequal = [f"{size} at {b:.3g}" for (b, size), by_mixer in sorted(counts.items()) if len({*by_mixer.values()}) > 1]
-    most: dict[float, dict[str, int]] = defaultdict(dict)
-    for (budget, _), by_mixer in counts.items():
-        for mixer, n in by_mixer.items():
-            most[budget][mixer] = max(n, most[budget].get(mixer, 0))
+    unequal = [
+        f"{size} at {budget:.3g}"
+        for (budget, size), by_mixer in sorted(tried.items())
+        if len({len(pairs) for pairs in by_mixer.values()}) > 1
+    ]
+    # By budget, each mixer's numbers of pairs: also over sizes that no rival has.
+    counts: dict[float, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
+    for (budget, _), by_mixer in tried.items():
+        for mixer, pairs in by_mixer.items():
+            counts[budget][mixer].add(len(pairs))
     text = "; ".join(
-        f"{budget:.3g}: {', '.join(map(str, sorted({*by_mixer.values()})))} per size"
-        for budget, by_mixer in sorted(most.items())
+        f"{budget:.3g}: {', '.join(map(str, sorted(set().union(*by_mixer.values()))))} per size"
+        for budget, by_mixer in sorted(counts.items())
     )
     if unequal:
         text += f"; unequal for {', '.join(unequal)}"
-    return Check(name, not unequal and all(len({*by_mixer.values()}) == 1 for by_mixer in most.values()), text)
+    alike = all(len({frozenset(ns) for ns in by_mixer.values()}) == 1 for by_mixer in counts.values())
+    return Check(name, not unequal and alike, text)
 
 
 def _annealed(records: Sequence[CellRecord]) -> Check:

@@ -10,7 +10,7 @@ from typing import Any
 from powertrain.scaling.cells import Cell, Expansion
 from powertrain.scaling.pricing import Device, Estimate, Pricer
 from powertrain.scaling.recipe import Recipe
-from powertrain.scaling.records import CellRecord
+from powertrain.scaling.records import CellRecord, Place
 from powertrain.scaling.timing import Timing
 
 
@@ -78,6 +78,11 @@ class Coverage:
     def planned(self) -> int:
         """Number of cells decided so far."""
         return len(self.cells)
+
+    @property
+    def place(self) -> Place:
+        """What it is about."""
+        return self.context, self.budget, self.mixer
 
     @property
     def complete(self) -> bool:

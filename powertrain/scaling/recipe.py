@@ -23,8 +23,8 @@ CONVENTIONS: tuple[Convention, ...] = get_args(Convention)
 
 # Sizes of a stage: every rung of the ladder; the rungs around the best of the budget before; the best of this budget.
 Sizes = Literal["all", "frontier", "best"]
-# Learning rates of a stage: the whole grid; the best of the same mixer and size at the nearest lower budget that had
-# several (or at this one, if an earlier stage had), times the stage's factors.
+# Learning rates of a stage: the whole grid; the best of the same mixer at the nearest lower budget that had several (or
+# at this one, if an earlier stage had), of the same size or the nearest one tried there, times the stage's factors.
 Rates = Literal["grid", "tuned"]
 
 

@@ -29,6 +29,9 @@ class CurvePoint:
     kind: str = "train"  # train (mean since the point before) or val (evaluation documents)
 
 
+Place = tuple[int, float, str]  # context, budget, mixer
+
+
 @dataclass(frozen=True)
 class CellRecord:
     """What one finished cell was, cost and reached; losses in nats per token, FLOPs forward and backward."""
@@ -86,6 +89,11 @@ class CellRecord:
             raise ValueError(
                 f"position_loss has {len(self.position_loss)} rows and position_tokens {len(self.position_tokens)}"
             )
+
+    @property
+    def place(self) -> Place:
+        """Context, budget and mixer: what a recipe asks cells for."""
+        return self.context, self.budget, self.mixer
 
     def flops(self, convention: Convention) -> float:
         """Return the training FLOPs of the cell under one convention."""

@@ -6,7 +6,7 @@ import io
 import json
 import math
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -164,14 +164,19 @@ def _verdict_rows(recipe: Recipe, findings: Findings, parts: Sequence[Coverage])
 
 
 def _doubts(recipe: Recipe, findings: Findings, parts: Sequence[Coverage], verdict: Verdict) -> list[str]:
-    used = {m: findings.selected[m, verdict.budget].size for m in (recipe.subject, verdict.duels[0].rival)}
+    used = {
+        m: findings.selected[m, verdict.budget].size for m in verdict.losses if (m, verdict.budget) in findings.selected
+    }
     flags = [f for f in findings.flags if f.budget == verdict.budget and f.size == used.get(f.mixer)]
     incomplete = [p for p in _incomplete(parts, findings.context) if p.budget == verdict.budget]
-    return [
-        *(f"not measured at this budget: {recipe.label(mixer)}" for mixer in verdict.unmeasured),
-        *(f"{recipe.label(f.mixer)}, {f.kind}: {f.text}" for f in flags),
-        *(f"{recipe.label(p.mixer)}, incomplete: {p}" for p in incomplete),
-    ]
+    alike: dict[str, list[str]] = defaultdict(list)
+    for mixer in verdict.unmeasured:
+        alike["not measured at this budget"].append(recipe.label(mixer))
+    for flag in flags:
+        alike[f"{flag.kind}: {flag.text}"].append(recipe.label(flag.mixer))
+    for part in incomplete:
+        alike[f"incomplete: {part}"].append(recipe.label(part.mixer))
+    return [f"{doubt} ({'; '.join(labels)})" for doubt, labels in alike.items()]
 
 
 def _doubt_lines(recipe: Recipe, findings: Findings, parts: Sequence[Coverage]) -> list[str]:
@@ -180,7 +185,8 @@ def _doubt_lines(recipe: Recipe, findings: Findings, parts: Sequence[Coverage]) 
         for v in findings.verdicts[recipe.convention]
         for doubt in _doubts(recipe, findings, parts, v)
     ]
-    return ["Doubts, of the configurations that these verdicts compare:", "", *lines, ""] if lines else []
+    lines += [f"- every budget: not met: {c.name} ({c.evidence})" for c in findings.checks if c.passed is False]
+    return ["Doubts, of the configurations that are compared:", "", *lines, ""] if lines else []
 
 
 def _convention_rows(recipe: Recipe, findings: Findings) -> list[list[str]]:
@@ -260,7 +266,7 @@ def _isoflop_rows(recipe: Recipe, findings: Findings) -> list[list[str]]:
             fitted = f"{i.minimum.parameters:.3g} ({i.minimum.loss:.4f})"
             spread = "{:.3g} to {:.3g}".format(*i.parameters_interval) if i.parameters_interval else ""
         else:
-            fitted = "no parabola" if i.parabola is None else "minimum outside the sizes measured"
+            fitted = "no parabola" if i.parabola is None else "minimum not bracketed"
         measured = f"{best.size}: {best.first.parameters:.3g} ({best.loss:.4f})"
         row = [recipe.label(i.mixer), f"{i.budget:.3g}", str(len(i.points)), measured, fitted, spread]
         rows.append([*row, f"{best.first.learning_rate:.3g}"])
@@ -286,8 +292,8 @@ def _method(recipe: Recipe) -> list[str]:
         f"documents "
         "are resampled, the same ones for every mixer; between-seed noise is Student-t with the deviation pooled over "
         "all "
-        "configurations that have several seeds. *Wins* and *loses* mean that the interval of the paired difference "
-        "excludes zero; no correction is made for the number of budgets.",
+        "configurations that have several seeds, those of other settings too. *Wins* and *loses* mean that the "
+        "interval of the paired difference excludes zero; no correction is made for the number of budgets.",
         "- A mixer's configuration at a budget is the lowest among those with the most seeds; its interval does not "
         "hold the "
         "luck of that choice.",
@@ -389,7 +395,7 @@ def _context_section(
         lines += ["### Parametric law", "", *_law_lines(recipe, findings)]
     if findings.flags:
         rows = [[recipe.label(f.mixer), f"{f.budget:.3g}", f.size, f.kind, f.text] for f in findings.flags]
-        lines += ["### At the edge of what was tried", "", *_table(["mixer", "FLOPs", "size", "what", "finding"], rows)]
+        lines += ["### What the data do not bound", "", *_table(["mixer", "FLOPs", "size", "what", "finding"], rows)]
     return lines
 
 
@@ -438,10 +444,12 @@ def build(
     if not records:
         raise ValueError(f"sweep {recipe.name!r} has no records yet: powertrain sweep run {recipe.name}")
     records = with_timings(records, timings)
-    cells = {cell for part in parts for cell in part.cells}
-    others = [r for r in records if r.cell not in cells] if parts else []
-    used = compared(records, cells)
-    results = [analyse(recipe, used, context, timings) for context in sorted({r.context for r in used})]
+    asked = {part.place: part.cells for part in parts}
+    used = compared(records, asked) if parts else records
+    others = [r for r in records if r.cell not in asked.get(r.place, ())] if parts else []
+    standing_in = {r.cell for r in used}
+    aside = [r for r in others if r.cell not in standing_in]
+    results = [analyse(recipe, used, context, timings, aside) for context in sorted({r.context for r in used})]
     files: dict[str, bytes] = {}
     drawn: list[tuple[int, Figure]] = []
     with style():

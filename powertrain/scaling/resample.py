@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,7 +75,17 @@ def pooled_seed_noise(groups: Sequence[Sequence[float]]) -> SeedNoise | None:
     return SeedNoise(float(np.sqrt(squares / degrees)), degrees) if degrees else None
 
 
-def resample(records: Sequence[CellRecord], replicates: int, seed: int = 0) -> Sample:
+def _configurations(records: Iterable[CellRecord]) -> dict[Key, tuple[CellRecord, ...]]:
+    groups: dict[Key, list[CellRecord]] = defaultdict(list)
+    for r in sorted(records, key=lambda r: (r.mixer, r.budget, r.parameters, r.cell)):
+        if r.annealed:
+            groups[r.context, r.mixer, r.budget, r.size, r.learning_rate_factor, r.batch_factor].append(r)
+    return {key: tuple(sorted(rs, key=lambda r: (r.seed, r.cell))) for key, rs in groups.items()}
+
+
+def resample(
+    records: Sequence[CellRecord], replicates: int, seed: int = 0, others: Sequence[CellRecord] = ()
+) -> Sample:
     """Group annealed records by configuration and resample documents and seeds.
 
     Documents: each replicate draws as many documents as there are, with replacement, the *same* ones for every cell.
@@ -86,12 +96,10 @@ def resample(records: Sequence[CellRecord], replicates: int, seed: int = 0) -> S
         records: of one context; unannealed ones are ignored.
         replicates: R.
         seed: of the bootstrap.
+        others: records of the same context that are no points, but of which several seeds of a configuration say as
+            well how much seeds differ.
     """
-    groups: dict[Key, list[CellRecord]] = defaultdict(list)
-    for r in sorted(records, key=lambda r: (r.mixer, r.budget, r.parameters, r.cell)):
-        if r.annealed:
-            groups[r.context, r.mixer, r.budget, r.size, r.learning_rate_factor, r.batch_factor].append(r)
-    members = {key: tuple(sorted(rs, key=lambda r: (r.seed, r.cell))) for key, rs in groups.items()}
+    members = _configurations(records)
     rng = np.random.default_rng(seed)
     lengths = {r.document_tokens for rs in members.values() for r in rs}
     weights: Array | None = None
@@ -100,7 +108,7 @@ def resample(records: Sequence[CellRecord], replicates: int, seed: int = 0) -> S
         documents = tokens.size
         drawn = rng.multinomial(documents, np.full(documents, 1 / documents), size=replicates)
         weights = drawn / (drawn @ tokens)[:, None]
-    noise = pooled_seed_noise([[r.loss for r in rs] for rs in members.values()])
+    noise = pooled_seed_noise([[r.loss for r in rs] for rs in _configurations([*records, *others]).values()])
     points = []
     for (context, mixer, budget, size, lr, batch), rs in members.items():
         loss = float(np.mean([r.loss for r in rs]))

@@ -12,13 +12,13 @@ import os
 import re
 import statistics
 import tempfile
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from powertrain.scaling.compare import compared, select
-from powertrain.scaling.records import CellRecord
+from powertrain.scaling.records import CellRecord, Place
 from powertrain.scaling.resample import resample
 from powertrain.schema import ConfigError, build
 from powertrain.training.config import BudgetConfig
@@ -104,13 +104,13 @@ def with_timings(records: Iterable[CellRecord], timings: Iterable[Timing]) -> li
     return timed
 
 
-def winners(records: Sequence[CellRecord], cells: Set[str]) -> list[CellRecord]:
+def winners(records: Sequence[CellRecord], asked: Mapping[Place, Set[str]]) -> list[CellRecord]:
     """Return a record of each configuration that the report selects, one for each mixer, size and context.
 
     Args:
-        cells: ids of the cells that the recipe asks for; see `compared`.
+        asked: see `compared`.
     """
-    used = compared(records, cells)
+    used = compared(records, asked)
     found: dict[Key, CellRecord] = {}
     for context in sorted({r.context for r in used}):
         # Replicates make intervals, which a choice does not need.
@@ -181,12 +181,14 @@ def run_timings(state: SweepState, directory: Path, log: Path, say: Any) -> list
     """
     from powertrain.scaling.cells import make_cell
     from powertrain.scaling.execute import device_name, environment_here, printing_to
+    from powertrain.scaling.plan import coverage
     from powertrain.training.batching import resolve_devices
 
     environment = environment_here()
     known = {t.key for t in read(directory) if t.environment == environment}
     made = []
-    for record in winners(state.store.read(), {cell.id for cell in state.expand().cells}):
+    asked = {part.place: part.cells for part in coverage(state.recipe, state.expand(), state.store.finished())}
+    for record in winners(state.store.read(), asked):
         factors = record.learning_rate_factor, record.batch_factor
         cell = make_cell(
             state.recipe, state.catalog, record.mixer, record.size, record.context, record.budget, record.seed, *factors

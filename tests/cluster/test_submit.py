@@ -10,6 +10,7 @@ import yaml
 from powertrain.cli import main
 from powertrain.cluster import submit
 from powertrain.config import compose, from_values, to_values
+from powertrain.data.prepare import prepare
 from powertrain.native import KernelBuildError, KernelsUnavailable
 from powertrain.run_status import RunStatus, read_status, write_status
 
@@ -70,6 +71,20 @@ def test_a_dry_run_prints_the_very_script_and_touches_nothing(overrides, slurm_s
     assert [line.split()[0] for line in printed.err.splitlines()[:2]] == ["model", "plan"]
     assert main(["train", *overrides]) == 0
     assert printed.out == (tmp_path / "runs" / "r" / "slurm" / "job.sh").read_text()
+
+
+@pytest.mark.parametrize("flags", [[], ["cluster.dry_run=true"]])
+def test_what_the_data_here_contradict_is_not_submitted(overrides, slurm_stubs, tmp_path, capsys, flags):
+    (tmp_path / "book.txt").write_text("A sentence that comes again. " * 4000)
+    small = [*overrides, "model=1m", "data=text", f"data.files={tmp_path / 'book.txt'}", "data.split=tail"]
+    small += ["data.tokenizer.kind=bytes", f"paths.cache={tmp_path / 'cache'}"]
+    config = compose(small)
+    prepare(config.data, config.paths.cache)
+    assert main(["train", *small, *flags]) == 2
+    assert "no budget is given" in capsys.readouterr().err
+    assert not slurm_stubs.exists()
+    assert not (tmp_path / "runs").exists()
+    assert main(["train", *small, *flags, "trainer.max_tokens=1e5"]) == 0
 
 
 def test_a_job_sees_nothing_of_the_job_or_launcher_around_its_submission(overrides, slurm_stubs, monkeypatch):

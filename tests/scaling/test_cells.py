@@ -178,6 +178,29 @@ def test_factors_try_rates_around_the_tuned_one_and_later_stages_take_the_best()
         assert {c.learning_rate_factor for c in cells if c.seed == 1 or c.budget == 1e16} == {best}
 
 
+def test_what_is_tuned_at_a_budget_comes_from_all_stages_that_tuned_there():
+    stages = (
+        Stage((1e15,), "all", "grid"),
+        Stage((3e15,), "frontier", "tuned", factors=(0.25, 1.0)),
+        Stage((3e15,), "frontier", "tuned", rungs=1, factors=(0.5, 1.0)),
+        Stage((3e15,), "best", "tuned", seeds=(1,)),
+    )
+    batches = Rule(65536, grid=(1.0, 2.0))
+    recipe = synthetic.recipe(stages=stages, limits=Limits(min_steps=20), warmup_steps=5, batch_tokens=batches)
+
+    def loss(cell):
+        # The second stage finds 0.25, the third half of that; twice the batch is better than the rule's.
+        favourite = 1.0 if cell.budget < 3e15 else 0.125
+        return cell.cost.parameters * 1e-9 + abs(cell.learning_rate_factor - favourite) + 0.1 / cell.batch_factor
+
+    expansion, _ = run_all(recipe, loss=loss)
+    for mixer in recipe.mixers:
+        cells = [c for c in expansion.cells if c.mixer == mixer and c.budget == 3e15]
+        assert {c.batch_factor for c in cells} == {2.0}, "the factors are of the learning rate alone"
+        assert {c.learning_rate_factor for c in cells if c.seed == 1} == {0.125}
+        assert {c.learning_rate_factor for c in cells if c.seed == 0} == {0.25, 1.0, 0.125}
+
+
 def test_a_failed_cell_does_not_hold_up_the_rest():
     first = expand(staged(), {})
     broken = {c.id for c in first.cells if c.mixer == "power" and c.learning_rate_factor == 1.0}

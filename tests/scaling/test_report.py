@@ -222,7 +222,7 @@ def test_the_page_says_what_is_missing():
     text = page(recipe(), [found], [], asked)
     assert f"| 1e+15 | power, deg 2 | {len(own)} of {len(own) + 1} cells |" in text
     assert "| 3e+15 | power, deg 2 | nothing yet, at most 5 more once these are known |" in text
-    assert "- 3e+15 FLOPs: power, deg 2, incomplete: nothing yet, at most 5 more" in text, "a doubt of its verdict too"
+    assert "- 3e+15 FLOPs: incomplete: nothing yet, at most 5 more once these are known (power, deg 2)" in text
 
 
 def test_findings_rest_on_the_cells_that_the_recipe_asks_for():
@@ -242,22 +242,82 @@ def test_findings_rest_on_the_cells_that_the_recipe_asks_for():
         if r.mixer == "power" and r.learning_rate_factor == 1.0
         for b in (1e15, 3e15)
     ]
-    asked = frozenset(r.cell for r in kept)
+    cells = frozenset(r.cell for r in kept)
+    mixers = sorted({r.mixer for r in kept})
     parts = [
-        Coverage(65536, 1e15, m, frozenset(r.cell for r in kept if r.mixer == m), 0, 0, 0)
-        for m in sorted({r.mixer for r in kept})
+        Coverage(65536, b, m, frozenset(r.cell for r in kept if r.place == (65536, b, m)), 0, 0, 0)
+        for b in (1e15, 3e15)
+        for m in mixers
     ]
+    asked = {part.place: part.cells for part in parts}
     used = compared([*kept, *lucky], asked)
-    assert {r.cell for r in used if r.budget == 1e15} == asked
+    assert {r.cell for r in used if r.budget == 1e15} == cells
     assert len([r for r in used if r.budget == 3e15]) == len(lucky) / 2, "in place of cells that are not there"
-    files = build(recipe(analysis=Analysis(bootstrap=100)), [*kept, *lucky], parts)
+    assert {r.budget for r in compared([*kept, *lucky], {p: asked[p] for p in asked if p[1] == 1e15})} == {1e15}
+    without = {place: ids for place, ids in asked.items() if place[2] != "window"}
+    assert "window" not in {r.mixer for r in compared(kept, without)}, "the recipe has it no longer"
+    settings = recipe(analysis=Analysis(bootstrap=100))
+    files = build(settings, [*kept, *lucky], parts)
     text = files["README.md"].decode()
     assert f"{len(lucky)} finished cells are of other settings" in text
     assert f"none of the recipe's own is finished: power, deg 2 at 3e+15 FLOPs ({len(lucky) // 2})." in text
-    alone = json.loads(build(recipe(analysis=Analysis(bootstrap=100)), kept)["summary.json"])
+    alone = json.loads(build(settings, kept)["summary.json"])
     verdicts = [json.loads(files["summary.json"]), alone]
     losses = [v["contexts"]["65536"]["verdicts"]["algorithmic"][0]["losses"] for v in verdicts]
     assert losses[0] == losses[1]
+
+
+def test_what_is_not_compared_still_says_how_much_seeds_differ_and_which_rates_are_worse():
+    own = records(curves=False, budgets=(1e15,), factors=(0.5, 1.0), seeds=(0, 1))
+    found = analyse(recipe(), own, 65536)
+    edge = {f.mixer for f in found.flags if f.text.startswith("the highest learning rate")}
+    assert edge == {r.mixer for r in own}
+
+    def aside(change):
+        made = [
+            dataclasses.replace(
+                r,
+                cell=f"{r.cell}-{seed}",
+                seed=seed,
+                learning_rate=2 * r.learning_rate,
+                learning_rate_factor=2.0,
+                loss=r.loss + change + 0.5 * seed,
+                document_loss=(),
+                document_tokens=(),
+            )
+            for r in own
+            if r.learning_rate_factor == 1.0 and r.seed == 0
+            for seed in (0, 1)
+        ]
+        return analyse(recipe(), own, 65536, (), made)
+
+    worse = aside(1.0)
+    assert not [f for f in worse.flags if "highest learning rate" in f.text], "it was tried"
+    assert worse.sample.seed_noise.deviation > 2 * found.sample.seed_noise.deviation
+    assert worse.selected.keys() == found.selected.keys()
+    assert all(worse.selected[key].loss == found.selected[key].loss for key in found.selected)
+    lower = [f for f in aside(-1.0).flags if f.kind == "learning rate"]
+    assert lower
+    assert all("which is not compared, was lower" in f.text for f in lower)
+
+
+def test_one_seed_one_rate_and_a_loss_that_rises_are_doubts():
+    made = records(curves=False, budgets=(1e15, 3e15), factors=(1.0,), seeds=(0,))
+    worse = [
+        dataclasses.replace(r, loss=9.0, document_loss=(), document_tokens=())
+        if r.mixer == "softmax" and r.budget == 3e15
+        else r
+        for r in made
+    ]
+    found = analyse(recipe(), worse, 65536)
+    kinds = {(f.mixer, f.budget, f.kind) for f in found.flags}
+    for mixer in {r.mixer for r in made}:
+        assert {(mixer, 3e15, "seeds"), (mixer, 3e15, "learning rate")} <= kinds
+    assert {(m, b) for m, b, kind in kinds if kind == "loss"} == {("softmax", 3e15)}
+    text = page(recipe(), [found], [])
+    assert "- 3e+15 FLOPs: loss: 9.0000, above the " in text
+    assert "- 3e+15 FLOPs: seeds: only one was run (power, deg 2; softmax" in text
+    assert "- every budget: not met: same evaluation documents and positions" in text
 
 
 def gain(**changes):
@@ -333,7 +393,7 @@ def test_edges_are_flagged_and_never_silently_used():
     assert ("power", "size", "the largest size measured is the best") in flags
     assert any(kind == "learning rate" and "lowest learning rate tried" in text for _, kind, text in flags)
     text = page(recipe(), [found], [])
-    assert "### At the edge of what was tried" in text
+    assert "### What the data do not bound" in text
     assert "lowest learning rate tried" in text.split("### At the edge")[0], "a doubt stands beside its verdict"
 
 

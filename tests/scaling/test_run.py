@@ -174,7 +174,7 @@ def test_a_sweep_cut_short_reports_what_there_is_and_what_is_missing(tmp_path):
         row = f"| {part.budget:.3g} | {RECIPE.label(part.mixer)} | {part} |"
         assert (row in missing) is not part.complete
     doubts = [line for line in text.splitlines() if line.startswith("- 1e+15 FLOPs: ") and "incomplete:" in line]
-    lacking = [part for part in first if part.budget == 1e15 and not part.complete]
+    lacking = {str(part) for part in first if part.budget == 1e15 and not part.complete}
     assert len(doubts) == (len(lacking) if "### Verdict" in text else 0)
 
     second = state_in(tmp_path / "second")

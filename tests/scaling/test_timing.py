@@ -46,7 +46,8 @@ def test_winners_are_what_the_report_selects_once():
     lucky = dataclasses.replace(
         own[0], cell="other", size="elsewhere", loss=own[0].loss / 2, document_loss=(), document_tokens=()
     )
-    found = timing.winners([*own, lucky], {r.cell for r in own})
+    asked = {r.place: {o.cell for o in own if o.place == r.place} for r in own}
+    found = timing.winners([*own, lucky], asked)
     assert len({timing.key_of(r) for r in found}) == len(found)
     selected = analyse(synthetic.recipe(), own, 65536).selected
     assert {(r.mixer, r.size) for r in found} == {(mixer, p.size) for (mixer, _), p in selected.items()}
@@ -105,7 +106,7 @@ def test_a_sweep_is_prepared_run_timed_and_reported(tmp_path, capsys):
     of_power = next(t for t in timing.read(root / "timings") if t.mixer == "power")
     timing.write(root / "timings", dataclasses.replace(of_power, environment={**of_power.environment, "torch": "1.0"}))
     assert main(["sweep", "report", recipe, *here]) == 0
-    (line,) = [x for x in (root / "report" / "README.md").read_text().splitlines() if "one version of the code" in x]
+    line = next(x for x in (root / "report" / "README.md").read_text().splitlines() if "| one version of the code" in x)
     assert "**no**" in line
     assert "torch 1.0, " in line
     assert main(["sweep", "time", recipe, *here]) == 0
