@@ -14,6 +14,12 @@ from typing import Any, NoReturn
 POLL = 0.1  # seconds between two looks at what may have come
 
 
+def _say(line: bytes) -> None:
+    """Write a line to the terminal from within a handler, on rank 0 alone."""
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        os.write(2, b"\npowertrain: " + line + b"\n")
+
+
 def end_at_once() -> NoReturn:
     """End this process on a second Ctrl-C, with one line of rank 0, whatever it does.
 
@@ -21,8 +27,7 @@ def end_at_once() -> NoReturn:
     `status.json` stays at `running`, as that of a killed process, which counts as lost when its heartbeat is old.
     """
     try:
-        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-            os.write(2, b"\npowertrain: ended at once; what was saved before is kept\n")
+        _say(b"ended at once; what was saved before is kept")
         # Workers of the data would look only every few seconds whether this process is still there.
         for child in multiprocessing.active_children():
             child.kill()
@@ -100,6 +105,8 @@ class StopSignals:
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.received is not None and signum == signal.SIGINT:
             end_at_once()
+        if self.received is None and self._deferred and signum == signal.SIGINT:
+            _say(b"stopping after this step, and saving; Ctrl-C again ends it at once")
         self.received = self.received or signum
         if not self._deferred and not self._ending:
             self._ending = True

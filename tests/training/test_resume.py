@@ -108,11 +108,13 @@ def test_kill_nine_then_the_same_call_equals_the_unbroken_run(tmp_path, unbroken
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("step", [4, 5])
-def test_a_signal_saves_after_the_step_and_says_so(tmp_path, unbroken, signum, step):
+def test_a_signal_saves_after_the_step_and_says_so(tmp_path, unbroken, signum, step, capfd):
     handler = signal.getsignal(signum)
     result = run_tiny(tmp_path / "run", steps=10, callbacks=[Do(step, lambda: os.kill(os.getpid(), signum))])
     assert result.interrupted_by == signum
     assert not result.finished
+    # At once, to whoever waits at a terminal.
+    assert ("stopping after this step" in capfd.readouterr().err) is (signum == signal.SIGINT)
     # The step in which the signal came, or the next, where the callback ran after the check.
     assert result.counters.step in (step, step + 1)
     assert result.checkpoint is not None
@@ -138,6 +140,7 @@ def test_a_second_signal_ends_at_once_with_one_line(tmp_path):
     assert process.wait(240) == 130
     *_, last = said = (tmp_path / "errors").read_text().splitlines()
     assert last == "powertrain: ended at once; what was saved before is kept"
+    assert "powertrain: stopping after this step, and saving; Ctrl-C again ends it at once" in said
     assert not any("Traceback" in line for line in said)
     assert run_tiny(tmp_path / "run", steps=10).finished
 
