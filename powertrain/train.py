@@ -246,7 +246,7 @@ def _model_line(config: RunConfig, model: ModelConfig) -> str:
     from powertrain.models.flops import num_parameters
     from powertrain.training.length import amount
 
-    kinds = ", ".join(dict.fromkeys(model.mixer.kinds))
+    kinds = ", ".join(model.mixer.kinds) + (" in turn" if len(model.mixer.kinds) > 1 else "")
     return (
         f"model   {amount(sum(num_parameters(model).values()))} parameters: {model.n_layers} layers of {kinds}, width "
         f"{model.d_model}, {model.n_heads} heads of {model.head_dim}, context {config.trainer.context_length:,}"

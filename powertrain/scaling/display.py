@@ -100,7 +100,7 @@ def status_table(state: SweepState, *, bar: bool) -> RenderableType:
                 counts = ([f"{len(done)}/{len(own)}"] if own else []) + ([f"+{later} later"] if later else [])
                 parts = [" ".join(counts) or "-"]
                 if done:
-                    parts.append(f"best {min(done):.4f}")
+                    parts.append(f"lowest {min(done):.4f}")
                 if bad := sum(c.id in failed for c in own):
                     parts.append(f"[red]{bad} failed[/red]")
                 row.append("\n".join(parts))

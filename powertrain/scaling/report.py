@@ -60,13 +60,20 @@ CAPTIONS: dict[Figure, str] = {
 }
 
 
-def _caption(kind: Figure, findings: Findings) -> str:
+def _caption(recipe: Recipe, kind: Figure, findings: Findings) -> str:
     # Marks that need not occur are spoken of where they do.
     text = CAPTIONS[kind]
     if kind == "isoflop" and has_minimum(findings):
         text += " Stars: minima of the parabolas."
     if kind == "isoflop" and has_edge(findings):
         text += " A red ring marks a best size at the edge of those measured, which is no minimum."
+    if kind == "perplexity" and any(law.frontier for law in findings.laws):
+        text += " Dashed: the fitted law at the size that it finds best, which need not be one that was trained."
+    if kind == "seconds":
+        untimed = [
+            f"{recipe.label(m)} at {b:.3g}" for (m, b), p in sorted(findings.selected.items()) if p.seconds is None
+        ]
+        text += f" Left out: {', '.join(untimed)} FLOPs." if untimed else ""
     return text
 
 
@@ -370,7 +377,7 @@ def _context_section(
             "",
             f"![{kind}]({stem}.png)",
             "",
-            _caption(kind, findings),
+            _caption(recipe, kind, findings),
             "",
         ]
         lines += [f"([SVG]({stem}.svg))", ""]

@@ -320,6 +320,14 @@ def test_one_seed_one_rate_and_a_loss_that_rises_are_doubts():
     assert "- every budget: not met: same evaluation documents and positions" in text
 
 
+def test_the_page_names_what_has_no_time_of_its_own():
+    made = records(curves=False, budgets=(1e15, 3e15), seeds=(0,))
+    shared = [dataclasses.replace(r, runners=2) if r.place[1:] == (1e15, "softmax") else r for r in made]
+    settings = recipe(analysis=Analysis(bootstrap=100))
+    assert "Left out: softmax at 1e+15 FLOPs." in build(settings, shared)["README.md"].decode()
+    assert "Left out" not in build(settings, made)["README.md"].decode()
+
+
 def gain(**changes):
     point = Gain(1e16, 2.0, 1.0, "at least")
     values = {"low": 0.722, "low_bound": False, "high": 1.0, "high_bound": True, "censored_share": 0.774}

@@ -283,7 +283,7 @@ def test_the_status_of_four_mixers_is_whole_on_a_terminal_of_80_columns(tmp_path
     assert header == ["FLOPs", *RECIPE.mixers]
     assert counts == ["1e+15", *" ".join(f"{len(c) - 1}/{len(c)} +2 later" for c in planned.values()).split()]
     losses = [min(state.outcomes()[c] for c in cells[1:]) for cells in planned.values()]
-    assert best == " ".join(f"best {loss:.4f}" for loss in losses).split()
+    assert best == " ".join(f"lowest {loss:.4f}" for loss in losses).split()
 
 
 @pytest.mark.parametrize(("name", "flags"), [("plan", []), ("plan", ["--json"]), ("status", [])])
