@@ -237,6 +237,6 @@ def analyse(
             if base is not None and m != recipe.baseline
         },
         positions=tuple(positions(recipe, selected)),
-        flags=tuple(flags(recipe, sample, selected, iso, aside)),
-        checks=tuple(fairness(recipe, here, sample, timings)),
+        flags=tuple(flags(sample, selected, iso, aside)),
+        checks=tuple(fairness(here, sample, timings)),
     )

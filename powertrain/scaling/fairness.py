@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from powertrain.scaling.recipe import Recipe
 from powertrain.scaling.records import CellRecord
 from powertrain.scaling.resample import Point, Sample
 from powertrain.scaling.timing import key_of
@@ -49,7 +48,6 @@ def _edge(values: Sequence[float], best: float, what: str) -> str | None:
 
 
 def flags(
-    recipe: Recipe,
     sample: Sample,
     selected: Mapping[tuple[str, float], Point],
     iso: Sequence[IsoFlop],
@@ -115,9 +113,7 @@ def _fewer_rates(groups: Mapping[tuple[str, float, str], Sequence[Point]]) -> li
     return flags
 
 
-def fairness(
-    recipe: Recipe, records: Sequence[CellRecord], sample: Sample, timings: Sequence[Timing] = ()
-) -> list[Check]:
+def fairness(records: Sequence[CellRecord], sample: Sample, timings: Sequence[Timing] = ()) -> list[Check]:
     """Return every condition of a fair comparison, judged from the records of one context and their timings.
 
     Args:
