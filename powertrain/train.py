@@ -213,11 +213,12 @@ def _length(config: RunConfig, model_config: ModelConfig) -> TrainingLength:
     )
 
 
-def plan(config: RunConfig, *, here: bool = True) -> list[str]:
+def plan(config: RunConfig, *, here: bool = True, without_data: bool = True) -> list[str]:
     """Return what the run that `config` describes amounts to, in lines for the user; nothing is prepared or written.
 
     Args:
         here: whether it would train on this machine; where a job trains, data may be that are not here.
+        without_data: False returns no lines, and imports no torch, where the data are not prepared here.
     Errors:
         ValueError, OSError, ShardError: the configuration contradicts the data, or they are not there or damaged.
     """
@@ -229,7 +230,9 @@ def plan(config: RunConfig, *, here: bool = True) -> list[str]:
     except (ValueError, OSError) as error:
         if here:
             raise
-        return [f"plan    not known here: {error}"]
+        return [f"plan    not known here: {error}"] if without_data else []
+    if not is_prepared and not without_data:
+        return []
     datamodule = _datamodule(config) if is_prepared else None
     try:
         vocab_size = datamodule.vocab_size if datamodule else planned_vocabulary(config)

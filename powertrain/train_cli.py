@@ -102,31 +102,22 @@ def _plan(config: RunConfig, *, submits: bool) -> int:
 
         resolve_devices(config.trainer)
     check_same_run(Path(config.paths.runs) / config.resolved_run_id(), config)
-    # A submission without the data here knows no more than its configuration, and need not import torch for that.
-    if config.cluster.dry_run or _data_here(config):
-        from powertrain.data.shards import ShardError
+    from powertrain.data.shards import ShardError
 
-        try:
-            lines = plan(config, here=not submits)
-        except ShardError as error:
-            print(f"powertrain train: {error}", file=sys.stderr)
-            return 1
-        # Of a job, its script or its id alone is the output.
-        print("\n".join(lines), file=sys.stderr if submits else sys.stdout)
+    try:
+        # A submission without the data knows no more than its configuration, and should be quick.
+        lines = plan(config, here=not submits, without_data=config.cluster.dry_run)
+    except ShardError as error:
+        print(f"powertrain train: {error}", file=sys.stderr)
+        return 1
+    # Of a job, its script or its id alone is the output.
+    for line in lines:
+        print(line, file=sys.stderr if submits else sys.stdout)
     if not submits:
         return 0
     from powertrain.cluster import submit
 
     return submit.main(config)
-
-
-def _data_here(config: RunConfig) -> bool:
-    from powertrain.data.prepare import prepared
-
-    try:
-        return prepared(config.data, config.paths.cache) is not None
-    except (ValueError, OSError):
-        return False
 
 
 def _train_here(config: RunConfig, arguments: argparse.Namespace, argv: list[str], signals: StopSignals) -> int:

@@ -18,6 +18,7 @@ def _killed_with_a_lock() -> int:
 
 def _kill_one() -> None:
     """Of an interpreter whose end, with that of its server and tracker, can be waited for."""
+    # The server need not hold all that a training imports; its type has that many entries.
     forked.PRELOAD = ()  # type: ignore[assignment]
     killed = forked.Forked(_killed_with_a_lock, [], dict(os.environ))
     assert killed.wait(60) == -signal.SIGKILL

@@ -281,6 +281,25 @@ class Expander:
         done = {key: [self.outcomes[c.id] for c in seeds if c.id in self.outcomes] for key, seeds in choices.items()}
         return {key: sum(losses) / len(losses) for key, losses in done.items() if losses}
 
+    def choices(
+        self, stages: Iterable[int], mixer: str, context: int, budget: float
+    ) -> dict[tuple[int, str, float, float], list[Cell]]:
+        """Return the cells, one for each seed, of every stage, size and pair of factors that has the budget.
+
+        Errors:
+            Undecided, ConfigError: as `sizes` and `factors`.
+        """
+        found = {}
+        for index in stages:
+            stage = self.recipe.stages[index]
+            if budget not in stage.budgets:
+                continue
+            for size in self.sizes(index, mixer, context, budget):
+                for lr, batch in self.factors(index, mixer, size, context, budget):
+                    cells = [self.cell(mixer, size, context, budget, seed, lr, batch) for seed in stage.seeds]
+                    found[index, size, lr, batch] = cells
+        return found
+
     def tuned(self, stage: int, mixer: str, size: str, context: int, budget: float) -> tuple[float, float]:
         """Return the best pair of factors at the nearest budget with several, of this size or the nearest tried there.
 
@@ -293,20 +312,14 @@ class Expander:
         """
         before = list(enumerate(self.recipe.stages[:stage]))
         at = max(b for _, s in before if s.tunes for b in s.budgets if b <= budget)
-        choices: dict[tuple[str, int, float, float], list[Cell]] = {}
-        for index, s in before:
-            if not s.tunes or at not in s.budgets:
-                continue
-            for tried in self.sizes(index, mixer, context, at):
-                for lr, batch in self.factors(index, mixer, tried, context, at):
-                    choices[tried, index, lr, batch] = [
-                        self.cell(mixer, tried, context, at, seed, lr, batch) for seed in s.seeds
-                    ]
+        choices = self.choices((index for index, s in before if s.tunes), mixer, context, at)
         ladder = list(self.recipe.ladder)
         here = ladder.index(size)
-        sizes = sorted({tried for tried, *_ in choices}, key=lambda t: (abs(ladder.index(t) - here), ladder.index(t)))
+        sizes = sorted(
+            {tried for _, tried, *_ in choices}, key=lambda t: (abs(ladder.index(t) - here), ladder.index(t))
+        )
         for nearest in sizes:
-            losses = self.losses({key: cells for key, cells in choices.items() if key[0] == nearest})
+            losses = self.losses({key: cells for key, cells in choices.items() if key[1] == nearest})
             if losses:
                 return min(losses, key=lambda key: (losses[key], key))[2:]
         raise ConfigError(f"no cell that tunes {mixer}'s learning rate at {at:g} FLOPs finished")
@@ -318,14 +331,8 @@ class Expander:
             Undecided: a cell there is not settled.
             ConfigError: all of them failed, or none is feasible.
         """
-        choices: dict[tuple[int, str, float, float], list[Cell]] = {}
-        for index, stage in enumerate(self.recipe.stages[:before]):
-            if stage.sizes == "best" or budget not in stage.budgets:
-                continue
-            for size in self.sizes(index, mixer, context, budget):
-                for lr, batch in self.factors(index, mixer, size, context, budget):
-                    cells = [self.cell(mixer, size, context, budget, seed, lr, batch) for seed in stage.seeds]
-                    choices[index, size, lr, batch] = cells
+        stages = enumerate(self.recipe.stages[:before])
+        choices = self.choices((index for index, stage in stages if stage.sizes != "best"), mixer, context, budget)
         losses = self.losses(choices)
         if not losses:
             raise ConfigError(f"no cell of {mixer} at {budget:g} FLOPs finished")
