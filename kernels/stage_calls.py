@@ -66,8 +66,8 @@ class ForwardPass(ctypes.Structure):
 
 class BackwardPass(ctypes.Structure):
     _fields_ = [
-        ("phase", I32), ("dy", Strided), ("y", Strided), ("normalizer", P), ("saved", P), ("cu_seqlens", P), ("num_cu_seqlens", I32),
-        ("has_initial_state", I32), ("dfinal_state", P), ("dfinal_sum_of_keys", P), ("dq", Strided), ("dk", Strided), ("dv", Strided),
+        ("phase", I32), ("dy", Strided), ("y", Strided), ("normalizer", P), ("saved", P), ("has_documents", I32), ("has_initial_state", I32),
+        ("dfinal_state", P), ("dfinal_sum_of_keys", P), ("dq", Strided), ("dk", Strided), ("dv", Strided),
         ("dlog_G", P), ("dlog_G_stride_b", I64), ("dlog_G_stride_t", I64), ("dlog_G_stride_h", I64), ("dinitial_state", P),
         ("dinitial_sum_of_keys", P), ("begun", P), ("workspace", P),
     ]  # fmt: skip

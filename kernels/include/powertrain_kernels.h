@@ -17,7 +17,7 @@
  *     pt_chunk_state reverse   q, dn'             -> gradients of the states leaving each chunk, gradient of the initial state
  *     pt_chunk_scan reverse    k, q, dn', dstates -> dv
  *     pt_chunk_scan_grad       q, dn', states     -> dq, q . dq     (and reverse: k, v', dstates -> dk, k . dk)
- *     pt_state_flow            states, dstates    -> what passes through each chunk
+ *     pt_state_flow            states, dstates    -> dlog_G beyond the ends of chunks
  *     pt_gate_grad             the last three     -> dlog_G
  * Beside it, the loss of a language model's head:
  *     pt_cross_entropy         logits, labels     -> losses, gradients in place of the logits
@@ -31,7 +31,7 @@
 extern "C" {
 #endif
 
-#define PT_ABI_VERSION 6
+#define PT_ABI_VERSION 7
 #define PT_API __attribute__((visibility("default")))
 
 typedef enum { PT_OK = 0, PT_INVALID = 1, PT_UNSUPPORTED = 2, PT_CUDA_ERROR = 3 } pt_status;
@@ -154,28 +154,29 @@ typedef struct {
 } pt_pack_grad_params;
 PT_API int pt_pack_grad(const pt_problem* problem, const pt_pack_grad_params* params, void* stream);
 
-/* What passes through each chunk from before it to after it: chunk_decay_n <states_n, grad_states_n>, (B, Hk, N) fp32 in packed units. */
+/* dlog_G beyond the end of each chunk, the sum of w_ij dW_ij over the pairs on both sides of it, as what passes through the chunk from before it,
+ * chunk_decay_n <states_n, grad_states_n>, and what its keys give to later chunks: (B, Hk, N) fp32 in packed units. */
 typedef struct {
-  const void* states;      /* forward */
+  const void* states;      /* forward; null: nothing entered the only chunk */
   const void* grad_states; /* reverse */
   const void* gates;
-  float* through;          /* out */
+  const float* key_dots;   /* as pt_chunk_scan_grad reverse wrote it */
+  float* flow;             /* out */
 } pt_state_flow_params;
 PT_API int pt_state_flow(const pt_problem* problem, const pt_state_flow_params* params, void* stream);
 
-/* dlog_G_t = sum of w_ij dW_ij over the pairs i >= t > j, chunk by chunk as the sum of four parts, none of them a difference of large
- * numbers: pairs within the chunk (suffix sums of query minus key dots; both come from the same rounded terms, so pairs on one side of t
- * cancel), from before the chunk (suffix sums of the queries' state part), to after it (prefix sums of the keys' state part), through it. */
+/* dlog_G_t = sum of w_ij dW_ij over the pairs i >= t > j, from the ends of chunks, where `flow` holds it, to the left: what token t receives as a
+ * query crosses its gate, what it gives as a key does not, dlog_G_t = dlog_G_{t+1} + query_dots_t - key_dots_t. Both dots come from the same rounded
+ * terms, so that pairs of a chunk on one side of t cancel. */
 typedef struct {
-  const float* query_dots;    /* as pt_chunk_scan_grad wrote it */
-  const float* key_dots;      /* as pt_chunk_scan_grad reverse wrote it */
-  const float* through;       /* as pt_state_flow wrote it, or null: nothing */
-  const int32_t* cu_seqlens;  /* as in pt_gates */
-  int32_t num_cu_seqlens;
-  int32_t has_initial_state;  /* if 0, nothing passes the gate of a row's first token, and its gradient is zero exactly */
-  const float* dn_scale;      /* (B, Hk) divided out, or null */
-  const float* value_scale;   /* (B, Hk) divided out, or null */
-  float* dlog_G;              /* (B, T, Hk) out */
+  const float* query_dots;   /* as pt_chunk_scan_grad wrote it */
+  const float* key_dots;     /* as pt_chunk_scan_grad reverse wrote it */
+  const float* flow;         /* as pt_state_flow wrote it, or null: nothing goes on beyond the only chunk */
+  const void* gates;         /* as pt_gates wrote it, for the documents; or null: none */
+  int32_t has_initial_state; /* if 0, nothing passes the gate of a row's first token, and its gradient is zero exactly */
+  const float* dn_scale;     /* (B, Hk) divided out, or null */
+  const float* value_scale;  /* (B, Hk) divided out, or null */
+  float* dlog_G;             /* (B, T, Hk) out */
   int64_t dlog_G_stride_b, dlog_G_stride_t, dlog_G_stride_h;
 } pt_gate_grad_params;
 PT_API int pt_gate_grad(const pt_problem* problem, const pt_gate_grad_params* params, void* stream);
@@ -294,8 +295,7 @@ typedef struct {
   pt_tensor dy, y;
   const float* normalizer; /* as pt_forward wrote it */
   const void* saved;       /* as pt_forward wrote it */
-  const int32_t* cu_seqlens;
-  int32_t num_cu_seqlens;
+  int32_t has_documents;     /* the forward pass had cu_seqlens */
   int32_t has_initial_state; /* as in the forward pass */
   const float* dfinal_state; /* (B, Hk, F, V) contiguous, or null: zero */
   const float* dfinal_sum_of_keys;

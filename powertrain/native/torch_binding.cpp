@@ -265,7 +265,7 @@ class BackwardInputs {
   BackwardInputs(const Pass& pass, const OptionalTensor& grad_out, const OptionalTensor& grad_state, const OptionalTensor& grad_sum,
                  const Tensor& out, const Tensor& saved, const OptionalTensor& cu_seqlens)
       : grad_out_(grad_out ? OptionalTensor(with_contiguous_rows(*grad_out)) : grad_out), grad_state_(contiguous(grad_state)),
-        grad_sum_(contiguous(grad_sum)), out_(out), saved_(saved), cu_seqlens_(contiguous(cu_seqlens)) {
+        grad_sum_(contiguous(grad_sum)), out_(out), saved_(saved), has_documents_(cu_seqlens.has_value()) {
     if (grad_out) pass.check_tensor("grad_out", *grad_out, out.sizes(), out.scalar_type());
     pass.check_tensor("saved", saved, {pass.saved_bytes()}, at::kByte);
     pass.check_state("grad_state", grad_state);
@@ -278,7 +278,7 @@ class BackwardInputs {
     pt_backward_params p{};
     if (grad_out_) p.dy = strided(*grad_out_);
     p.y = strided(out_), p.normalizer = normalizer_, p.saved = saved_.data_ptr();
-    p.cu_seqlens = pointer<int32_t>(cu_seqlens_), p.num_cu_seqlens = cu_seqlens_ ? (int32_t)cu_seqlens_->size(0) : 0;
+    p.has_documents = has_documents_;
     p.dfinal_state = pointer<float>(grad_state_), p.dfinal_sum_of_keys = pointer<float>(grad_sum_);
     return p;
   }
@@ -286,7 +286,7 @@ class BackwardInputs {
  private:
   const OptionalTensor grad_out_, grad_state_, grad_sum_;
   const Tensor out_, saved_;
-  const OptionalTensor cu_seqlens_;
+  const bool has_documents_;
   const float* normalizer_ = nullptr;
 };
 

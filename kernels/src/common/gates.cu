@@ -158,8 +158,9 @@ __device__ __forceinline__ double exclusive_sum(Segment mine, double* carried, S
   if (lane == 0) within = {0., 0};
   __syncthreads();
   Segment before_warp = {*carried, 0}, all = {*carried, 0};
-#pragma unroll
-  for (int w = 0; w < kThreads / 32; w++) {
+  const int count = blockDim.x / 32;
+#pragma unroll 4
+  for (int w = 0; w < count; w++) {
     if (w < warp) before_warp = then(before_warp, warps[w]);
     all = then(all, warps[w]);
   }
@@ -168,83 +169,112 @@ __device__ __forceinline__ double exclusive_sum(Segment mine, double* carried, S
   return then(before_warp, within).sum;
 }
 
-// One thread block per chunk, four tokens a thread.
-__global__ void __launch_bounds__(kThreads) gate_grad(pt_gate_grad_params a, int heads, int group, int64_t batch_heads, int64_t seq_len, int64_t padded,
-                                                      int64_t chunk_size, int64_t chunk_count) {
-  constexpr int kTokens = 4, kStep = kThreads * kTokens;
-  __shared__ Segment warps[kThreads / 32];
-  const int64_t bh = blockIdx.x / chunk_count, n = blockIdx.x % chunk_count, b = bh / heads, h = bh % heads;
-  const int64_t begin = n * chunk_size, end = min(begin + chunk_size, seq_len);
-  const double factor = 1. / ((a.dn_scale ? (double)a.dn_scale[bh] : 1.) * (a.value_scale ? (double)a.value_scale[bh] : 1.)), through = a.through ? a.through[blockIdx.x] : 0.;
-  float* out = a.dlog_G + b * a.dlog_G_stride_b + h * a.dlog_G_stride_h;
-  const float *keys = a.key_dots + bh * padded, *key_states = keys + batch_heads * padded;
-  const float* queries = a.query_dots + bh * group * padded;
+constexpr int kSpan = 2048;  // tokens of the short chunks that a thread block of gate_grad takes together
+int chunks_of_span(const pt_problem& p) { return p.chunk_size < kSpan ? kSpan / p.chunk_size : 1; }
 
+struct GateGradArguments {
+  const float *query_dots, *key_dots, *flow, *dn_scale, *value_scale;
+  const int32_t* document_start;
+  float* out;
+  int64_t stride_b, stride_t, stride_h, seq_len, padded;
+  int heads, group, chunk_size, chunk_count, span_chunks, span_count, has_initial_state;
+};
+
+// dlog_G_t = dlog_G_{t+1} + q_t.dq_t / 2 - k_t.dk_t / 2: what token t receives and what it gives cross its gate, or not. From the right, a span of
+// chunks for each thread block and four tokens a thread, begun anew with what state_flow found at the ends of chunks and, with zero, where a
+// document begins (or the row, from nothing): nothing passes its gate, whose gradient is zero.
+__global__ void __launch_bounds__(kSpan / 4) gate_grad(const __grid_constant__ GateGradArguments a) {
+  constexpr int kTokens = 4;
+  __shared__ Segment warps[kSpan / kTokens / 32];
+  const uint32_t bh = blockIdx.x / (uint32_t)a.span_count, span = blockIdx.x % (uint32_t)a.span_count, b = bh / (uint32_t)a.heads, h = bh % (uint32_t)a.heads;
+  const int64_t begin = (int64_t)span * a.span_chunks * a.chunk_size;
+  const int count = (int)min((int64_t)a.span_chunks * a.chunk_size, a.padded - begin);  // dots beyond the row are zero
+  const float *keys = a.key_dots + (int64_t)bh * a.padded + begin, *queries = a.query_dots + (int64_t)bh * a.group * a.padded + begin;
+  const int32_t* starts = a.document_start + (int64_t)b * a.padded + begin;
+  float* out = a.out + b * a.stride_b + h * a.stride_h + begin * a.stride_t;
   double carried = 0.;
-  for (int64_t done = 0; begin + done < end; done += kStep) {  // from the left: what goes on to later chunks
-    const int64_t first = begin + done + threadIdx.x * kTokens;
-    double value[kTokens], mine = 0.;
-#pragma unroll
-    for (int i = 0; i < kTokens; i++) mine += value[i] = first + i < end ? key_states[first + i] : 0.f;
-    double sum = exclusive_sum({mine, 0}, &carried, warps);
-#pragma unroll
-    for (int i = 0; i < kTokens; i++) {
-      if (first + i < end) out[(first + i) * a.dlog_G_stride_t] = (float)((sum + through) * factor);
-      sum += value[i];
-    }
-  }
-  carried = 0.;
-  for (int64_t done = 0; begin + done < end; done += kStep) {  // from the right: everything else
-    const int64_t last = end - 1 - done - threadIdx.x * kTokens;
-    double value[kTokens];
-    bool closed[kTokens];  // a document begins here (or the row, from nothing): its gate has no say, and nothing later reaches further left
+  for (int done = 0; done < count; done += blockDim.x * kTokens) {
+    const int end = count - done - (int)threadIdx.x * kTokens, first = end - kTokens;
+    bool begins = false;
+    float known = 0.f;
+    double value[kTokens] = {};
+    bool closed[kTokens] = {};
     Segment mine = {0., 0};
-#pragma unroll
-    for (int i = 0; i < kTokens; i++) {
-      const int64_t t = last - i;
-      value[i] = 0., closed[i] = false;
-      if (t >= begin) {
-        double sum = (double)key_states[t] - keys[t];
-        for (int q = 0; q < group; q++) sum += queries[q * padded + t];
-        value[i] = sum;
-        closed[i] = t == 0 ? !a.has_initial_state
-                           : a.cu_seqlens && document_begin(a.cu_seqlens, a.num_cu_seqlens, b * seq_len + t) == b * seq_len + t;
+    if (first >= 0) {
+      const float4 key = *(const float4*)(keys + first);
+      int4 start = make_int4(0, 0, 0, 0);
+      if (a.document_start) start = *(const int4*)(starts + first);
+      begins = end % a.chunk_size == 0 || end == count;
+      if (begins && a.flow) known = a.flow[(int64_t)bh * a.chunk_count + span * a.span_chunks + (end - 1) / a.chunk_size];
+#pragma unroll 4
+      for (int q = 0; q < a.group; q++) {
+        const float4 query = *(const float4*)(queries + q * a.padded + first);
+        value[0] += query.x, value[1] += query.y, value[2] += query.z, value[3] += query.w;
       }
-      mine = then(mine, {closed[i] ? 0. : value[i], closed[i]});
+      value[0] -= key.x, value[1] -= key.y, value[2] -= key.z, value[3] -= key.w;
+      const int of_token[kTokens] = {start.x, start.y, start.z, start.w};
+      if (begins) mine = {known, 1};
+#pragma unroll
+      for (int i = kTokens - 1; i >= 0; i--) {
+        const int64_t t = begin + first + i;
+        closed[i] = t == 0 ? !a.has_initial_state : of_token[i] == t;
+        mine = then(mine, {closed[i] ? 0. : value[i], closed[i]});
+      }
     }
     double sum = exclusive_sum(mine, &carried, warps);
+    if (begins) sum = known;
+    const double factor = 1. / ((a.dn_scale ? (double)a.dn_scale[bh] : 1.) * (a.value_scale ? (double)a.value_scale[bh] : 1.));
 #pragma unroll
-    for (int i = 0; i < kTokens; i++) {
-      const int64_t t = last - i;
+    for (int i = kTokens - 1; i >= 0; i--) {
+      const int64_t t = begin + first + i;
       sum = closed[i] ? 0. : sum + value[i];
-      if (t >= begin) out[t * a.dlog_G_stride_t] = closed[i] ? 0.f : out[t * a.dlog_G_stride_t] + (float)(sum * factor);
+      if (first >= 0 && t < a.seq_len) out[(first + i) * a.stride_t] = (float)(sum * factor);
     }
   }
 }
 
-// One thread block per chunk.
-template <typename T>
-__global__ void __launch_bounds__(kThreads) state_flow(const T* states, const T* grad_states, const float* chunk_decay, int head_dim, float scale,
-                                                       float* through) {
-  __shared__ float partial[kThreads / 32];
-  const float decay = chunk_decay[blockIdx.x];
-  const int tiles = phi_tiles(head_dim), groups = head_dim / 8 + 1;
-  const int64_t at = (int64_t)blockIdx.x * tiles * state_tile_elements(head_dim);
-  float sum = 0.f;
+// dlog_G beyond the end of each chunk, where nothing need be added up to know it: what passes through the chunk, chunk_decay <S, E>, and what its keys
+// send to later chunks. One thread block per chunk.
+template <typename T, int D>
+__global__ void __launch_bounds__(kThreads) state_flow(const T* states, const T* grad_states, const float* chunk_decay, const float* key_states,
+                                                       int64_t padded, int chunk_size, uint32_t chunk_count, float scale, float* flow) {
+  constexpr int kGroups = D / 8 + 1, kPieces = phi_tiles(D) * kGroups * kBlock, kAhead = 4;
+  __shared__ double partial[kThreads / 32];
+  const uint32_t bh = blockIdx.x / chunk_count, n = blockIdx.x % chunk_count;
+  const float decay = states ? chunk_decay[blockIdx.x] : 0.f;
+  float through = 0.f;
   if (decay > 0.f) {
-    for (int piece = threadIdx.x; piece < tiles * groups * kBlock; piece += kThreads) {  // eight columns of one row
-      const uint4 s = *(const uint4*)(states + at + (int64_t)piece * 8), e = *(const uint4*)(grad_states + at + (int64_t)piece * 8);
-      const uint32_t *sw = &s.x, *ew = &e.x;
-      float dot = 0.f;
-      if (piece / kBlock % groups == head_dim / 8) {  // the normaliser, hi and lo
-        dot = (Numeric<T>::low(sw[0]) + Numeric<T>::high(sw[0])) * (Numeric<T>::low(ew[0]) + Numeric<T>::high(ew[0]));
-      } else {
+    const int64_t at = (int64_t)blockIdx.x * phi_tiles(D) * state_tile_elements(D);
+    for (int first = threadIdx.x; first < kPieces; first += kAhead * kThreads) {  // eight columns of one row a piece
+      uint4 s[kAhead], e[kAhead];
 #pragma unroll
-        for (int i = 0; i < 4; i++) dot += Numeric<T>::low(sw[i]) * Numeric<T>::low(ew[i]) + Numeric<T>::high(sw[i]) * Numeric<T>::high(ew[i]);
+      for (int i = 0; i < kAhead; i++) {
+        const int piece = first + i * kThreads;
+        s[i] = e[i] = make_uint4(0, 0, 0, 0);
+        if (piece < kPieces) s[i] = *(const uint4*)(states + at + piece * 8), e[i] = *(const uint4*)(grad_states + at + piece * 8);
       }
-      // Both carry the weight of their tile, and the product is to have it once.
-      sum += tile_pair(piece / (kBlock * groups), head_dim).distance == 0 ? dot : 0.5f * dot;
+#pragma unroll
+      for (int i = 0; i < kAhead; i++) {
+        const int piece = first + i * kThreads;
+        const uint32_t *sw = &s[i].x, *ew = &e[i].x;
+        float dot = 0.f;
+        if (piece / kBlock % kGroups == D / 8) {  // the normaliser, hi and lo
+          dot = (Numeric<T>::low(sw[0]) + Numeric<T>::high(sw[0])) * (Numeric<T>::low(ew[0]) + Numeric<T>::high(ew[0]));
+        } else {
+#pragma unroll
+          for (int j = 0; j < 4; j++) dot += Numeric<T>::low(sw[j]) * Numeric<T>::low(ew[j]) + Numeric<T>::high(sw[j]) * Numeric<T>::high(ew[j]);
+        }
+        // Both carry the weight of their tile, and the product is to have it once.
+        through += tile_pair(piece / (kBlock * kGroups), D).distance == 0 ? dot : 0.5f * dot;
+      }
     }
+  }
+  const int64_t begin = (int64_t)n * chunk_size;
+  const int count = (int)min((int64_t)chunk_size, padded - begin);  // zero beyond the row
+  double sum = (double)(decay * scale) * through;
+  for (int t = threadIdx.x * 4; t < count; t += kThreads * 4) {
+    const float4 key = *(const float4*)(key_states + bh * padded + begin + t);
+    sum += (double)key.x + key.y + key.z + key.w;
   }
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
@@ -252,7 +282,25 @@ __global__ void __launch_bounds__(kThreads) state_flow(const T* states, const T*
   __syncthreads();
   if (threadIdx.x == 0) {
     for (int w = 1; w < kThreads / 32; w++) sum += partial[w];
-    through[blockIdx.x] = decay * sum * scale;
+    flow[blockIdx.x] = (float)sum;
+  }
+}
+
+template <typename T, int D>
+int run_state_flow(const pt_problem& p, const pt_state_flow_params& a, cudaStream_t stream) {
+  const int64_t padded = padded_blocks(p.seq_len) * kBlock, heads = (int64_t)p.batch * p.key_heads, chunk_count = chunks(p.seq_len, p.chunk_size);
+  state_flow<T, D><<<(unsigned)(heads * chunk_count), kThreads, 0, stream>>>((const T*)a.states, (const T*)a.grad_states, gates_of(p, a.gates).chunk_decay,
+                                                                             a.key_dots + heads * padded, padded, p.chunk_size, (uint32_t)chunk_count,
+                                                                             1.f / (p.state_scale * p.state_scale), a.flow);
+  return check_cuda(cudaGetLastError(), "state_flow");
+}
+
+template <typename T>
+int with_dim(const pt_problem& p, const pt_state_flow_params& a, cudaStream_t stream) {
+  switch (p.head_dim) {
+    case 32: return run_state_flow<T, 32>(p, a, stream);
+    case 64: return run_state_flow<T, 64>(p, a, stream);
+    default: return run_state_flow<T, 128>(p, a, stream);
   }
 }
 
@@ -281,27 +329,26 @@ int pt_gates(const pt_problem* problem, const pt_gates_params* params, void* str
 
 int pt_state_flow(const pt_problem* problem, const pt_state_flow_params* params, void* stream) {
   if (int status = validate(problem)) return status;
-  PT_REQUIRE(params && params->states && params->grad_states && params->gates && params->through);
-  const pt_problem& p = *problem;
-  const unsigned grid = (unsigned)(p.batch * p.key_heads * chunks(p.seq_len, p.chunk_size));
-  const float* chunk_decay = gates_of(p, params->gates).chunk_decay;
-  const float scale = 1.f / (p.state_scale * p.state_scale);
-  if (p.dtype == PT_BF16)
-    state_flow<__nv_bfloat16><<<grid, kThreads, 0, (cudaStream_t)stream>>>((const __nv_bfloat16*)params->states, (const __nv_bfloat16*)params->grad_states,
-                                                                           chunk_decay, p.head_dim, scale, params->through);
-  else
-    state_flow<__half><<<grid, kThreads, 0, (cudaStream_t)stream>>>((const __half*)params->states, (const __half*)params->grad_states, chunk_decay,
-                                                                    p.head_dim, scale, params->through);
-  return check_cuda(cudaGetLastError(), "state_flow");
+  PT_REQUIRE(params && params->grad_states && params->gates && params->key_dots && params->flow);
+  return problem->dtype == PT_BF16 ? with_dim<__nv_bfloat16>(*problem, *params, (cudaStream_t)stream)
+                                   : with_dim<__half>(*problem, *params, (cudaStream_t)stream);
 }
 
 int pt_gate_grad(const pt_problem* problem, const pt_gate_grad_params* params, void* stream) {
   if (int status = validate(problem)) return status;
-  PT_REQUIRE(params && params->query_dots && params->key_dots && params->dlog_G && (!params->cu_seqlens || params->num_cu_seqlens > 0));
+  PT_REQUIRE(params && params->query_dots && params->key_dots && params->dlog_G);
   const pt_problem& p = *problem;
-  const int64_t heads = (int64_t)p.batch * p.key_heads, chunk_count = chunks(p.seq_len, p.chunk_size);
-  gate_grad<<<(unsigned)(heads * chunk_count), kThreads, 0, (cudaStream_t)stream>>>(*params, p.key_heads, p.query_heads / p.key_heads, heads, p.seq_len,
-                                                                                    padded_blocks(p.seq_len) * kBlock, p.chunk_size, chunk_count);
+  const pt_gate_grad_params& a = *params;
+  GateGradArguments k;
+  k.query_dots = a.query_dots, k.key_dots = a.key_dots, k.flow = a.flow, k.dn_scale = a.dn_scale, k.value_scale = a.value_scale;
+  k.document_start = a.gates ? gates_of(p, a.gates).document_start : nullptr;
+  k.out = a.dlog_G, k.stride_b = a.dlog_G_stride_b, k.stride_t = a.dlog_G_stride_t, k.stride_h = a.dlog_G_stride_h;
+  k.seq_len = p.seq_len, k.padded = padded_blocks(p.seq_len) * kBlock;
+  k.heads = p.key_heads, k.group = p.query_heads / p.key_heads, k.chunk_size = p.chunk_size, k.chunk_count = (int)chunks(p.seq_len, p.chunk_size);
+  k.span_chunks = chunks_of_span(p), k.span_count = (int)ceil_div(k.chunk_count, k.span_chunks), k.has_initial_state = a.has_initial_state;
+  // Four tokens a thread, whole warps.
+  const int64_t tokens = min(min((int64_t)k.span_chunks * p.chunk_size, k.padded), (int64_t)kSpan);
+  gate_grad<<<(unsigned)((int64_t)p.batch * p.key_heads * k.span_count), (unsigned)(ceil_div(tokens, 128) * 32), 0, (cudaStream_t)stream>>>(k);
   return check_cuda(cudaGetLastError(), "gate_grad");
 }
 

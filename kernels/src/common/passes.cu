@@ -64,7 +64,7 @@ struct ForwardBuffers {
 
 struct BackwardBuffers {
   void *scaled_q, *dn, *decayed_dn, *grad_states, *chunk_state;
-  float *scaled_normalizer, *row_scale, *dn_scale, *leaving, *entering, *dots, *through;
+  float *scaled_normalizer, *row_scale, *dn_scale, *leaving, *entering, *dots, *flow;
   int64_t bytes, begun_bytes;
   BackwardBuffers(const pt_problem& p, const pt_sizes& sizes, int phase, bool has_initial, bool has_final, void* base, void* begun) {
     Arena arena(base), apart(begun);
@@ -79,7 +79,7 @@ struct BackwardBuffers {
     grad_states = kept.take(sizes.states, states), chunk_state = arena.take(sizes.chunk_state_workspace, states && begins);
     leaving = arena.take<float>(sizes.boundary, has_final && finishes), entering = arena.take<float>(sizes.boundary, has_initial && begins);
     dots = arena.take<float>(sizes.dots * (p.query_heads / p.key_heads + 2), finishes);
-    through = arena.take<float>(heads * chunks(p.seq_len, p.chunk_size) * 4, states && finishes);
+    flow = arena.take<float>(heads * chunks(p.seq_len, p.chunk_size) * 4, states && finishes);
     bytes = arena.used(), begun_bytes = apart.used();
   }
 };
@@ -220,13 +220,12 @@ int pt_backward(const pt_problem* problem, const pt_backward_params* params, voi
                                           a.dk, saved.k_scale, saved.v_scale, buffers.dn_scale, nullptr,               key_dots};
   PT_TRY(pt_chunk_scan_grad(problem, &of_k, stream));
   if (a.dlog_G) {
-    const bool flows = saved.states && buffers.grad_states;
-    if (flows) {
-      const pt_state_flow_params flow = {saved.states, buffers.grad_states, saved.gates, buffers.through};
+    if (buffers.flow) {
+      const pt_state_flow_params flow = {saved.states, buffers.grad_states, saved.gates, key_dots, buffers.flow};
       PT_TRY(pt_state_flow(problem, &flow, stream));
     }
-    const pt_gate_grad_params gates = {query_dots, key_dots, flows ? buffers.through : nullptr, a.cu_seqlens, a.num_cu_seqlens, has_initial,
-                                       buffers.dn_scale, saved.v_scale, a.dlog_G, a.dlog_G_stride_b, a.dlog_G_stride_t, a.dlog_G_stride_h};
+    const pt_gate_grad_params gates = {query_dots, key_dots, buffers.flow, a.has_documents ? saved.gates : nullptr, has_initial, buffers.dn_scale,
+                                       saved.v_scale, a.dlog_G, a.dlog_G_stride_b, a.dlog_G_stride_t, a.dlog_G_stride_h};
     PT_TRY(pt_gate_grad(problem, &gates, stream));
   }
   return buffers.entering ? pt_boundary(problem, &boundary, stream) : PT_OK;
