@@ -17,7 +17,7 @@
  *     pt_chunk_state reverse   q, dn'             -> gradients of the states leaving each chunk, gradient of the initial state
  *     pt_chunk_scan reverse    k, q, dn', dstates -> dv
  *     pt_chunk_scan_grad       q, dn', states     -> dq, q . dq     (and reverse: k, v', dstates -> dk, k . dk)
- *     pt_state_flow            states, dstates    -> dlog_G beyond the ends of chunks
+ *     pt_state_flow            states, dstates    -> dlog_G beyond the ends of some chunks
  *     pt_gate_grad             the last three     -> dlog_G
  * Beside it, the loss of a language model's head:
  *     pt_cross_entropy         logits, labels     -> losses, gradients in place of the logits
@@ -154,8 +154,9 @@ typedef struct {
 } pt_pack_grad_params;
 PT_API int pt_pack_grad(const pt_problem* problem, const pt_pack_grad_params* params, void* stream);
 
-/* dlog_G beyond the end of each chunk, the sum of w_ij dW_ij over the pairs on both sides of it, as what passes through the chunk from before it,
- * chunk_decay_n <states_n, grad_states_n>, and what its keys give to later chunks: (B, Hk, N) fp32 in packed units. */
+/* dlog_G beyond the end of chunks, the sum of w_ij dW_ij over the pairs on both sides of it, as what passes through the chunk from before it,
+ * chunk_decay_n <states_n, grad_states_n>, and what its keys give to later chunks: (B, Hk, N) fp32 in packed units. Infinite where pt_gate_grad is
+ * to add it up from the next chunk that is known: at most three chunks further, and not where strong gates lie between. */
 typedef struct {
   const void* states;      /* forward; null: nothing entered the only chunk */
   const void* grad_states; /* reverse */
@@ -165,7 +166,7 @@ typedef struct {
 } pt_state_flow_params;
 PT_API int pt_state_flow(const pt_problem* problem, const pt_state_flow_params* params, void* stream);
 
-/* dlog_G_t = sum of w_ij dW_ij over the pairs i >= t > j, from the ends of chunks, where `flow` holds it, to the left: what token t receives as a
+/* dlog_G_t = sum of w_ij dW_ij over the pairs i >= t > j, from the ends of chunks where `flow` holds it to the left: what token t receives as a
  * query crosses its gate, what it gives as a key does not, dlog_G_t = dlog_G_{t+1} + query_dots_t - key_dots_t. Both dots come from the same rounded
  * terms, so that pairs of a chunk on one side of t cancel. */
 typedef struct {

@@ -368,6 +368,7 @@ def stage_floors(problem: Problem, rates: dict[str, float]) -> dict[str, float]:
     q_bytes, k_bytes = tokens * p.query_heads * row, tokens * p.key_heads * row
     chunks = -(-p.tokens // p.resolved_chunk_size)
     states = p.batch * p.key_heads * chunks * phi_tiles(p.head_dim) * 64 * (p.head_dim + 8) * 2 if chunks > 1 else 0
+    read = -(-chunks // min(max(2048 // p.resolved_chunk_size, 1), 4))  # by state_flow, where gates are weak
     product = flops.forward.intra_chunk / 2  # one product over the pairs
     needs = {
         "chunk_state": (flops.forward.state_update, 2 * k_bytes + states),
@@ -378,7 +379,7 @@ def stage_floors(problem: Problem, rates: dict[str, float]) -> dict[str, float]:
         "chunk_scan_grad reverse": (flops.backward.state_update / 2 + 3 * product, 2 * q_bytes + 3 * k_bytes + states),
         "pack": (0, 2 * (q_bytes + 2 * k_bytes)),
         "pack_grad": (0, 3 * q_bytes),
-        "state_flow": (0, 2 * states),
+        "state_flow": (0, 2 * states * read // chunks),
     }
     return {
         name: max(work / rates["matrix_tflops"], size / rates["copy_tbps"]) / 1e9

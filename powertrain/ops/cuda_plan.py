@@ -19,7 +19,7 @@ _CHUNK_SIZES = (128, 256, 512, 1024, 2048)
 # TB/s).
 _FLOPS_PER_BYTE = 95.0
 # In each direction a state is written, read and written by the join of time segments, and read by chunk_scan,
-# chunk_scan_grad and state_flow.
+# chunk_scan_grad and, for some chunks (counted as if for all), state_flow.
 _STATE_PASSES = 12
 
 

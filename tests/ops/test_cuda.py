@@ -221,6 +221,12 @@ CASES = {
     "state_ungated": Case(T=257, state=True, gate=None),
     "state_one_chunk": Case(T=100, state=True),
     "state_documents": Case(T=330, state=True, documents=True),
+    # Four chunks make a span, at whose end alone the gates' gradient starts from states, unless decays are strong.
+    "spans": Case(T=700, chunk_size=64, gate=2e-3),
+    "spans_forgotten": Case(T=700, chunk_size=64, gate=0.015),
+    "spans_gqa_documents": Case(T=600, chunk_size=64, gate=2e-3, Hq=4, documents=(64, 130, 400, 448)),
+    "spans_state": Case(B=2, T=450, chunk_size=64, gate=2e-3, Hk=1, state=True),
+    "spans_state_documents": Case(T=400, chunk_size=64, gate=2e-3, state=True, documents=(150, 320)),
 }
 
 
@@ -232,7 +238,7 @@ EMULATED_DIMS = {
     "ragged": (32, 64),
     "state_one_chunk": (32, 64),
 }
-EMULATED_FP16 = {"one_token", "above_block", "ragged", "gqa_one_key_head", "strong_gates", "state"}
+EMULATED_FP16 = {"one_token", "above_block", "ragged", "gqa_one_key_head", "strong_gates", "state", "spans_state"}
 NOT_EMULATED = {"default_chunk", "one_chunk", "long_chunk", "documents_in_batch", "state_gqa", "batch"}
 
 
@@ -268,6 +274,14 @@ def test_gate_gradients_do_not_drift_along_a_chunk(seed: int) -> None:
     exact, _ = evaluate(oracle(False), {name: x.double() for name, x in tensors.items()}, cotangents)
     wrong = (ours["grad_log_G"].double() - exact["grad_log_G"])[0, 1:129].mean()
     assert wrong.abs() <= torch.finfo(FP16).eps * exact["grad_log_G"].square().mean().sqrt()
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_gate_gradients_do_not_collect_the_rounding_of_forgotten_states(seed: int) -> None:
+    # Added up over the four chunks of a span through gates that let nothing pass, the error would be four times this.
+    case = Case(T=1024, chunk_size=64, Hq=1, Hk=1, D=SMALL, gate=0.5)
+    error, plain = measure(case, seed)["grad_log_G"]
+    assert error <= plain
 
 
 @needs_gpu

@@ -63,6 +63,7 @@ TWO_CALLS = {
     "one_chunk": Case(B=2, T=100),
     "above_block": Case(T=65, chunk_size=64),
     "documents": Case(B=2, T=330, documents=True),
+    "spans": Case(T=450, chunk_size=64, gate=2e-3),
     "two_documents_ungated": Case(T=330, gate=None, documents=(200,)),
 }
 

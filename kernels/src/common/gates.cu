@@ -1,4 +1,6 @@
 // pt_gates, pt_gate_grad: gates and document boundaries as products of decays, and the way back.
+#include <algorithm>
+
 #include "numeric.cuh"
 #include "stages.h"
 
@@ -169,8 +171,10 @@ __device__ __forceinline__ double exclusive_sum(Segment mine, double* carried, S
   return then(before_warp, within).sum;
 }
 
-constexpr int kSpan = 2048;  // tokens of the short chunks that a thread block of gate_grad takes together
-int chunks_of_span(const pt_problem& p) { return p.chunk_size < kSpan ? kSpan / p.chunk_size : 1; }
+// Short chunks go together, up to so many and so many tokens: a thread block of gate_grad takes them, and state_flow knows the last one's end.
+constexpr int kSpan = 2048, kSpanChunks = 4;
+constexpr float kForgotten = 0.125f;  // a decay; see state_flow
+int chunks_of_span(const pt_problem& p) { return p.chunk_size < kSpan ? std::min(kSpan / p.chunk_size, kSpanChunks) : 1; }
 
 struct GateGradArguments {
   const float *query_dots, *key_dots, *flow, *dn_scale, *value_scale;
@@ -181,7 +185,7 @@ struct GateGradArguments {
 };
 
 // dlog_G_t = dlog_G_{t+1} + q_t.dq_t / 2 - k_t.dk_t / 2: what token t receives and what it gives cross its gate, or not. From the right, a span of
-// chunks for each thread block and four tokens a thread, begun anew with what state_flow found at the ends of chunks and, with zero, where a
+// chunks for each thread block and four tokens a thread, begun anew with what state_flow knows at the ends of chunks and, with zero, where a
 // document begins (or the row, from nothing): nothing passes its gate, whose gradient is zero.
 __global__ void __launch_bounds__(kSpan / 4) gate_grad(const __grid_constant__ GateGradArguments a) {
   constexpr int kTokens = 4;
@@ -204,8 +208,9 @@ __global__ void __launch_bounds__(kSpan / 4) gate_grad(const __grid_constant__ G
       const float4 key = *(const float4*)(keys + first);
       int4 start = make_int4(0, 0, 0, 0);
       if (a.document_start) start = *(const int4*)(starts + first);
-      begins = end % a.chunk_size == 0 || end == count;
-      if (begins && a.flow) known = a.flow[(int64_t)bh * a.chunk_count + span * a.span_chunks + (end - 1) / a.chunk_size];
+      const bool of_chunk = end % a.chunk_size == 0 || end == count;
+      if (of_chunk && a.flow) known = a.flow[(int64_t)bh * a.chunk_count + span * a.span_chunks + (end - 1) / a.chunk_size];
+      begins = of_chunk && (known != INFINITY || end == count);
 #pragma unroll 4
       for (int q = 0; q < a.group; q++) {
         const float4 query = *(const float4*)(queries + q * a.padded + first);
@@ -233,17 +238,34 @@ __global__ void __launch_bounds__(kSpan / 4) gate_grad(const __grid_constant__ G
   }
 }
 
-// dlog_G beyond the end of each chunk, where nothing need be added up to know it: what passes through the chunk, chunk_decay <S, E>, and what its keys
-// send to later chunks. One thread block per chunk.
+// dlog_G beyond the end of a chunk without adding up what is to the right: what passes through the chunk, chunk_decay <S, E>, and what its keys
+// give to later chunks. One thread block per chunk. Reading S and E is what it costs, so it is done for the last chunk of a span, and for others (from
+// the right) wherever the decay since the last one that is known falls below kForgotten: adding up brings along the rounding of every state in
+// between, whose size does not decay with what they are about. And before a row's last chunk that is not whole: where a final state has a gradient,
+// what passes through few tokens rests on rounded states, what a chunk's keys give on their gradient alone. The rest is infinite: to be added up.
 template <typename T, int D>
 __global__ void __launch_bounds__(kThreads) state_flow(const T* states, const T* grad_states, const float* chunk_decay, const float* key_states,
-                                                       int64_t padded, int chunk_size, uint32_t chunk_count, float scale, float* flow) {
+                                                       int64_t seq_len, int chunk_size, uint32_t chunk_count, uint32_t span_chunks, float scale, float* flow) {
   constexpr int kGroups = D / 8 + 1, kPieces = phi_tiles(D) * kGroups * kBlock, kAhead = 4;
   __shared__ double partial[kThreads / 32];
   const uint32_t bh = blockIdx.x / chunk_count, n = blockIdx.x % chunk_count;
+  const uint32_t last = min(n - n % span_chunks + span_chunks, chunk_count) - 1;
+  const bool last_is_whole = (int64_t)(last + 1) * chunk_size <= seq_len;
+  bool known = true;
+  float kept = last_is_whole ? 1.f : 0.f;
+#pragma unroll 4
+  for (int at = (int)(last - n) - 1; at >= 0; at--) {
+    kept *= chunk_decay[blockIdx.x + at];
+    known = kept < kForgotten;
+    if (known) kept = 1.f;
+  }
+  if (!known) {
+    if (threadIdx.x == 0) flow[blockIdx.x] = INFINITY;
+    return;
+  }
   const float decay = states ? chunk_decay[blockIdx.x] : 0.f;
   float through = 0.f;
-  if (decay > 0.f) {
+  if (decay > kNegligibleDecay) {
     const int64_t at = (int64_t)blockIdx.x * phi_tiles(D) * state_tile_elements(D);
     for (int first = threadIdx.x; first < kPieces; first += kAhead * kThreads) {  // eight columns of one row a piece
       uint4 s[kAhead], e[kAhead];
@@ -269,7 +291,7 @@ __global__ void __launch_bounds__(kThreads) state_flow(const T* states, const T*
       }
     }
   }
-  const int64_t begin = (int64_t)n * chunk_size;
+  const int64_t begin = (int64_t)n * chunk_size, padded = ceil_div(seq_len, kBlock) * kBlock;
   const int count = (int)min((int64_t)chunk_size, padded - begin);  // zero beyond the row
   double sum = (double)(decay * scale) * through;
   for (int t = threadIdx.x * 4; t < count; t += kThreads * 4) {
@@ -290,7 +312,7 @@ template <typename T, int D>
 int run_state_flow(const pt_problem& p, const pt_state_flow_params& a, cudaStream_t stream) {
   const int64_t padded = padded_blocks(p.seq_len) * kBlock, heads = (int64_t)p.batch * p.key_heads, chunk_count = chunks(p.seq_len, p.chunk_size);
   state_flow<T, D><<<(unsigned)(heads * chunk_count), kThreads, 0, stream>>>((const T*)a.states, (const T*)a.grad_states, gates_of(p, a.gates).chunk_decay,
-                                                                             a.key_dots + heads * padded, padded, p.chunk_size, (uint32_t)chunk_count,
+                                                                             a.key_dots + heads * padded, p.seq_len, p.chunk_size, (uint32_t)chunk_count, (uint32_t)chunks_of_span(p),
                                                                              1.f / (p.state_scale * p.state_scale), a.flow);
   return check_cuda(cudaGetLastError(), "state_flow");
 }
@@ -347,7 +369,7 @@ int pt_gate_grad(const pt_problem* problem, const pt_gate_grad_params* params, v
   k.heads = p.key_heads, k.group = p.query_heads / p.key_heads, k.chunk_size = p.chunk_size, k.chunk_count = (int)chunks(p.seq_len, p.chunk_size);
   k.span_chunks = chunks_of_span(p), k.span_count = (int)ceil_div(k.chunk_count, k.span_chunks), k.has_initial_state = a.has_initial_state;
   // Four tokens a thread, whole warps.
-  const int64_t tokens = min(min((int64_t)k.span_chunks * p.chunk_size, k.padded), (int64_t)kSpan);
+  const int64_t tokens = std::min({(int64_t)k.span_chunks * p.chunk_size, k.padded, (int64_t)kSpan});
   gate_grad<<<(unsigned)((int64_t)p.batch * p.key_heads * k.span_count), (unsigned)(ceil_div(tokens, 128) * 32), 0, (cudaStream_t)stream>>>(k);
   return check_cuda(cudaGetLastError(), "gate_grad");
 }

@@ -8,6 +8,8 @@ namespace powertrain {
 
 // A row whose normaliser is smaller has no weights to speak of: y and its gradients are zero there instead of overflowing.
 constexpr float kSmallestNormalizer = 0x1p-100f;
+// A state below this share of itself is beyond the 16 bits of any sum it enters.
+constexpr float kNegligibleDecay = 1e-12f;
 
 template <typename T>
 struct Numeric;

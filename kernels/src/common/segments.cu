@@ -8,7 +8,6 @@ namespace powertrain {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr float kNegligible = 1e-12f;  // a carried state below this share of itself is beyond the 16 bits of any sum it enters
 
 struct JoinParams {
   const float* locals;
@@ -63,7 +62,7 @@ __global__ void __launch_bounds__(kThreads) join_kernel(const JoinParams p) {
     float carried = segment == 0 && !kCarryIn ? 0.f : 1.f;
     int64_t l = begin;
     if (states)
-      for (; l < end && carried > kNegligible; l += kAhead) {
+      for (; l < end && carried > kNegligibleDecay; l += kAhead) {
         T* at = states + physical(l) * (stride < 0 ? -stride : stride);
         uint4 loaded[kAhead];
         float factor[kAhead];
