@@ -8,8 +8,7 @@
  * buffer in src/common/layout.cuh. The factor `scale` of the public op cancels in y = n / d, so no stage takes it.
  *
  * The forward of y = n / d:
- *     pt_gates                 log_G, cu_seqlens  -> gates
- *     pt_pack                  q, k, v            -> packed q, k (transposed tiles), v' = [v, 1] (tiles)
+ *     pt_pack                  q, k, v, log_G     -> packed q, k (transposed tiles), v' = [v, 1] (tiles), gates
  *     pt_chunk_state           k, v', gates       -> states entering each chunk, final state
  *     pt_chunk_scan            q, k, v', states   -> y, normalizer
  * The backward, with the roles exchanged and time reversed:
@@ -64,7 +63,7 @@ typedef struct {
   int64_t packed_k;              /* k */
   int64_t packed_v;              /* v' */
   int64_t packed_dn;             /* dn' */
-  int64_t gates;                 /* everything that pt_gates writes */
+  int64_t gates;                 /* the decays that pt_pack forms */
   int64_t states;                /* one direction's 16-bit states, one per chunk */
   int64_t boundary;              /* one fp32 boundary state (initial, final or their gradients) */
   int64_t dots;                  /* one fp32 number for each (B, Hk, Tp) */
@@ -102,16 +101,6 @@ typedef struct {
 } pt_power_scale_params;
 PT_API int pt_power_scale(const pt_problem* problem, const pt_power_scale_params* params, void* stream);
 
-/* Decays of every token within its 64-token block and its chunk, with documents as gates that close (see layout.cuh, Gates). */
-typedef struct {
-  const float* log_G;        /* (B, T, Hk) fp32 <= 0, or null: no gates */
-  int64_t log_G_stride_b, log_G_stride_t, log_G_stride_h;
-  const int32_t* cu_seqlens; /* (num_cu_seqlens,) offsets over the flattened B*T tokens, every row start among them, or null */
-  int32_t num_cu_seqlens;
-  void* gates;               /* out, pt_sizes.gates bytes */
-} pt_gates_params;
-PT_API int pt_gates(const pt_problem* problem, const pt_gates_params* params, void* stream);
-
 /* fp16's second rescue, before the backward pass: y does not depend on the length of a query, so each is multiplied by a power of two near
  * d^(-1/4), in [2^-6, 2^2]. That halves, in powers of two, the range of d and so of dn'. Gradients of q are multiplied by row_scale after. */
 typedef struct {
@@ -124,13 +113,18 @@ typedef struct {
 PT_API int pt_row_scale(const pt_problem* problem, const pt_row_scale_params* params, void* stream);
 
 /* Copies q, k and v into tiles of 64 tokens, zero beyond T; v with a column of ones appended, and once more with every token's decay to its
- * chunk's end multiplied in, for pt_chunk_state. */
+ * chunk's end multiplied in, for pt_chunk_state. On the way, the decays of every token within its 64-token block and its chunk, with documents as
+ * gates that close (see layout.cuh, gates). */
 typedef struct {
   pt_tensor q, k, v;        /* (B, T, Hq, K), (B, T, Hk, K), (B, T, Hk, V) of problem.dtype */
   const float* query_scale; /* (B, Hq) powers of two that q is multiplied by, or null */
   const float* key_scale;   /* (B, Hk), or null */
   const float* value_scale; /* (B, Hk), not of the ones column, or null */
-  const void* gates;        /* as pt_gates wrote it; may be null without decayed_v */
+  const float* log_G;       /* (B, T, Hk) fp32 <= 0, or null: no gates */
+  int64_t log_G_stride_b, log_G_stride_t, log_G_stride_h;
+  const int32_t* cu_seqlens; /* (num_cu_seqlens,) offsets over the flattened B*T tokens, every row start among them, or null */
+  int32_t num_cu_seqlens;
+  void* gates;              /* out, pt_sizes.gates bytes */
   void *packed_q, *packed_k, *packed_v;
   void* decayed_v;          /* pt_sizes.packed_v bytes, the ones column as hi + lo in two columns; or null */
 } pt_pack_params;
@@ -145,7 +139,7 @@ typedef struct {
   const float* value_scale; /* (B, Hk) scale that v was packed with, or null: y is brought back to packed units with it */
   float* dn_scale;          /* (B, Hk) out: the power of two that dn' was multiplied by; null in bf16 (no scale) */
   void* packed_dn;          /* out */
-  const void* gates;        /* with decayed: as pt_gates wrote it; else null */
+  const void* gates;        /* with decayed: as pt_pack wrote it; else null */
   void* decayed;            /* out, pt_sizes.packed_dn bytes: dn' times every token's decay from its chunk's start; or null */
   /* fp16 with a gradient of the final state: dn_scale is lowered until that fits, too, in packed units. Else null. */
   const float* dfinal_state;       /* (B, Hk, F, V) contiguous */
@@ -173,7 +167,7 @@ typedef struct {
   const float* query_dots;   /* as pt_chunk_scan_grad wrote it */
   const float* key_dots;     /* as pt_chunk_scan_grad reverse wrote it */
   const float* flow;         /* as pt_state_flow wrote it, or null: nothing goes on beyond the only chunk */
-  const void* gates;         /* as pt_gates wrote it, for the documents; or null: none */
+  const void* gates;         /* as pt_pack wrote them, for the documents; or null: none */
   int32_t has_initial_state; /* if 0, nothing passes the gate of a row's first token, and its gradient is zero exactly */
   const float* dn_scale;     /* (B, Hk) divided out, or null */
   const float* value_scale;  /* (B, Hk) divided out, or null */
@@ -276,7 +270,7 @@ typedef struct {
   pt_tensor q, k, v;
   const float* log_G; /* (B, T, Hk) fp32 <= 0, or null */
   int64_t log_G_stride_b, log_G_stride_t, log_G_stride_h;
-  const int32_t* cu_seqlens; /* as in pt_gates */
+  const int32_t* cu_seqlens; /* as in pt_pack */
   int32_t num_cu_seqlens;
   const float* initial_state;       /* (B, Hk, F, V) contiguous, or null: empty */
   const float* initial_sum_of_keys; /* (B, Hk, F) contiguous, or null */

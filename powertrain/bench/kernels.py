@@ -305,7 +305,6 @@ def _measure(
 # Kernels of one pass, in the order in which they run. What comes after pack_grad runs backward; the second
 # chunk_scan_grad is the reverse one.
 _STAGES = {
-    "chunk_gates": "gates",
     "pack_inputs": "pack",
     "chunk_state_kernel": "chunk_state",
     "join_kernel": "chunk_state",

@@ -1,6 +1,7 @@
-// pt_gates, pt_gate_grad: gates and document boundaries as products of decays, and the way back.
+// pt_state_flow, pt_gate_grad: the way back through the gates (gates.cuh).
 #include <algorithm>
 
+#include "gates.cuh"
 #include "numeric.cuh"
 #include "stages.h"
 
@@ -8,135 +9,6 @@ namespace powertrain {
 namespace {
 
 constexpr int kThreads = 256;
-
-// 2^-160 is zero in fp32, and 64 such gates in a row still leave the sums of a block exact to 2^-10 of an exponent.
-constexpr float kClosedGate = -160.f;
-constexpr float kLog2E = 1.4426950408889634f;
-
-// The start, over the flattened tokens, of the document that holds token `at`.
-__device__ __forceinline__ int64_t document_begin(const int32_t* cu_seqlens, int count, int64_t at) {
-  int low = 0, high = count;  // the last offset <= at is in [low, high)
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    if (cu_seqlens[middle] <= at) low = middle;
-    else high = middle;
-  }
-  return cu_seqlens[low];
-}
-
-struct GateInputs {
-  const float* log_G;
-  int64_t stride_b, stride_t, stride_h, seq_len;
-  const int32_t* cu_seqlens;
-  int num_cu_seqlens, heads;
-};
-
-// The gates of one block of 64 tokens by one warp, two tokens a lane.
-__device__ __forceinline__ void block_gates(const GateInputs& a, int64_t bh, int64_t block, int64_t blocks, const Gates& gates) {
-  const int lane = threadIdx.x % 32;
-  const int64_t b = (uint32_t)bh / (uint32_t)a.heads, h = (uint32_t)bh % (uint32_t)a.heads, first = block * kBlock + 2 * lane;
-  float gate[2], closed[2];
-  int32_t start[2];
-#pragma unroll
-  for (int i = 0; i < 2; i++) {
-    const int64_t t = first + i, row = b * a.seq_len, last = min(t, a.seq_len - 1);
-    gate[i] = a.log_G && t < a.seq_len ? fmaxf(a.log_G[b * a.stride_b + t * a.stride_t + h * a.stride_h] * kLog2E, kClosedGate) : 0.f;
-    start[i] = a.cu_seqlens ? (int32_t)max((int64_t)0, document_begin(a.cu_seqlens, a.num_cu_seqlens, row + last) - row) : 0;
-    closed[i] = start[i] == t && t > 0 ? 0.f : 1.f;
-  }
-  // Inclusive sums of the gates and products of the closed ones, over the block.
-  float sum = gate[0] + gate[1], open = closed[0] * closed[1];
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const float s = __shfl_up_sync(~0u, sum, step), o = __shfl_up_sync(~0u, open, step);
-    if (lane >= step) sum += s, open *= o;
-  }
-  const float total_sum = __shfl_sync(~0u, sum, 31), open_before = __shfl_up_sync(~0u, open, 1);
-  const float inclusive[2] = {sum - gate[1], sum};
-  const float open_in[2] = {(lane ? open_before : 1.f) * closed[0], open};
-  // Products from the right, of the tokens after this one.
-  float after = closed[0] * closed[1];
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const float o = __shfl_down_sync(~0u, after, step);
-    if (lane + step < 32) after *= o;
-  }
-  const float next = __shfl_down_sync(~0u, after, 1);
-  const float open_out1 = lane < 31 ? next : 1.f;
-  const float open_out[2] = {open_out1 * closed[1], open_out1};
-  const int64_t at = bh * blocks * kBlock + first;
-#pragma unroll
-  for (int i = 0; i < 2; i++) {
-    gates.log2_decay[at + i] = inclusive[i];
-    gates.block_in[at + i] = open_in[i] * exp2f(inclusive[i]);
-    gates.block_out[at + i] = open_out[i] * exp2f(total_sum - inclusive[i]);
-    if (h == 0) gates.document_start[b * blocks * kBlock + first + i] = start[i];
-  }
-  if (lane == 31) gates.block_decay[bh * blocks + block] = open * exp2f(total_sum);
-}
-
-// Inclusive products over the 256 threads of a block; the returned total is that of all of them.
-__device__ __forceinline__ float scan_products(float x, float* shared, float* total) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const float y = __shfl_up_sync(~0u, x, step);
-    if (lane >= step) x *= y;
-  }
-  if (lane == 31) shared[warp] = x;
-  __syncthreads();
-  float before = 1.f, all = 1.f;
-#pragma unroll
-  for (int w = 0; w < kThreads / 32; w++) {
-    if (w < warp) before *= shared[w];
-    all *= shared[w];
-  }
-  __syncthreads();
-  *total = all;
-  return x * before;
-}
-
-// One thread block per chunk: first each warp its blocks of tokens, then 256 blocks at a time, from the left for chunk_in and from the right for
-// chunk_out. One launch for both: a chunk long enough to make this slow costs the other stages far more.
-__global__ void __launch_bounds__(kThreads) chunk_gates(const __grid_constant__ GateInputs a, int64_t blocks, int64_t chunk_count, int blocks_per_chunk,
-                                                        Gates gates) {
-  __shared__ float outside[kThreads], partial[kThreads / 32];
-  const int64_t bh = blockIdx.x / (uint32_t)chunk_count, n = blockIdx.x % (uint32_t)chunk_count;
-  const int64_t begin = n * blocks_per_chunk, end = min(begin + blocks_per_chunk, blocks);
-  const int count = (int)(end - begin);
-  for (int i = threadIdx.x / 32; i < count; i += kThreads / 32) block_gates(a, bh, begin + i, blocks, gates);
-  __syncthreads();
-#pragma unroll
-  for (int direction = 0; direction < 2; direction++) {
-    float carried = 1.f;
-    for (int done = 0; done < count; done += kThreads) {
-      const int i = done + threadIdx.x;  // in the order of the scan
-      const auto block_of = [&](int k) { return direction ? end - 1 - k : begin + k; };
-      const float decay = i < count ? gates.block_decay[bh * blocks + block_of(i)] : 1.f;
-      float total;
-      const float inclusive = scan_products(decay, partial, &total);
-      // Exclusive: the decay of the blocks between the chunk's edge and this one.
-      if (threadIdx.x + 1 < kThreads) outside[threadIdx.x + 1] = carried * inclusive;
-      if (threadIdx.x == 0) outside[0] = carried;
-      __syncthreads();
-      const int here = min(kThreads, count - done);
-      for (int e = threadIdx.x; e < here * kBlock; e += kThreads) {
-        const int64_t at = (bh * blocks + block_of(done + e / kBlock)) * kBlock + e % kBlock;
-        if (direction) gates.chunk_out[at] = outside[e / kBlock] * gates.block_out[at];
-        else gates.chunk_in[at] = outside[e / kBlock] * gates.block_in[at];
-      }
-      carried *= total;
-      __syncthreads();
-    }
-    if (direction == 0 && threadIdx.x == 0) gates.chunk_decay[blockIdx.x] = carried;
-  }
-  // The pads of the arrays, so that the same inputs give the same bytes.
-  if (blockIdx.x == 0 && threadIdx.x < 64) {
-    const int64_t heads = gridDim.x / (uint32_t)chunk_count, decays = heads * blocks + threadIdx.x, of_chunks = (int64_t)gridDim.x + threadIdx.x;
-    if (decays < ceil_div(heads * blocks, 64) * 64) gates.block_decay[decays] = 0.f;
-    if (of_chunks < ceil_div((int64_t)gridDim.x, 64) * 64) gates.chunk_decay[of_chunks] = 0.f;
-  }
-}
 
 // Sums of a thread block's values in the order of threads (lower threads first), exclusive of the thread's own; `closed` cuts off what lies
 // before. fp64, because a chunk may be the whole sequence and its terms nearly cancel.
@@ -336,18 +208,6 @@ using namespace powertrain;
   if (!(condition)) return fail(PT_INVALID, "%s: %s does not hold", __func__, #condition)
 
 extern "C" {
-
-int pt_gates(const pt_problem* problem, const pt_gates_params* params, void* stream) {
-  if (int status = validate(problem)) return status;
-  PT_REQUIRE(params && params->gates && (!params->cu_seqlens || params->num_cu_seqlens > 0));
-  const pt_problem& p = *problem;
-  const pt_gates_params& a = *params;
-  const Gates gates = gates_of(p, a.gates);
-  const int64_t blocks = padded_blocks(p.seq_len), heads = (int64_t)p.batch * p.key_heads, chunk_count = chunks(p.seq_len, p.chunk_size);
-  const GateInputs inputs = {a.log_G, a.log_G_stride_b, a.log_G_stride_t, a.log_G_stride_h, p.seq_len, a.cu_seqlens, a.num_cu_seqlens, p.key_heads};
-  chunk_gates<<<(unsigned)(heads * chunk_count), kThreads, 0, (cudaStream_t)stream>>>(inputs, blocks, chunk_count, p.chunk_size / kBlock, gates);
-  return check_cuda(cudaGetLastError(), "chunk_gates");
-}
 
 int pt_state_flow(const pt_problem* problem, const pt_state_flow_params* params, void* stream) {
   if (int status = validate(problem)) return status;

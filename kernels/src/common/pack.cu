@@ -1,13 +1,14 @@
 // pt_pack, pt_pack_grad, pt_power_scale: tensors with strides into tiles, once, so that every later read is a contiguous copy.
 #include <type_traits>
 
+#include "gates.cuh"
 #include "numeric.cuh"
 #include "stages.h"
 
 namespace powertrain {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = kGateThreads;
 
 template <typename T>
 struct Strided {
@@ -57,17 +58,18 @@ struct BlockIndex {
   }
 };
 
-// Packed blocks that a thread block takes, so that each of its threads has four loads of 16 bytes in flight.
+// Packed blocks that a thread block takes of q or k, so that each of its threads has four loads of 16 bytes in flight.
 template <int D>
 constexpr int kPacks = 128 / D;
+// Bytes of a token in shared memory; the pad keeps ldmatrix free of bank conflicts.
+template <int D>
+constexpr int kTileRow = D * 2 + 16;
 
-// Features: 64 tokens x D are transposed through shared memory; the pad of 16 bytes keeps ldmatrix free of bank conflicts. `scale`, per (b, h), or
-// null. Blocks `first` to `first + kPacks`, of `total`.
+// Features: 64 tokens x D are transposed through `tile`, shared memory. `scale`, per (b, h), or null. Blocks `first` to `first + kPacks`, of `total`.
 template <typename T, int D>
 __device__ void pack_features(const Strided<T>& x, uint32_t first, uint32_t total, int heads, int64_t blocks, int64_t seq_len, const float* scale,
-                              T* packed, bool vector) {
-  constexpr int kRow = D * 2 + 16, kPieces = kBlock * D / 8, kLoads = kPacks<D> * kPieces / kThreads;
-  __shared__ __align__(16) uint8_t tile[kPacks<D> * kBlock * kRow];
+                              T* packed, bool vector, uint8_t* tile) {
+  constexpr int kRow = kTileRow<D>, kPieces = kBlock * D / 8, kLoads = kPacks<D> * kPieces / kThreads;
   const int count = (int)min(total - first, (uint32_t)kPacks<D>);
   uint4 v[kLoads];
 #pragma unroll
@@ -102,62 +104,78 @@ __device__ void pack_features(const Strided<T>& x, uint32_t first, uint32_t tota
   }
 }
 
-// `decay`: of all tokens, (b, h, Tp), or null without `decayed`. Lanes are two column groups of sixteen tokens: whole sectors are read and written.
-template <typename T, int D>
-__device__ void pack_values(const Strided<T>& x, uint32_t first, uint32_t total, int heads, int64_t blocks, int64_t seq_len, const float* scale,
-                            T* packed, const float* decay, T* decayed, bool vector) {
-  constexpr int kPieces = kBlock * D / 8, kLoads = kPacks<D> * kPieces / kThreads;
-  const int count = (int)min(total - first, (uint32_t)kPacks<D>);
-  uint4 v[kLoads];
-#pragma unroll
-  for (int l = 0; l < kLoads; l++) {
-    const int e = threadIdx.x + l * kThreads, pack = e / kPieces, token = e / D % 8 * 8 + e / 2 % 8, group = e / 16 % (D / 16) * 2 + e % 2;
-    v[l] = make_uint4(0, 0, 0, 0);
-    if (pack >= count) continue;
-    const BlockIndex at(first + pack, heads, (uint32_t)blocks);
-    const int64_t t = at.block * kBlock + token;
-    if (t < seq_len) v[l] = load8(x.row(at.b, t, at.h) + group * 8, vector);
-    if (scale) v[l] = scaled<T>(v[l], scale[at.b * heads + at.h]);
-  }
-#pragma unroll
-  for (int l = 0; l < kLoads; l++) {
-    const int e = threadIdx.x + l * kThreads, pack = e / kPieces, token = e / D % 8 * 8 + e / 2 % 8, group = e / 16 % (D / 16) * 2 + e % 2;
-    if (pack >= count) continue;
-    const int64_t to = (int64_t)(first + pack) * value_block_elements(D) + value_index(group * 8, token);
-    *(uint4*)(packed + to) = v[l];
-    if (decayed) *(uint4*)(decayed + to) = scaled<T>(v[l], decay[(int64_t)(first + pack) * kBlock + token]);
-  }
-  for (int e = threadIdx.x; e < count * kBlock; e += kThreads) {  // the normaliser's columns
-    const uint32_t block = first + e / kBlock, token = e % kBlock;
-    const bool exists = (int64_t)(block % (uint32_t)blocks) * kBlock + token < seq_len;
-    const int64_t to = (int64_t)block * value_block_elements(D) + value_index(D, token);
-    *(uint4*)(packed + to) = make_uint4(exists ? Numeric<T>::pack(1.f, 0.f) : 0, 0, 0, 0);
-    if (decayed) *(uint4*)(decayed + to) = make_uint4(exists ? high_and_low<T>(decay[(int64_t)block * kBlock + token]) : 0, 0, 0, 0);
-  }
-}
-
 template <typename T>
 struct PackArguments {
   Strided<T> q, k, v;
   bool vector_q, vector_k, vector_v;
-  const float *query_scale, *key_scale, *value_scale, *decay;
+  const float *query_scale, *key_scale, *value_scale;
   T *packed_q, *packed_k, *packed_v, *decayed_v;
   int query_heads, key_heads;
   int64_t seq_len, blocks, query_blocks, key_blocks;  // the last two of all (b, h)
+  uint32_t query_grid, value_grid;                    // thread blocks of q and of v
+  uint32_t value_blocks;                              // of 64 tokens of one (b, h) that a thread block of v takes
+  GateInputs gate_inputs;
+  Gates gates;
 };
 
-// Thread blocks of q, then of k, then of v.
+// Values, and their gates on the way. Lanes are two column groups of sixteen tokens: whole sectors are read and written.
 template <typename T, int D>
-__global__ void __launch_bounds__(kThreads) pack_inputs(const __grid_constant__ PackArguments<T> a) {
-  const uint32_t queries = (uint32_t)a.query_blocks, keys = (uint32_t)a.key_blocks;
-  const uint32_t query_grid = (queries + kPacks<D> - 1) / kPacks<D>, key_grid = (keys + kPacks<D> - 1) / kPacks<D>, index = blockIdx.x;
-  if (index < query_grid)
-    pack_features<T, D>(a.q, index * kPacks<D>, queries, a.query_heads, a.blocks, a.seq_len, a.query_scale, a.packed_q, a.vector_q);
-  else if (index < query_grid + key_grid)
-    pack_features<T, D>(a.k, (index - query_grid) * kPacks<D>, keys, a.key_heads, a.blocks, a.seq_len, a.key_scale, a.packed_k, a.vector_k);
+__device__ void pack_values(const PackArguments<T>& a, uint32_t index, float* shared) {
+  constexpr int kLoads = 4, kStep = kThreads * 8 / D;  // of a thread; tokens between them
+  const uint32_t parts = ((uint32_t)a.blocks + a.value_blocks - 1) / a.value_blocks, bh = index / parts, first = index % parts * a.value_blocks;
+  const int count = min((uint32_t)a.blocks - first, a.value_blocks), b = bh / a.key_heads, h = bh % a.key_heads;
+  float* const decay = shared;
+  if (index == 0) clear_pads(a.gate_inputs, a.gates, a.key_blocks / a.blocks);
+  form_gates(a.gate_inputs, a.gates, bh, b, h, first, count, decay, shared + kGateBlocks * kBlock);
+  __syncthreads();
+  const int existing = (int)min(a.seq_len - (int64_t)first * kBlock, (int64_t)count * kBlock);
+  const int64_t out = ((int64_t)bh * a.blocks + first) * value_block_elements(D);
+  const int column = (threadIdx.x / 16 % (D / 16) * 2 + threadIdx.x % 2) * 8, begin = threadIdx.x / D * 8 + threadIdx.x / 2 % 8;
+  const T* from = a.v.row(b, (int64_t)first * kBlock + begin, h) + column;
+#pragma unroll 1
+  for (int token = begin; token < count * kBlock; token += kLoads * kStep) {
+    uint4 v[kLoads];
+#pragma unroll
+    for (int l = 0; l < kLoads; l++, from += kStep * a.v.stride_t) {
+      v[l] = make_uint4(0, 0, 0, 0);
+      if (token + l * kStep < existing) v[l] = load8(from, a.vector_v);
+      if (a.value_scale) v[l] = scaled<T>(v[l], a.value_scale[bh]);
+    }
+#pragma unroll
+    for (int l = 0; l < kLoads; l++) {
+      const int t = token + l * kStep;
+      if (t >= count * kBlock) continue;
+      const int64_t to = out + t / kBlock * value_block_elements(D) + value_index(column, t % kBlock);
+      *(uint4*)(a.packed_v + to) = v[l];
+      if (a.decayed_v) *(uint4*)(a.decayed_v + to) = scaled<T>(v[l], decay[t]);
+    }
+  }
+  for (int t = threadIdx.x; t < count * kBlock; t += kThreads) {  // the normaliser's columns
+    const int64_t to = out + t / kBlock * value_block_elements(D) + value_index(D, t % kBlock);
+    *(uint4*)(a.packed_v + to) = make_uint4(t < existing ? Numeric<T>::pack(1.f, 0.f) : 0, 0, 0, 0);
+    if (a.decayed_v) *(uint4*)(a.decayed_v + to) = make_uint4(t < existing ? high_and_low<T>(decay[t]) : 0, 0, 0, 0);
+  }
+}
+
+// Thread blocks that a multiprocessor is to hold at once; the most that registers allow without spills.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define PT_PACK_RESIDENT 5
+#else
+#define PT_PACK_RESIDENT 6
+#endif
+
+// Thread blocks of q, then of v, which take longest, then of k.
+template <typename T, int D>
+__global__ void __launch_bounds__(kThreads, PT_PACK_RESIDENT) pack_inputs(const __grid_constant__ PackArguments<T> a) {
+  __shared__ __align__(16) uint8_t shared[kPacks<D> * kBlock * kTileRow<D>];
+  const uint32_t index = blockIdx.x;
+  if (index < a.query_grid)
+    pack_features<T, D>(a.q, index * kPacks<D>, (uint32_t)a.query_blocks, a.query_heads, a.blocks, a.seq_len, a.query_scale, a.packed_q, a.vector_q, shared);
+  else if (index < a.query_grid + a.value_grid)
+    pack_values<T, D>(a, index - a.query_grid, (float*)shared);
   else
-    pack_values<T, D>(a.v, (index - query_grid - key_grid) * kPacks<D>, keys, a.key_heads, a.blocks, a.seq_len, a.value_scale, a.packed_v, a.decay,
-                      a.decayed_v, a.vector_v);
+    pack_features<T, D>(a.k, (index - a.query_grid - a.value_grid) * kPacks<D>, (uint32_t)a.key_blocks, a.key_heads, a.blocks, a.seq_len, a.key_scale,
+                        a.packed_k, a.vector_k, shared);
 }
 
 // Four lanes hold one row of dn' = scale * [dy / d, -(dy . y) / d]; piece p of lane l is column group 4 p + l.
@@ -359,13 +377,21 @@ int run_pack(const pt_problem& p, const pt_pack_params& a, cudaStream_t stream) 
   k.q = strided<T>(a.q), k.k = strided<T>(a.k), k.v = strided<T>(a.v);
   k.vector_q = vectorizable(a.q), k.vector_k = vectorizable(a.k), k.vector_v = vectorizable(a.v);
   k.query_scale = a.query_scale, k.key_scale = a.key_scale, k.value_scale = a.value_scale;
-  k.decay = a.decayed_v ? gates_of(p, a.gates).chunk_out : nullptr;
   k.packed_q = (T*)a.packed_q, k.packed_k = (T*)a.packed_k, k.packed_v = (T*)a.packed_v, k.decayed_v = (T*)a.decayed_v;
   k.query_heads = p.query_heads, k.key_heads = p.key_heads;
   k.seq_len = p.seq_len, k.blocks = blocks, k.query_blocks = blocks * p.batch * p.query_heads, k.key_blocks = blocks * p.batch * p.key_heads;
-  const int64_t grid = ceil_div(k.query_blocks, kPacks<D>) + 2 * ceil_div(k.key_blocks, kPacks<D>);
   if (k.query_blocks + 2 * k.key_blocks > INT32_MAX) return fail(PT_UNSUPPORTED, "pt_pack: batch * heads * seq_len is too large for one launch");
-  pack_inputs<T, D><<<(unsigned)grid, kThreads, 0, stream>>>(k);
+  k.gate_inputs = {a.log_G,          a.log_G_stride_b, a.log_G_stride_t, a.log_G_stride_h,
+                   p.seq_len,        a.cu_seqlens,     a.num_cu_seqlens, (uint32_t)p.chunk_size / kBlock,
+                   blocks,           chunks(p.seq_len, p.chunk_size)};
+  k.gates = gates_of(p, a.gates);
+  // The more blocks, the fewer times the gates of a chunk are summed; but a small problem is to fill the GPU.
+  const int64_t rows = (int64_t)p.batch * p.key_heads, wanted = 2 * multiprocessors();
+  k.value_blocks = kGateBlocks;
+  while (k.value_blocks > (uint32_t)kPacks<D> && rows * ceil_div(blocks, k.value_blocks) < wanted) k.value_blocks /= 2;
+  k.query_grid = (uint32_t)ceil_div(k.query_blocks, kPacks<D>), k.value_grid = (uint32_t)(rows * ceil_div(blocks, k.value_blocks));
+  const uint32_t grid = k.query_grid + k.value_grid + (uint32_t)ceil_div(k.key_blocks, kPacks<D>);
+  pack_inputs<T, D><<<grid, kThreads, 0, stream>>>(k);
   return check_cuda(cudaGetLastError(), "pt_pack");
 }
 
@@ -448,7 +474,7 @@ int pt_row_scale(const pt_problem* problem, const pt_row_scale_params* params, v
 int pt_pack(const pt_problem* problem, const pt_pack_params* params, void* stream) {
   if (int status = validate(problem)) return status;
   PT_REQUIRE(params && params->q.data && params->k.data && params->v.data && params->packed_q && params->packed_k && params->packed_v);
-  PT_REQUIRE(!params->decayed_v || params->gates);
+  PT_REQUIRE(params->gates && (!params->cu_seqlens || params->num_cu_seqlens > 0));
   return with_type(*problem, [&](auto element, auto dim) {
     return run_pack<decltype(element), dim.value>(*problem, *params, (cudaStream_t)stream);
   });

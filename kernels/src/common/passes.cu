@@ -128,8 +128,6 @@ int pt_forward(const pt_problem* problem, const pt_forward_params* params, void*
   PT_REQUIRE(a.workspace || buffers.bytes == 0);
 
   if (a.phase != PT_FINISH) {
-    const pt_gates_params gates = {a.log_G, a.log_G_stride_b, a.log_G_stride_t, a.log_G_stride_h, a.cu_seqlens, a.num_cu_seqlens, saved.gates};
-    PT_TRY(pt_gates(problem, &gates, stream));
     if (saved.q_scale) {
       const pt_power_scale_params of_q = {a.q, p.query_heads, p.query_heads, saved.q_scale}, of_k = {a.k, p.key_heads, p.key_heads, saved.k_scale},
                                   of_v = {a.v, p.key_heads, p.key_heads, saved.v_scale};
@@ -138,8 +136,9 @@ int pt_forward(const pt_problem* problem, const pt_forward_params* params, void*
       PT_TRY(pt_power_scale(problem, &of_v, stream));
       if (has_initial) PT_TRY(bound_key_scale(p, a.initial_state, a.initial_sum_of_keys, saved.v_scale, saved.k_scale, (cudaStream_t)stream));
     }
-    const pt_pack_params pack = {a.q,     a.k,     a.v,     saved.q_scale,    saved.k_scale, saved.v_scale, saved.gates,
-                                 saved.q, saved.k, saved.v, buffers.decayed_v};
+    const pt_pack_params pack = {a.q, a.k, a.v, saved.q_scale, saved.k_scale, saved.v_scale,
+                                 a.log_G, a.log_G_stride_b, a.log_G_stride_t, a.log_G_stride_h, a.cu_seqlens, a.num_cu_seqlens,
+                                 saved.gates, saved.q, saved.k, saved.v, buffers.decayed_v};
     PT_TRY(pt_pack(problem, &pack, stream));
   }
   if (buffers.initial) {
