@@ -14,7 +14,7 @@ import statistics
 import sys
 
 import torch
-from stage_calls import DEVICE, I32, Case, KernelInfo, Run, synchronize, unpack_states
+from stage_calls import BLOCK, DEVICE, I32, Case, KernelInfo, Run, synchronize, unpack_states
 from stage_reference import cancelling_terms, exact_states, quadratic
 from torch import Tensor
 
@@ -24,6 +24,21 @@ def error(out: Tensor, reference: Tensor) -> float:
         return math.nan
     wrong, size = float((out.double() - reference).norm()), float(reference.norm())
     return wrong / size if size > 0 else (0.0 if wrong == 0 else math.inf)  # nothing enters the first chunk
+
+
+def pack_rows(run: Run, eps: float) -> dict[str, tuple[float, float]]:
+    """What pt_pack makes, against torch: equal, except that the decays and what they multiply may be rounded differently."""
+    out = run.pack()
+    rows = {
+        name: (error(out[name].double(), getattr(run, name).double()), 0.0)
+        for name in ("packed_q", "packed_k", "packed_v")
+    }
+    rows["decayed_v"] = (error(out["decayed_v"].double(), run.decayed_v.double()), eps)
+    integers = run.case.batch * -(-run.case.tokens // BLOCK) * BLOCK  # at the end: starts of documents
+    if not torch.equal(out["gates"][-integers:].view(torch.int32), run.gates[-integers:].view(torch.int32)):
+        rows["document_start"] = (math.nan, 0.0)
+    rows["gates"] = (error(out["gates"][:-integers], run.gates[:-integers].double()), 2.0**-22)
+    return rows
 
 
 def check(library: ctypes.CDLL, case: Case, arch: int, stages: int) -> dict:
@@ -42,7 +57,7 @@ def check(library: ctypes.CDLL, case: Case, arch: int, stages: int) -> dict:
     synchronize()
     got = unpack_states(forward["states"], case.head_dim) / run.problem.state_scale
     eps = 2.0 ** (-9 if case.dtype == torch.bfloat16 else -12)  # half the spacing at 1
-    rows = {
+    rows = pack_rows(run, eps) | {
         "states": (error(got, reference), 2 * eps),
         "final": (error(forward["final"][..., : case.head_dim + 1], final), 2 * eps),
     }

@@ -36,6 +36,14 @@ class Sizes(ctypes.Structure):
     ]  # fmt: skip
 
 
+class Pack(ctypes.Structure):
+    _fields_ = [
+        ("q", Strided), ("k", Strided), ("v", Strided), ("query_scale", P), ("key_scale", P), ("value_scale", P), ("log_G", P),
+        ("log_G_stride_b", I64), ("log_G_stride_t", I64), ("log_G_stride_h", I64), ("cu_seqlens", P), ("num_cu_seqlens", I32), ("gates", P),
+        ("packed_q", P), ("packed_k", P), ("packed_v", P), ("decayed_v", P),
+    ]  # fmt: skip
+
+
 class ChunkState(ctypes.Structure):
     _fields_ = [
         ("reverse", I32), ("x", P), ("u", P), ("gates", P), ("initial", P), ("states", P), ("final_state", P), ("workspace", P),
@@ -245,6 +253,25 @@ class Run:
         gates = torch.cat(aligned).contiguous()
         assert gates.numel() * 4 == self.sizes.gates, (gates.numel() * 4, self.sizes.gates)
         return gates
+
+    def pack(self) -> dict[str, Tensor]:
+        """What pt_pack makes of the inputs; the attributes of the same names are what it should make. Without a gate or documents it gets none."""
+        c = self.case
+        names = ("gates", "packed_q", "packed_k", "packed_v", "decayed_v")
+        out = {name: torch.full_like(getattr(self, name), math.nan) for name in names}
+        log_G = self.log_G if c.gate else None
+        starts = [row * c.tokens + start for row in range(c.batch) for start in (0, *c.documents)]
+        offsets = torch.tensor([*starts, c.batch * c.tokens], dtype=torch.int32, device=DEVICE) if c.documents else None
+        params = Pack(
+            *map(strided, (self.q, self.k, self.v)),
+            *(None, None, None),
+            *((None, 0, 0, 0) if log_G is None else (log_G.data_ptr(), *log_G.stride())),
+            *((None, 0) if offsets is None else (offsets.data_ptr(), offsets.numel())),
+            *(x.data_ptr() for x in out.values()),
+        )
+        self.call("pt_pack", ctypes.byref(params), self.stream())
+        synchronize()
+        return out
 
     def chunk_state(self, reverse: bool, states: Tensor | None, final: Tensor | None) -> None:
         x, u = (self.packed_q, self.decayed_dn) if reverse else (self.packed_k, self.decayed_v)

@@ -15,6 +15,7 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
     "pt_problem": stage_calls.Problem,
     "pt_kernel_attributes": abi.KernelAttributes,
     "pt_sizes": stage_calls.Sizes,
+    "pt_pack_params": stage_calls.Pack,
     "pt_chunk_state_params": stage_calls.ChunkState,
     "pt_chunk_scan_params": stage_calls.ChunkScan,
     "pt_chunk_scan_grad_params": stage_calls.ChunkScanGrad,
