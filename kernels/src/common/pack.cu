@@ -178,120 +178,76 @@ __global__ void __launch_bounds__(kThreads, PT_PACK_RESIDENT) pack_inputs(const 
                         a.packed_k, a.vector_k, shared);
 }
 
-// Four lanes hold one row of dn' = scale * [dy / d, -(dy . y) / d]; piece p of lane l is column group 4 p + l.
+// A group of D / 8 lanes holds one row of dn' = scale * [dy / d, -(dy . y) / d].
 // Before the scale is known the values are not rounded: they may lie beyond the type.
 template <typename T, int D, bool kRounded>
 struct GradRow {
-  static constexpr int kLanes = 4, kPieces = D / 8 / kLanes;
-  float value[kPieces][8];
+  float value[8];
   float last;
-  __device__ __forceinline__ GradRow(const uint4 (&dy)[kPieces], const uint4 (&y)[kPieces], float d, float value_scale, float scale) {
+  __device__ __forceinline__ GradRow(uint4 dy, uint4 y, float d, float value_scale, float scale) {
+    const uint32_t* dyw = &dy.x;
+    const uint32_t* yw = &y.x;
     const float inverse = fabsf(d) < kSmallestNormalizer ? 0.f : scale / d;
-    float dot[kPieces];
+    float dot = 0.f;
 #pragma unroll
-    for (int p = 0; p < kPieces; p++) {
-      const uint32_t* dyw = &dy[p].x;
-      const uint32_t* yw = &y[p].x;
-      dot[p] = 0.f;
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        // The last column answers to the rounded values, so that dn' . o' vanishes for what is stored.
-        float &a = value[p][2 * i], &b = value[p][2 * i + 1];
-        a = Numeric<T>::low(dyw[i]) * inverse;
-        b = Numeric<T>::high(dyw[i]) * inverse;
-        if (kRounded) {
-          const uint32_t w = Numeric<T>::pack(a, b);
-          a = Numeric<T>::low(w), b = Numeric<T>::high(w);
-        }
-        dot[p] += a * Numeric<T>::low(yw[i]) + b * Numeric<T>::high(yw[i]);
+    for (int i = 0; i < 4; i++) {
+      // The last column answers to the rounded values, so that dn' . o' vanishes for what is stored.
+      value[2 * i] = Numeric<T>::low(dyw[i]) * inverse;
+      value[2 * i + 1] = Numeric<T>::high(dyw[i]) * inverse;
+      if (kRounded) {
+        const uint32_t w = Numeric<T>::pack(value[2 * i], value[2 * i + 1]);
+        value[2 * i] = Numeric<T>::low(w), value[2 * i + 1] = Numeric<T>::high(w);
       }
-#pragma unroll
-      for (int step = 1; step < kLanes; step *= 2) dot[p] += __shfl_xor_sync(~0u, dot[p], step);
+      dot += value[2 * i] * Numeric<T>::low(yw[i]) + value[2 * i + 1] * Numeric<T>::high(yw[i]);
     }
 #pragma unroll
-    for (int step = 1; step < kPieces; step *= 2)
-#pragma unroll
-      for (int p = 0; p < kPieces; p += 2 * step) dot[p] += dot[p + step];
-    last = -dot[0] * value_scale;
+    for (int step = 1; step < D / 8; step *= 2) dot += __shfl_xor_sync(~0u, dot, step);
+    last = -dot * value_scale;
   }
 };
 
-template <typename T>
-struct PackGradArguments {
-  Strided<T> dy, y;
-  bool vector;
-  const float *normalizer, *value_scale, *decay;
-  float* dn_scale;
-  T *packed, *decayed;
-  int query_heads, key_heads;
-  int64_t seq_len, blocks, total;  // the last of all (b, h)
-};
-
-// A thread has one row in each of the kPacks blocks, and loads all of them (eight times 16 bytes) before it computes. Four lanes a row and eight
-// rows a warp: a warp stores whole core matrices, 128 contiguous bytes each, and loads 64 contiguous bytes of each row.
 template <typename T, int D, bool kOnlyMaximum>
-__global__ void __launch_bounds__(kThreads) pack_grad(const __grid_constant__ PackGradArguments<T> a) {
-  using Row = GradRow<T, D, !kOnlyMaximum>;
-  static_assert(kThreads / Row::kLanes == kBlock, "one row of every block for each thread");
-  const uint32_t first = blockIdx.x * kPacks<D>;
-  const int count = (int)min((uint32_t)a.total - first, (uint32_t)kPacks<D>);
-  const int token = threadIdx.x / Row::kLanes, lane = threadIdx.x % Row::kLanes, group_size = a.query_heads / a.key_heads;
-  uint4 dy[kPacks<D>][Row::kPieces], y[kPacks<D>][Row::kPieces];
-  float d[kPacks<D>], by[kPacks<D>], value_scale[kPacks<D>], scale[kPacks<D>];
-#pragma unroll
-  for (int pack = 0; pack < kPacks<D>; pack++) {
-    d[pack] = by[pack] = 0.f, value_scale[pack] = scale[pack] = 1.f;
-#pragma unroll
-    for (int p = 0; p < Row::kPieces; p++) dy[pack][p] = y[pack][p] = make_uint4(0, 0, 0, 0);
-    if (pack >= count) continue;
-    const BlockIndex at(first + pack, a.query_heads, (uint32_t)a.blocks);
+__global__ void __launch_bounds__(kThreads) pack_grad(Strided<T> dy, Strided<T> y, bool vector, const float* normalizer,
+                                                      const float* value_scale, float* dn_scale, int query_heads, int key_heads,
+                                                      int64_t seq_len, int64_t blocks, T* packed, const float* decay, T* decayed) {
+  constexpr int kLanes = D / 8, kRows = kThreads / kLanes;
+  const BlockIndex at(blockIdx.x, query_heads, (uint32_t)blocks);
+  const int group = at.h / (query_heads / key_heads), lane = threadIdx.x % kLanes;
+  const float vs = value_scale ? value_scale[at.b * key_heads + group] : 1.f;
+  const float scale = !kOnlyMaximum && dn_scale ? dn_scale[at.b * key_heads + group] : 1.f;
+  const int64_t offset = (int64_t)blockIdx.x * value_block_elements(D);
+  float largest = 0.f;
+  for (int token = threadIdx.x / kLanes; token < kBlock; token += kRows) {
     const int64_t t = at.block * kBlock + token;
-    const int key_row = at.b * a.key_heads + at.h / group_size;
-    if (t < a.seq_len) {
-      const T *dy_row = a.dy.row(at.b, t, at.h) + lane * 8, *y_row = a.y.row(at.b, t, at.h) + lane * 8;
-#pragma unroll
-      for (int p = 0; p < Row::kPieces; p++) {
-        dy[pack][p] = load8(dy_row + p * Row::kLanes * 8, a.vector);
-        y[pack][p] = load8(y_row + p * Row::kLanes * 8, a.vector);
-      }
-      d[pack] = a.normalizer[((int64_t)at.b * a.query_heads + at.h) * a.seq_len + t];
+    uint4 a = make_uint4(0, 0, 0, 0), b = a;
+    float d = 0.f;
+    if (t < seq_len) {
+      a = load8(dy.row(at.b, t, at.h) + lane * 8, vector);
+      b = load8(y.row(at.b, t, at.h) + lane * 8, vector);
+      d = normalizer[((int64_t)at.b * query_heads + at.h) * seq_len + t];
     }
-    if (a.value_scale) value_scale[pack] = a.value_scale[key_row];
-    if (!kOnlyMaximum && a.dn_scale) scale[pack] = a.dn_scale[key_row];
-    if (!kOnlyMaximum && a.decayed) by[pack] = a.decay[((int64_t)key_row * a.blocks + at.block) * kBlock + token];
-  }
-#pragma unroll
-  for (int pack = 0; pack < kPacks<D>; pack++) {
-    if (pack >= count) break;
-    const Row row(dy[pack], y[pack], d[pack], value_scale[pack], scale[pack]);
+    const GradRow<T, D, !kOnlyMaximum> row(a, b, d, vs, scale);
     if (kOnlyMaximum) {
-      float largest = fabsf(row.last);
 #pragma unroll
-      for (int p = 0; p < Row::kPieces; p++)
-#pragma unroll
-        for (int i = 0; i < 8; i++) largest = fmaxf(largest, fabsf(row.value[p][i]));
-#pragma unroll
-      for (int step = 1; step < 32; step *= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
-      // Non-negative floats order as their bits do, and a maximum does not depend on the order.
-      const BlockIndex at(first + pack, a.query_heads, (uint32_t)a.blocks);
-      if (threadIdx.x % 32 == 0) atomicMax((unsigned*)a.dn_scale + at.b * a.key_heads + at.h / group_size, __float_as_uint(largest));
-      continue;
+      for (int i = 0; i < 8; i++) largest = fmaxf(largest, fabsf(row.value[i]));
+      largest = fmaxf(largest, fabsf(row.last));
+    } else {
+      const uint4 v = make_uint4(Numeric<T>::pack(row.value[0], row.value[1]), Numeric<T>::pack(row.value[2], row.value[3]),
+                                 Numeric<T>::pack(row.value[4], row.value[5]), Numeric<T>::pack(row.value[6], row.value[7]));
+      *(uint4*)(packed + offset + value_index(lane * 8, token)) = v;
+      if (lane == 0) *(uint4*)(packed + offset + value_index(D, token)) = make_uint4(high_and_low<T>(row.last), 0, 0, 0);
+      if (decayed) {
+        const float by = decay[((int64_t)(at.b * key_heads + group) * blocks + at.block) * kBlock + token];
+        *(uint4*)(decayed + offset + value_index(lane * 8, token)) = scaled<T>(v, by);
+        if (lane == 0) *(uint4*)(decayed + offset + value_index(D, token)) = make_uint4(high_and_low<T>(row.last * by), 0, 0, 0);
+      }
     }
-    const int64_t offset = (int64_t)(first + pack) * value_block_elements(D);
+  }
+  if (kOnlyMaximum) {
 #pragma unroll
-    for (int p = 0; p < Row::kPieces; p++) {
-      const float* value = row.value[p];
-      const uint4 v = make_uint4(Numeric<T>::pack(value[0], value[1]), Numeric<T>::pack(value[2], value[3]), Numeric<T>::pack(value[4], value[5]),
-                                 Numeric<T>::pack(value[6], value[7]));
-      const int64_t to = offset + value_index((p * Row::kLanes + lane) * 8, token);
-      *(uint4*)(a.packed + to) = v;
-      if (a.decayed) *(uint4*)(a.decayed + to) = scaled<T>(v, by[pack]);
-    }
-    if (lane == 0) {  // the normaliser's columns
-      const int64_t to = offset + value_index(D, token);
-      *(uint4*)(a.packed + to) = make_uint4(high_and_low<T>(row.last), 0, 0, 0);
-      if (a.decayed) *(uint4*)(a.decayed + to) = make_uint4(high_and_low<T>(row.last * by[pack]), 0, 0, 0);
-    }
+    for (int step = 1; step < 32; step *= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
+    // Non-negative floats order as their bits do, and a maximum does not depend on the order.
+    if (threadIdx.x % 32 == 0) atomicMax((unsigned*)dn_scale + at.b * key_heads + group, __float_as_uint(largest));
   }
 }
 
@@ -397,16 +353,13 @@ int run_pack(const pt_problem& p, const pt_pack_params& a, cudaStream_t stream) 
 
 template <typename T, int D>
 int run_pack_grad(const pt_problem& p, const pt_pack_grad_params& a, cudaStream_t stream) {
-  PackGradArguments<T> k;
-  k.dy = strided<T>(a.dy), k.y = strided<T>(a.y);
-  k.vector = vectorizable(a.dy) && vectorizable(a.y);
-  k.normalizer = a.normalizer, k.value_scale = a.value_scale, k.decay = a.decayed ? gates_of(p, a.gates).chunk_in : nullptr;
-  k.dn_scale = a.dn_scale, k.packed = (T*)a.packed_dn, k.decayed = (T*)a.decayed;
-  k.query_heads = p.query_heads, k.key_heads = p.key_heads;
-  k.seq_len = p.seq_len, k.blocks = padded_blocks(p.seq_len), k.total = k.blocks * p.batch * p.query_heads;
-  if (k.total > INT32_MAX) return fail(PT_UNSUPPORTED, "pt_pack_grad: batch * query_heads * seq_len is too large for one launch");
+  const int64_t blocks = padded_blocks(p.seq_len);
+  const dim3 grid((unsigned)(blocks * p.batch * p.query_heads));
+  const bool vector = vectorizable(a.dy) && vectorizable(a.y);
   auto launch = [&](auto kernel) {
-    kernel<<<(unsigned)ceil_div(k.total, kPacks<D>), kThreads, 0, stream>>>(k);
+    kernel<<<grid, kThreads, 0, stream>>>(strided<T>(a.dy), strided<T>(a.y), vector, a.normalizer, a.value_scale, a.dn_scale,
+                                         p.query_heads, p.key_heads, p.seq_len, blocks, (T*)a.packed_dn,
+                                         a.decayed ? gates_of(p, a.gates).chunk_in : nullptr, (T*)a.decayed);
     return check_cuda(cudaGetLastError(), "pt_pack_grad");
   };
   if (a.dn_scale) {
