@@ -69,7 +69,8 @@ def assert_packed(library: ctypes.CDLL, case: Case) -> None:
     starts = case.batch * -(-case.tokens // BLOCK) * BLOCK  # integers, at the end of the gates
     assert torch.equal(out["gates"][-starts:].view(torch.int32), run.gates[-starts:].view(torch.int32))
     gates, exact = out["gates"][:-starts], run.gates[:-starts]
-    assert not gates[exact == 0].any(), "what a document closes is zero"
+    # What a document closes is zero exactly; a decay may underflow a little later than the exact one.
+    assert (gates[exact == 0].abs() < torch.finfo(torch.float32).tiny).all()
     # Decay to a block's end is a difference of two sums of at most 64 gates.
     rtol = max(2e-6, 4e-6 * case.gate)
     torch.testing.assert_close(gates, exact, rtol=rtol, atol=2e-7)
