@@ -48,6 +48,10 @@ struct ChunkScan {
   static constexpr int kScoreSteps = kHeadDim < 128 ? kHeadDim / 16 : 2;  // products of the scores in flight at once
   static constexpr int kSharedBytes = kRowBuffers * kRowBytes + kStages * kStageBytes + 16 * (kStages + kRowBuffers);
 
+  // Where registers allow it, columns apart from the rows go without branches.
+  static constexpr bool kApart = kHeadDim == 64;
+  static constexpr int kStep = kReverse ? 1 : -1;  // from one block of columns to the next
+
   using Tile = ScanTile<kReverse, kRowBlocks>;
 
   __device__ static void produce(const ChunkScanParams& p, uint32_t rows, uint32_t stages, uint32_t ring_barriers, uint32_t row_barriers) {
@@ -225,10 +229,9 @@ struct ChunkScan {
             xa[k], rows + m * row_stride() + (((2 * (first + k) + (lane >> 4)) * 8 + 2 * warp + (lane >> 3 & 1)) * 64 + (lane & 7) * 8) * 2);
     }
 
-    // One block of columns against one block of rows: acc[m] += P u with P = (x . columns)^2 decay, rounded to 16 bits.
-    __device__ __forceinline__ void attend(bool diagonal, int m, uint32_t rows, uint32_t x, const float (&row_decay)[2], RowOperands& xa) {
-      const uint32_t u = x + kXBytes, vectors = u + kUBytes + 8 * (lane % 4);
-      float s[kBlock / 2];
+    // s = x . columns of rows block m, done when it returns, and with it all products before.
+    using Scores = float[kBlock / 2];
+    __device__ __forceinline__ void score(Scores& s, int m, uint32_t rows, uint32_t x, RowOperands& xa) {
 #pragma unroll
       for (int first = 0; first < kHeadDim / 16; first += kScoreSteps) {
         if constexpr (!kExpanded) load_rows(xa, rows, m, first);
@@ -238,7 +241,35 @@ struct ChunkScan {
         wgmma_commit();
         wgmma_wait<0>();
       }
-      uint32_t weights[kBlock / 16][4];
+    }
+    using Weights = uint32_t[kBlock / 16][4];
+    // P = s^2 times the decay between row and column, of different blocks, rounded to 16 bits.
+    __device__ __forceinline__ void weigh(Weights& weights, const Scores& s, const float (&row_decay)[2], uint32_t column_decays) const {
+#pragma unroll
+      for (int c = 0; c < 8; c++) {
+        const float2 column_decay = load_shared_float2(column_decays + c * 32);
+        float value[4];
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+          value[e] = (s[4 * c + e] * row_decay[e / 2]) * (s[4 * c + e] * (e % 2 ? column_decay.y : column_decay.x));
+        weights[c / 2][c % 2 * 2] = Pair<T>::pack(value[0], value[1]);
+        weights[c / 2][c % 2 * 2 + 1] = Pair<T>::pack(value[2], value[3]);
+      }
+    }
+    // acc[m] += P u, under way when it returns.
+    __device__ __forceinline__ void multiply_weights(int m, const Weights& weights, uint32_t u) {
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < kBlock / 16; k++) wgmma<T, true>(acc[m], weights[k], CoreMatrices(u, 128, 1024).at(k * 256), true);
+      wgmma_commit();
+    }
+
+    // One block of columns against one block of rows.
+    __device__ __forceinline__ void attend(bool diagonal, int m, uint32_t rows, uint32_t x, const float (&row_decay)[2], RowOperands& xa) {
+      const uint32_t u = x + kXBytes, vectors = u + kUBytes + 8 * (lane % 4);
+      Scores s;
+      score(s, m, rows, x, xa);
+      Weights weights;
       if (diagonal) {  // rows and columns are the same tokens
         float row_log2[2];
         int row_document[2];
@@ -265,21 +296,9 @@ struct ChunkScan {
           weights[c / 2][c % 2 * 2 + 1] = Pair<T>::pack(value[2], value[3]);
         }
       } else {
-#pragma unroll
-        for (int c = 0; c < 8; c++) {
-          const float2 column_decay = load_shared_float2(vectors + c * 32);
-          float value[4];
-#pragma unroll
-          for (int e = 0; e < 4; e++)
-            value[e] = (s[4 * c + e] * row_decay[e / 2]) * (s[4 * c + e] * (e % 2 ? column_decay.y : column_decay.x));
-          weights[c / 2][c % 2 * 2] = Pair<T>::pack(value[0], value[1]);
-          weights[c / 2][c % 2 * 2 + 1] = Pair<T>::pack(value[2], value[3]);
-        }
+        weigh(weights, s, row_decay, vectors);
       }
-      wgmma_fence();
-#pragma unroll
-      for (int k = 0; k < kBlock / 16; k++) wgmma<T, true>(acc[m], weights[k], CoreMatrices(u, 128, 1024).at(k * 256), true);
-      wgmma_commit();
+      multiply_weights(m, weights, u);
       wgmma_wait<0>();  // the other warpgroup fills the gap; products in flight across the branches above would be serialised by ptxas
     }
 
@@ -289,7 +308,7 @@ struct ChunkScan {
       decay[0] = from[at], decay[1] = from[at + 8];
     }
 
-    __device__ __forceinline__ void scan_columns(const Tile& tile, uint32_t rows) {
+    __device__ __forceinline__ void scan_columns(const Tile& tile, uint32_t rows, float first_across) {
       float row_decay[kM][2];
       if constexpr (kExpanded)
 #pragma unroll
@@ -303,10 +322,14 @@ struct ChunkScan {
         float between[kM];  // decay across the blocks between these rows and the columns
 #pragma unroll
         for (int m = 0; m < kM; m++) between[m] = 1.f;
+        const float* const block_decay = p.block_decay + (int64_t)tile.key_head * p.blocks;
         const int end = tile.column_block(tile.column_count);
+        // From here on the columns are all before (reverse: after) the rows.
+        const int apart = kApart && tile.row_blocks == kRowBlocks ? tile.column_block(kRowBlocks) : end;
+        float across = first_across, next;
 #pragma unroll 1
-        for (int column = tile.column_block(0); column != end; column += kReverse ? 1 : -1) {
-          const float across = p.block_decay[(int64_t)tile.key_head * p.blocks + column];
+        for (int column = tile.column_block(0); column != apart; column += kStep, across = next) {
+          next = block_decay[column + kStep != end ? column + kStep : column];
           ring.wait_full();
           const uint32_t x = stages + ring.stage() * kStageBytes;
 #pragma unroll
@@ -325,10 +348,45 @@ struct ChunkScan {
           release(ring.stage());
           ring.advance();
         }
+        if constexpr (kApart) scan_columns_apart(tile, rows, apart, end, across, row_decay, between, xa);
+      }
+    }
+
+    // Columns that no row is among: no branches, so that products may be under way from one block to the next.
+    __device__ __forceinline__ void scan_columns_apart(const Tile& tile, uint32_t rows, int column, int end, float across, const float (&row_decay)[kM][2],
+                                                       float (&between)[kM], RowOperands (&xa)[kM]) {
+      const float* const block_decay = p.block_decay + (int64_t)tile.key_head * p.blocks;
+      Weights weights;
+      bool started = false;
+#pragma unroll 1
+      for (; column != end && fmaxf(between[0], between[kM - 1]) > 0.f; column += kStep) {
+        const float next = block_decay[column + kStep != end ? column + kStep : column];
+        ring.wait_full();
+        const uint32_t x = stages + ring.stage() * kStageBytes, u = x + kXBytes;
+#pragma unroll
+        for (int m = 0; m < kM; m++) {
+          Scores s;
+          score(s, m, rows, x, xa[m]);
+          if (m == 0 && started) release(ring.previous());
+          const float decay[2] = {row_decay[m][0] * between[m], row_decay[m][1] * between[m]};
+          weigh(weights, s, decay, u + kUBytes + 8 * (lane % 4));
+          multiply_weights(m, weights, u);
+          between[m] *= across;
+        }
+        started = true, across = next;
+        ring.advance();
+      }
+      wgmma_wait<0>();
+      if (started) release(ring.previous());
+#pragma unroll 1
+      for (; column != end; column += kStep, ring.advance()) {
+        ring.wait_full();
+        release(ring.stage());
       }
     }
 
     __device__ __forceinline__ void run(const Tile& tile, uint32_t rows) {
+      const float first_across = p.block_decay[(int64_t)tile.key_head * p.blocks + tile.column_block(0)];
       float chunk_decay[kM][2];
       if constexpr (kExpanded)
 #pragma unroll
@@ -346,7 +404,7 @@ struct ChunkScan {
           for (int c = 0; c < kColumns / 2; c++) acc[m][c] *= chunk_decay[m][c % 4 / 2] * p.inverse_state_scale;
         }
       }
-      scan_columns(tile, rows);
+      scan_columns(tile, rows, first_across);
     }
 
     // Writes y and the normaliser, or dv, of the rows that exist.

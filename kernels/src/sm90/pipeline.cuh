@@ -7,15 +7,16 @@ namespace powertrain::sm90 {
 // wgmma's descriptors) in uniform registers.
 __device__ __forceinline__ int uniform_warp() { return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0); }
 
-// A ring of shared-memory stages between one producing thread and the consuming warps; 2 kStages mbarriers. One counter says where it is.
+// A ring of shared-memory stages between those who fill them (one thread, unless init is told otherwise) and the consuming warps; 2 kStages mbarriers.
+// One counter says where it is.
 template <int kStages>
 struct Ring {
   static_assert((kStages & (kStages - 1)) == 0, "the counter wraps by masking");
   uint32_t barriers, count = 0;
   __device__ Ring(uint32_t barriers) : barriers(barriers) {}
-  __device__ static void init(uint32_t barriers, int consumers) {
+  __device__ static void init(uint32_t barriers, int consumers, int producers = 1) {
     for (int i = 0; i < kStages; i++) {
-      barrier_init(barriers + 8 * i, 1);
+      barrier_init(barriers + 8 * i, producers);
       barrier_init(barriers + 8 * (kStages + i), consumers);
     }
   }

@@ -30,6 +30,8 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       "r"(parity)
       : "memory");
 }
+// Orders this thread's writes of shared memory before reads by the asynchronous parts (wgmma's operands) that a barrier puts after them.
+__device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 // Registers move from the producing warpgroup to the consuming ones: 24 + 2 * 240 <= 3 * 168, the cap of a block of 384 threads, and
 // 24 + 4 * 112 <= 5 * 96, that of 640.
 constexpr int kProducerRegisters = 24;
@@ -90,6 +92,17 @@ __device__ __forceinline__ float2 load_shared_float2(uint32_t address) {
 __device__ __forceinline__ void store_shared_float2(uint32_t address, float2 v) {
   asm volatile("st.shared.v2.f32 [%0], {%1,%2};" ::"r"(address), "f"(v.x), "f"(v.y) : "memory");
 }
+__device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
+  return v;
+}
+__device__ __forceinline__ void store_shared_16(uint32_t address, uint4 v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+__device__ __forceinline__ void store_shared_2(uint32_t address, uint16_t v) {
+  asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(v) : "memory");
+}
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -113,6 +126,11 @@ struct Pair<__nv_bfloat16> {
     asm("mul.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
     return r;
   }
+  __device__ static uint32_t add(uint32_t a, uint32_t b) {
+    uint32_t r;
+    asm("add.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+  }
 };
 template <>
 struct Pair<__half> {
@@ -126,6 +144,11 @@ struct Pair<__half> {
   __device__ static uint32_t multiply(uint32_t a, uint32_t b) {
     uint32_t r;
     asm("mul.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+  }
+  __device__ static uint32_t add(uint32_t a, uint32_t b) {
+    uint32_t r;
+    asm("add.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
     return r;
   }
 };
