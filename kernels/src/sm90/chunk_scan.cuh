@@ -119,11 +119,6 @@ struct ChunkScan {
     // Bytes from the packed rows of the first block to those of the last.
     __device__ __forceinline__ int row_stride() const { return (blocks[kM - 1] - blocks[0]) * kXBytes; }
 
-    __device__ void release(int stage) {
-      __syncwarp();  // lane 0 speaks for what all lanes have read
-      if (lane == 0) ring.release(stage);
-    }
-
     // x_i of block I at this thread's rows, pairs (2 s, 2 s + 1) of a row block's upper and lower half. Matrix s of the ldmatrix repeats the rows of
     // features 2 s and 2 s + 1 four times, so that every thread of a row gets that pair.
     using Pairs = uint32_t[kM][2][4];
@@ -161,7 +156,7 @@ struct ChunkScan {
 #pragma unroll
       for (int group = 0; group < 4 / kSlices; group++) {
         wgmma_wait<1>();  // the products that read a[group % 2] are done
-        if (release_previous && group == 1) release(ring.previous());
+        if (release_previous && group == 1) ring.release(ring.previous());
 #pragma unroll
         for (int m = 0; m < kM; m++)
 #pragma unroll
@@ -217,7 +212,7 @@ struct ChunkScan {
         if (i % 2 == 1) ring.advance();
       }
       wgmma_wait<0>();
-      release(ring.previous());
+      ring.release(ring.previous());
     }
 
     // x of a block of rows as A operands of the scores, from step `first` on. Where registers allow it they stay there for all columns.
@@ -345,7 +340,7 @@ struct ChunkScan {
             }
             if (!diagonal) between[m] *= across;
           }
-          release(ring.stage());
+          ring.release(ring.stage());
           ring.advance();
         }
         if constexpr (kApart) scan_columns_apart(tile, rows, apart, end, across, row_decay, between, xa);
@@ -367,7 +362,7 @@ struct ChunkScan {
         for (int m = 0; m < kM; m++) {
           Scores s;
           score(s, m, rows, x, xa[m]);
-          if (m == 0 && started) release(ring.previous());
+          if (m == 0 && started) ring.release(ring.previous());
           const float decay[2] = {row_decay[m][0] * between[m], row_decay[m][1] * between[m]};
           weigh(weights, s, decay, u + kUBytes + 8 * (lane % 4));
           multiply_weights(m, weights, u);
@@ -377,11 +372,11 @@ struct ChunkScan {
         ring.advance();
       }
       wgmma_wait<0>();
-      if (started) release(ring.previous());
+      if (started) ring.release(ring.previous());
 #pragma unroll 1
       for (; column != end; column += kStep, ring.advance()) {
         ring.wait_full();
-        release(ring.stage());
+        ring.release(ring.stage());
       }
     }
 
@@ -444,8 +439,7 @@ struct ChunkScan {
       consumer.start_turn(row_ring.count);
       row_ring.wait_full();
       if (tile.row_blocks > 0) consumer.run(tile, rows + row_ring.stage() * kRowBytes + consumer.block(0) * kXBytes);
-      __syncwarp();  // lane 0 speaks for what all lanes have read
-      if (consumer.lane == 0) row_ring.release(row_ring.stage());
+      row_ring.release(row_ring.stage());
       if (tile.row_blocks > 0) consumer.store(tile);
     }
   }

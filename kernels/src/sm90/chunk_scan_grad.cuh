@@ -243,7 +243,7 @@ struct ChunkScanGrad : GradShape<kHeadDim> {
             }
             if (!diagonal) between[m] *= across;
           }
-          rows.release(ring, ring.stage());
+          ring.release(ring.stage());
           ring.advance();
         }
         if constexpr (kApart) scan_columns_apart(tile, apart, end, across, row_decay, between, operands);
@@ -269,13 +269,13 @@ struct ChunkScanGrad : GradShape<kHeadDim> {
           wgmma_wait<0>();
           between[m] *= across;
         }
-        rows.release(ring, ring.stage());
+        ring.release(ring.stage());
         across = next;
       }
 #pragma unroll 1
       for (; column != end; column += kStep, ring.advance()) {  // whatever comes has no weight
         ring.wait_full();
-        rows.release(ring, ring.stage());
+        ring.release(ring.stage());
       }
     }
 
@@ -359,7 +359,7 @@ struct ChunkScanGrad : GradShape<kHeadDim> {
       row_ring.wait_full();
       consumer.rows.select(at.rows + row_ring.stage() * kRowBytes);
       if (tile.row_blocks > 0) consumer.run(tile);
-      consumer.rows.release(row_ring, row_ring.stage());
+      row_ring.release(row_ring.stage());
       if (tile.row_blocks > 0) consumer.store(tile);
     }
   }

@@ -110,12 +110,6 @@ struct ChunkState {
     });
   }
 
-  // Releases the stage before the current one.
-  __device__ static __forceinline__ void release(const Ring<kStages>& ring, bool speaks) {
-    __syncwarp();  // one lane speaks for what all lanes have read
-    if (speaks) ring.release(ring.previous());
-  }
-
   template <class Group>
   __device__ static void consume(const ChunkStateParams& p, int group, uint32_t shared, uint32_t barriers) {
     constexpr int kTiles = Group::kTiles, kPairs = Group::kJ / 2;
@@ -191,7 +185,7 @@ struct ChunkState {
             const int first = group * kFirst, end = group == 0 ? kFirst : kTiles, turn = k * kGroups + group;
             uint32_t(&fragments)[kTiles][4] = a[turn % (3 - kGroups)];
             wgmma_wait<1>();  // the products that read these fragments are done
-            if (turn == 1) release(ring, step > 0 && lane == 0);
+            if (turn == 1) ring.release(ring.previous(), step > 0);
 #pragma unroll
             for (int m = first; m < end; m++)
 #pragma unroll
@@ -206,7 +200,7 @@ struct ChunkState {
         ring.advance();
       }
       wgmma_wait<0>();
-      release(ring, steps > 0 && lane == 0);
+      ring.release(ring.previous(), steps > 0);
     });
 
     float* out = p.segments > 1 ? p.locals + blockIdx.y * p.boundary_stride : p.final_state;

@@ -87,13 +87,6 @@ struct GradRows : GradShape<kHeadDim> {
 #pragma unroll
     for (int step = 0; step < kSteps; step++) wgmma<T, false>(out, u[step], step < kSteps - 1 ? values.at(step * 2048) : norm.at(0), step > 0);
   }
-
-  // Lets the producing thread overwrite a stage that all lanes have read.
-  template <int kStages>
-  __device__ __forceinline__ void release(const Ring<kStages>& ring, int stage) const {
-    __syncwarp();  // lane 0 speaks for what all lanes have read
-    if (lane == 0) ring.release(stage);
-  }
 };
 
 }  // namespace powertrain::sm90

@@ -174,7 +174,7 @@ struct StateContraction : GradShape<kHeadDim> {
             wgmma_wait<1>();
           } else {
             wgmma_wait<0>();
-            rows.release(ring, ring.stage());
+            ring.release(ring.stage());
           }
           if (slot % kM == 0) start_tile(rows, walk.i, i_block, xi, partial);
           contract(d[slot % 2], xi[slot % kM], xj, partial[slot % kM], slot % kM, walk.j());

@@ -214,12 +214,12 @@ struct StateOuter : GradShape<kHeadDim> {
           wgmma_commit();
         }
         wgmma_wait<0>();  // products under way across this loop's back edge would be serialised by ptxas
-        rows.release(ring, ring.stage());
+        ring.release(ring.stage());
       }
       norm.wait_full();
 #pragma unroll
       for (int m = 0; m < kM; m++) add_norm(rows, m);
-      rows.release(norm, 0);
+      norm.release(0);
       norm.advance();
     }
 
