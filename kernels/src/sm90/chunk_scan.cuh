@@ -452,8 +452,8 @@ __global__ void __launch_bounds__(ChunkScan<kHeadDim, T, kReverse>::kThreads, 1)
   const uint32_t rows = shared_address(shared_memory), stages = rows + Kernel::kRowBuffers * Kernel::kRowBytes;
   const uint32_t ring_barriers = stages + Kernel::kStages * Kernel::kStageBytes, row_barriers = ring_barriers + 16 * Kernel::kStages;
   if (threadIdx.x == 0) {
-    Ring<Kernel::kStages>::init(ring_barriers, Kernel::kWarpgroups * 4);
-    Ring<Kernel::kRowBuffers>::init(row_barriers, Kernel::kWarpgroups * 4);
+    Ring<Kernel::kStages>::init(ring_barriers, Kernel::kWarpgroups * 128);
+    Ring<Kernel::kRowBuffers>::init(row_barriers, Kernel::kWarpgroups * 128);
     barrier_init_fence();
   }
   __syncthreads();

@@ -371,8 +371,8 @@ __global__ void __launch_bounds__(ChunkScanGrad<kHeadDim, T, kReverse>::kThreads
   extern __shared__ __align__(1024) uint8_t shared_memory[];
   const typename Kernel::Layout at(shared_address(shared_memory));
   if (threadIdx.x == 0) {
-    Ring<Kernel::kStages>::init(at.ring_barriers, Kernel::kWarpgroups * 4);
-    Ring<Kernel::kRowBuffers>::init(at.row_barriers, Kernel::kWarpgroups * 4);
+    Ring<Kernel::kStages>::init(at.ring_barriers, Kernel::kWarpgroups * 128);
+    Ring<Kernel::kRowBuffers>::init(at.row_barriers, Kernel::kWarpgroups * 128);
     Kernel::State::init(at.state_barriers);
     barrier_init_fence();
   }

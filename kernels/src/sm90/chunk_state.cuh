@@ -253,7 +253,7 @@ __global__ void __launch_bounds__(ChunkState<kHeadDim, T>::kThreads, 1) chunk_st
   extern __shared__ __align__(1024) uint8_t shared_memory[];
   const uint32_t shared = shared_address(shared_memory), barriers = shared + Kernel::kStages * Kernel::kStageBytes;
   if (threadIdx.x == 0) {
-    Ring<Kernel::kStages>::init(barriers, Kernel::kWarpgroups * 4);
+    Ring<Kernel::kStages>::init(barriers, Kernel::kWarpgroups * 128);
     barrier_init_fence();
   }
   __syncthreads();

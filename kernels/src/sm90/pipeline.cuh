@@ -7,16 +7,8 @@ namespace powertrain::sm90 {
 // wgmma's descriptors) in uniform registers.
 __device__ __forceinline__ int uniform_warp() { return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0); }
 
-// How many lanes of a warp say that it has read a stage. One speaks for all: __syncwarp orders the others' reads before it. compute-sanitizer's racecheck
-// does not follow that, so kernels/sanitize.py has a library built in which every lane speaks for itself.
-#ifdef PT_EVERY_LANE_ARRIVES
-constexpr int kArrivals = 32;
-#else
-constexpr int kArrivals = 1;
-#endif
-
-// A ring of shared-memory stages between those who fill them (one thread, unless init is told otherwise) and the consuming warps; 2 kStages mbarriers.
-// One counter says where it is.
+// A ring of shared-memory stages between those who fill them (one thread, unless init is told otherwise) and the consuming threads; 2 kStages
+// mbarriers. One counter says where it is.
 template <int kStages>
 struct Ring {
   static_assert((kStages & (kStages - 1)) == 0, "the counter wraps by masking");
@@ -25,7 +17,7 @@ struct Ring {
   __device__ static void init(uint32_t barriers, int consumers, int producers = 1) {
     for (int i = 0; i < kStages; i++) {
       barrier_init(barriers + 8 * i, producers);
-      barrier_init(barriers + 8 * (kStages + i), consumers * kArrivals);
+      barrier_init(barriers + 8 * (kStages + i), consumers);
     }
   }
   __device__ int stage() const { return count % kStages; }
@@ -34,10 +26,10 @@ struct Ring {
   __device__ uint32_t full_barrier() const { return barriers + 8 * stage(); }
   __device__ void wait_full() const { barrier_wait(full_barrier(), phase()); }
   __device__ void wait_empty() const { barrier_wait(barriers + 8 * (kStages + stage()), phase() ^ 1); }
-  // This warp has read the stage (if there is one to speak of: `read` is the same in all lanes, and no branch around products under way).
+  // This lane has read the stage (if `read`: a predicate instead of a branch, for calls amid products). Every lane says so itself: one for its warp,
+  // after __syncwarp, would do and is no faster, but compute-sanitizer's racecheck does not follow it.
   __device__ __forceinline__ void release(int which, bool read = true) const {
-    __syncwarp();
-    if (read && (kArrivals > 1 || threadIdx.x % 32 == 0)) barrier_arrive(barriers + 8 * (kStages + which));
+    if (read) barrier_arrive(barriers + 8 * (kStages + which));
   }
   __device__ void advance() { count++; }
 };

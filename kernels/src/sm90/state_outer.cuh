@@ -35,8 +35,8 @@ struct StateOuter : GradShape<kHeadDim> {
     __device__ uint32_t phase() const { return count / kStages & 1; }
   };
   __device__ static void init(uint32_t barriers) {
-    for (int i = 0; i < kStages; i++) barrier_init(barriers + 8 * i, 1), barrier_init(barriers + 8 * (kStages + i), kAssistants);
-    Ring<1>::init(barriers + 16 * kStages, kWarpgroups * 4, kAssistants);
+    for (int i = 0; i < kStages; i++) barrier_init(barriers + 8 * i, 1), barrier_init(barriers + 8 * (kStages + i), kAssistants * 32);
+    Ring<1>::init(barriers + 16 * kStages, kWarpgroups * 128, kAssistants * 32);
   }
 
   struct Producer {
@@ -71,8 +71,7 @@ struct StateOuter : GradShape<kHeadDim> {
 
     __device__ __forceinline__ void done(uint32_t barrier) const {
       fence_async_shared();
-      __syncwarp();
-      if (lane == 0) barrier_arrive(barrier);
+      barrier_arrive(barrier);
     }
 
     // 16-byte rows (8 a + b) and (8 b + a) of each group of columns change places. Eight lanes have eight a and eight b: no bank conflicts.
