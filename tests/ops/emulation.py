@@ -25,11 +25,12 @@ def emulated_library(*, without: tuple[str, ...]) -> Path:
         digest.update(source.relative_to(KERNELS).as_posix().encode() + b"\0" + source.read_bytes())
     folder = ROOT / ".cache" / "emulation"
     folder.mkdir(parents=True, exist_ok=True)
-    library = folder / f"{digest.hexdigest()[:16]}.so"
+    prefix = f"without-{'-'.join(without)}-"
+    library = folder / f"{prefix}{digest.hexdigest()[:16]}.so"
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.is_file():
-            for old in folder.glob("*.so"):
+            for old in folder.glob(f"{prefix}*.so"):
                 old.unlink()
             command = [sys.executable, str(KERNELS / "emulation" / "build.py"), str(library), "--without", *without]
             result = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,0 +1,125 @@
+"""Times kernel libraries side by side: `python kernels/compare.py base=OLD.so@OLD_CHECKOUT new=NEW.so [--problems ...]`.
+
+Each library runs in a process of its own, all of them in every round, so that a machine that changes its clock changes it
+for all. A library whose ABI is another one is named with the checkout whose Python calls it. Medians of the passes and of
+every stage, and how far outputs and gradients (random gates) are from the first library's, as relative difference of their
+norms, go to stdout and to --output.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+from types import SimpleNamespace
+
+# batch, tokens, query heads, key heads, head dim, chunk size
+PROBLEMS = {
+    "K=32": (1, 65536, 8, 8, 32, None),
+    "headline": (1, 65536, 8, 8, 64, 1024),
+    "GQA 32:8": (1, 65536, 32, 8, 64, None),
+    "K=128": (1, 65536, 8, 8, 128, None),
+    "T=1k": (64, 1024, 8, 8, 64, None),
+    "small": (2, 2048, 8, 8, 64, None),
+    "small, K=128": (1, 2048, 8, 8, 128, None),
+}
+SECONDS = 90.0  # a process that takes longer hangs
+
+
+def measure(name: str, repeats: int) -> dict[str, float | list[float]]:
+    """Return milliseconds of one problem by pass and stage, and the norms of output and gradients."""
+    import torch
+
+    from powertrain import power_retention
+    from powertrain.bench import kernels as bench
+
+    batch, tokens, query_heads, key_heads, dim, chunk = PROBLEMS[name]
+    generator = torch.Generator(device="cuda").manual_seed(0)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device="cuda")
+
+    q, k, v = (randn(batch, tokens, h, dim).bfloat16().requires_grad_() for h in (query_heads, key_heads, key_heads))
+    grad = randn(*q.shape).bfloat16()
+    weak = torch.full((batch, tokens, key_heads), -1e-3, device="cuda", requires_grad=True)
+    random = torch.nn.functional.logsigmoid(3 + randn(*weak.shape)).requires_grad_()
+
+    def forward(log_g: torch.Tensor = weak) -> torch.Tensor:
+        return power_retention(q, k, v, log_g, chunk_size=chunk, impl="cuda")
+
+    def both() -> object:
+        return torch.autograd.grad(forward(), (q, k, v, weak), grad)
+
+    result: dict[str, float | list[float]] = {"forward + backward": bench.median_ms(both, repeats)}
+    with torch.no_grad():
+        result["forward"] = bench.median_ms(forward, repeats)
+    problem = bench.Problem(name, batch, tokens, query_heads, key_heads, dim, chunk)
+    rates = {"matrix_tflops": 1.0, "copy_tbps": 1.0}  # for floors, which are not asked for here
+    stages = bench._stage_timings(problem, name, both, SimpleNamespace(repeats=4), rates)
+    result |= {stage.stage: stage.milliseconds for stage in stages}
+    out = forward(random)
+    result["norms"] = [float(x.double().norm()) for x in (out, *torch.autograd.grad(out, (q, k, v, random), grad))]
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("libraries", nargs="+", metavar="NAME=LIBRARY[@CHECKOUT]")
+    parser.add_argument("--problems", nargs="+", default=list(PROBLEMS), choices=PROBLEMS)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        sys.path.insert(0, os.getcwd())
+        print(json.dumps({name: measure(name, args.repeats) for name in args.problems}))
+        return 0
+    times: dict[str, dict[str, dict[str, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    norms: dict[str, dict[str, list[float]]] = defaultdict(dict)
+    for _ in range(args.rounds):
+        for given in args.libraries:
+            name, _, rest = given.partition("=")
+            library, _, checkout = rest.partition("@")
+            run = subprocess.run(
+                [sys.executable, str(Path(__file__).resolve()), "_", "--measure", "--repeats", str(args.repeats)]
+                + ["--problems", *args.problems],
+                env={**os.environ, "POWERTRAIN_KERNELS_LIBRARY": str(Path(library).resolve())},
+                cwd=checkout or Path(__file__).resolve().parent.parent,
+                stdout=subprocess.PIPE,
+                text=True,
+                timeout=SECONDS,
+                check=True,
+            )
+            for problem, result in json.loads(run.stdout.splitlines()[-1]).items():
+                norms[problem][name] = result.pop("norms")
+                for part, milliseconds in result.items():
+                    times[problem][part][name].append(milliseconds)
+    medians = {
+        problem: {part: {name: statistics.median(x) for name, x in row.items()} for part, row in parts.items()}
+        for problem, parts in times.items()
+    }
+    base = args.libraries[0].partition("=")[0]
+    differences = {
+        problem: {
+            name: max(abs(a - b) / b for a, b in zip(x, of[base], strict=True))
+            for name, x in of.items()
+            if name != base
+        }
+        for problem, of in norms.items()
+    }
+    for problem, parts in medians.items():
+        print(problem)
+        for part, row in parts.items():
+            print(f"  {part:24}" + "".join(f"  {name} {value:.4f}" for name, value in row.items()))
+        print(f"  differences: {differences[problem]}")
+    if args.output:
+        args.output.write_text(json.dumps({"ms": medians, "differences": differences}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

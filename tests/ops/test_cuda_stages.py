@@ -1,0 +1,28 @@
+"""The Hopper kernels stage by stage against float64, emulated: what runs without a GPU elsewhere are the sm80 ones.
+
+The emulation is slow: at the wider heads only the cases that the narrow one's path does not share.
+"""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.ops.emulation import KERNELS, emulated_library
+
+CASES = {
+    32: ["two chunks", "tail", "T=1", "grouped heads", "documents", "boundary"],
+    64: ["two chunks", "grouped heads", "documents"],
+}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU, not emulated")
+@pytest.mark.parametrize("head_dim", CASES)
+def test_sm90_stages_are_as_accurate_as_the_formula(head_dim: int) -> None:
+    library = emulated_library(without=("sm80",))
+    command = [sys.executable, str(KERNELS / "check_stages.py"), str(library), "--arch", "90"]
+    command += ["--head-dims", str(head_dim), "--dtypes", "bfloat16", "--cases", *CASES[head_dim]]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert len(result.stdout.splitlines()) == len(CASES[head_dim]) + 1, result.stdout
