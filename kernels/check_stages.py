@@ -140,6 +140,10 @@ def cases(head_dim: int, dtype: torch.dtype) -> dict[str, Case]:
         "documents": Case(tokens=1024, chunk=256, documents=(1, 65, 128, 300, 512, 777), gate=0.01, **base),
         "boundary": Case(tokens=600, chunk=256, boundary=True, query_heads=4, key_heads=2, **base),
         "strong gate": Case(tokens=512, chunk=512, gate=20.0, **base),
+        "long chunk": Case(tokens=1100, chunk=1024, query_heads=2, key_heads=1, gate=0.001, **base),
+        "long chunk, documents": Case(
+            tokens=900, chunk=768, query_heads=1, key_heads=1, gate=0.001, documents=(300, 500, 641), **base
+        ),
         "segments": Case(tokens=1000, chunk=64, query_heads=1, key_heads=1, gate=0.001, boundary=True, **base),
         "segments and documents": Case(tokens=1000, chunk=64, query_heads=2, key_heads=1, documents=(500,), **base),
     }  # fmt: skip

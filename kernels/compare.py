@@ -1,9 +1,10 @@
 """Times kernel libraries side by side: `python kernels/compare.py base=OLD.so@OLD_CHECKOUT new=NEW.so [--problems ...]`.
 
 Each library runs in a process of its own, all of them in every round, so that a machine that changes its clock changes it
-for all. A library whose ABI is another one is named with the checkout whose Python calls it. Medians of the passes and of
-every stage, and how far outputs and gradients (random gates) are from the first library's, as relative difference of their
-norms, go to stdout and to --output.
+for all; differences below some 3 % are noise. A library whose ABI is another one is named with the checkout whose Python
+calls it. Libraries lie where `powertrain kernels build` put them (it says where). Medians of the passes and of every stage,
+and how far random projections of output and gradients (random gates) are from the first library's, relative to their norms,
+go to stdout and, after every round, to --output.
 """
 
 import argparse
@@ -13,8 +14,12 @@ import statistics
 import subprocess
 import sys
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
+
+import torch
 
 # batch, tokens, query heads, key heads, head dim, chunk size
 PROBLEMS = {
@@ -24,15 +29,14 @@ PROBLEMS = {
     "K=128": (1, 65536, 8, 8, 128, None),
     "T=1k": (64, 1024, 8, 8, 64, None),
     "small": (2, 2048, 8, 8, 64, None),
-    "small, K=128": (1, 2048, 8, 8, 128, None),
+    "small K=128": (1, 2048, 8, 8, 128, None),
 }
-SECONDS = 90.0  # a process that takes longer hangs
+SECONDS = 60.0  # a problem that takes longer hangs
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def measure(name: str, repeats: int) -> dict[str, float | list[float]]:
     """Return milliseconds of one problem by pass and stage, and the norms of output and gradients."""
-    import torch
-
     from powertrain import power_retention
     from powertrain.bench import kernels as bench
 
@@ -61,64 +65,98 @@ def measure(name: str, repeats: int) -> dict[str, float | list[float]]:
     stages = bench._stage_timings(problem, name, both, SimpleNamespace(repeats=4), rates)
     result |= {stage.stage: stage.milliseconds for stage in stages}
     out = forward(random)
-    result["norms"] = [float(x.double().norm()) for x in (out, *torch.autograd.grad(out, (q, k, v, random), grad))]
+    projections = []
+    for x in (out, *torch.autograd.grad(out, (q, k, v, random), grad)):
+        for _ in range(4):
+            projections.append(float((x.double() * randn(*x.shape)).sum() / x.double().norm()))
+    result["projections"] = projections
     return result
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("libraries", nargs="+", metavar="NAME=LIBRARY[@CHECKOUT]")
-    parser.add_argument("--problems", nargs="+", default=list(PROBLEMS), choices=PROBLEMS)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = _parse()
     if args.measure:
         sys.path.insert(0, os.getcwd())
         print(json.dumps({name: measure(name, args.repeats) for name in args.problems}))
         return 0
+    libraries = [_Library.parse(given) for given in args.libraries]
+    if not torch.cuda.is_available():
+        raise SystemExit("kernels/compare.py needs an NVIDIA GPU.")
     times: dict[str, dict[str, dict[str, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-    norms: dict[str, dict[str, list[float]]] = defaultdict(dict)
+    projections: dict[str, dict[str, list[float]]] = defaultdict(dict)
     for _ in range(args.rounds):
-        for given in args.libraries:
-            name, _, rest = given.partition("=")
-            library, _, checkout = rest.partition("@")
-            run = subprocess.run(
-                [sys.executable, str(Path(__file__).resolve()), "_", "--measure", "--repeats", str(args.repeats)]
-                + ["--problems", *args.problems],
-                env={**os.environ, "POWERTRAIN_KERNELS_LIBRARY": str(Path(library).resolve())},
-                cwd=checkout or Path(__file__).resolve().parent.parent,
-                stdout=subprocess.PIPE,
-                text=True,
-                timeout=SECONDS,
-                check=True,
-            )
-            for problem, result in json.loads(run.stdout.splitlines()[-1]).items():
-                norms[problem][name] = result.pop("norms")
+        for library in libraries:
+            for problem, result in library.run(args).items():
+                projections[problem][library.name] = result.pop("projections")
                 for part, milliseconds in result.items():
-                    times[problem][part][name].append(milliseconds)
-    medians = {
-        problem: {part: {name: statistics.median(x) for name, x in row.items()} for part, row in parts.items()}
-        for problem, parts in times.items()
-    }
-    base = args.libraries[0].partition("=")[0]
-    differences = {
-        problem: {
-            name: max(abs(a - b) / b for a, b in zip(x, of[base], strict=True))
-            for name, x in of.items()
-            if name != base
+                    times[problem][part][library.name].append(milliseconds)
+        medians = {
+            problem: {part: {name: statistics.median(x) for name, x in row.items()} for part, row in parts.items()}
+            for problem, parts in times.items()
         }
-        for problem, of in norms.items()
-    }
+        differences = {
+            problem: {
+                name: max(abs(a - b) for a, b in zip(x, of[libraries[0].name], strict=True))
+                for name, x in of.items()
+                if name != libraries[0].name
+            }
+            for problem, of in projections.items()
+        }
+        if args.output:
+            args.output.write_text(json.dumps({"ms": medians, "differences": differences}, indent=1) + "\n")
     for problem, parts in medians.items():
         print(problem)
         for part, row in parts.items():
             print(f"  {part:24}" + "".join(f"  {name} {value:.4f}" for name, value in row.items()))
         print(f"  differences: {differences[problem]}")
-    if args.output:
-        args.output.write_text(json.dumps({"ms": medians, "differences": differences}, indent=1) + "\n")
     return 0
+
+
+@dataclass(frozen=True)
+class _Library:
+    name: str
+    path: Path
+    checkout: Path
+
+    @classmethod
+    def parse(cls, given: str) -> "_Library":
+        name, _, rest = given.partition("=")
+        path, _, checkout = rest.partition("@")
+        found = cls(name, Path(path).resolve(), Path(checkout).resolve() if checkout else ROOT)
+        if not rest or not found.path.is_file():
+            raise SystemExit(f"{given!r} names no library: NAME=FILE or NAME=FILE@CHECKOUT, the file being there.")
+        if not (found.checkout / "powertrain").is_dir():
+            raise SystemExit(f"{given!r}: there is no package powertrain in {found.checkout}.")
+        return found
+
+    def run(self, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+        command = [sys.executable, str(Path(__file__).resolve()), "_", "--measure", "--repeats", str(args.repeats)]
+        try:
+            result = subprocess.run(
+                [*command, "--problems", *args.problems],
+                env={**os.environ, "POWERTRAIN_KERNELS_LIBRARY": str(self.path)},
+                cwd=self.checkout,
+                stdout=subprocess.PIPE,
+                text=True,
+                timeout=SECONDS * len(args.problems),
+                check=True,
+            )
+        except subprocess.TimeoutExpired:
+            raise SystemExit(f"{self.name}: no result in {SECONDS * len(args.problems):.0f} s; it hangs.") from None
+        except subprocess.CalledProcessError as error:
+            raise SystemExit(f"{self.name}: exit status {error.returncode}; what it said is above.") from None
+        return json.loads(result.stdout.splitlines()[-1])
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("libraries", nargs="+", metavar="NAME=LIBRARY[@CHECKOUT]", help="the first is the base")
+    parser.add_argument("--problems", nargs="+", default=list(PROBLEMS), choices=PROBLEMS)
+    parser.add_argument("--rounds", type=int, default=2, help="processes of each library (default: 2)")
+    parser.add_argument("--repeats", type=int, default=10, help="timed passes in each process (default: 10)")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -5,9 +5,11 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+#include <algorithm>
 #include <deque>
 #include <map>
 #include <memory>
+#include <random>
 #include <vector>
 
 // Saves the callee-saved registers on the current stack, stores its top in *from and continues at `to`.
@@ -74,6 +76,24 @@ std::map<uint32_t, Barrier> barriers;
 std::map<int, Warpgroup> warpgroups;
 int block_threads;
 
+struct Copy {
+  uint32_t destination;
+  const void* source;
+  uint32_t bytes, barrier;
+};
+std::vector<Copy> copies;      // under way
+int unfenced[kSharedBytes / 2];  // by 16-bit word: the thread that wrote it without a fence since, + 1
+
+// Whether and how the schedule is random.
+uint32_t seed() {
+  static const char* given = getenv("PT_EMULATED_SEED");
+  return given ? (uint32_t)atoi(given) : 0;
+}
+uint32_t random_below(uint32_t bound) {
+  static std::mt19937 generator(seed());
+  return generator() % bound;
+}
+
 Fiber& self() { return *static_cast<Fiber*>(current); }
 
 void yield_until_changed(const uint64_t* watched, uint64_t seen, uint64_t mask) {
@@ -121,6 +141,7 @@ void execute(const std::vector<Product>& products) {
   for (int k = 0; k < 16; k++)
     for (int j = 0; j < n; j++) {
       const uint32_t at = start + k / 8 * k_stride + j / 8 * n_stride + (transposed ? k % 8 * 16 + j % 8 * 2 : j % 8 * 16 + k % 8 * 2);
+      if (unfenced[at / 2]) fail("wgmma reads shared memory at %u, which thread %d wrote without a proxy fence", at, unfenced[at / 2] - 1);
       b[k * n + j] = to_float(*(const uint16_t*)shared_at(at, 2), half);
     }
   for (int t = 0; t < 128; t++)
@@ -135,6 +156,33 @@ void execute(const std::vector<Product>& products) {
       products[t].c[i] = products[t].accumulate ? products[t].c[i] + sum : sum;
     }
 }
+
+void land(const Copy& copy) {
+  for (uint32_t word = copy.destination / 2; word < (copy.destination + copy.bytes) / 2; word++)
+    if (unfenced[word]) fail("a copy overwrites shared memory at %u, which thread %d wrote without a proxy fence", word * 2, unfenced[word] - 1);
+  memcpy(shared_memory + copy.destination, copy.source, copy.bytes);
+  Barrier& barrier = barrier_at(copy.barrier);
+  barrier.bytes -= copy.bytes;
+  complete_if_ready(barrier);
+}
+
+// Some of the copies under way arrive; true if any did.
+bool land_some() {
+  bool any = false;
+  for (size_t i = 0; i < copies.size();) {
+    if (random_below(4) != 0) {
+      i++;
+      continue;
+    }
+    const Copy copy = copies[i];
+    copies.erase(copies.begin() + i);
+    land(copy);
+    any = true;
+  }
+  return any;
+}
+
+bool runnable(const Fiber& f) { return !f.done && !(f.watched && (*f.watched & f.mask) == (f.seen & f.mask)); }
 
 }  // namespace
 
@@ -158,6 +206,7 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void
       for (unsigned x = 0; x < grid.x; x++) {
         memset(shared_memory, 0xff, sizeof shared_memory);
         meetings.clear(), barriers.clear(), warpgroups.clear();
+        memset(unfenced, 0, sizeof unfenced);
         while ((int)fibers.size() < block_threads) {
           fibers.push_back(std::make_unique<Fiber>());
           fibers.back()->stack.reset(new char[kStackBytes]);
@@ -172,19 +221,34 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void
           for (int r = 0; r < 6; r++) *--top = nullptr;
           f.top = top;
         }
-        for (int left = block_threads; left > 0;) {
-          bool progress = false;
-          for (int t = 0; t < block_threads; t++) {
-            Fiber& f = *fibers[t];
-            if (f.done || (f.watched && (*f.watched & f.mask) == (f.seen & f.mask))) continue;
-            f.watched = nullptr;
-            current = &f;
-            emulate_switch(&scheduler_top, f.top);
-            progress = true;
-            left -= f.done;
-          }
-          if (!progress) fail("deadlock in block (%u, %u, %u): %d threads wait for ever", x, y, z, left);
+        const int warps = (block_threads + 31) / 32;
+        std::vector<int> order(warps), pace(warps, 4);  // of 4: how often a warp gets its turn
+        for (int w = 0; w < warps; w++) {
+          order[w] = w;
+          if (seed()) pace[w] = 1 + (int)random_below(4);
         }
+        for (int left = block_threads; left > 0;) {
+          bool progress = land_some(), later = !copies.empty();
+          for (int w = 0; seed() && w < warps; w++) std::swap(order[w], order[random_below(warps)]);
+          for (int w : order) {
+            const bool turn = !seed() || (int)random_below(4) < pace[w];
+            for (int t = w * 32; t < std::min(w * 32 + 32, block_threads); t++) {
+              Fiber& f = *fibers[t];
+              if (!runnable(f)) continue;
+              if (!turn) {
+                later = true;
+                continue;
+              }
+              f.watched = nullptr;
+              current = &f;
+              emulate_switch(&scheduler_top, f.top);
+              progress = true;
+              left -= f.done;
+            }
+          }
+          if (!progress && !later) fail("deadlock in block (%u, %u, %u): %d threads wait for ever", x, y, z, left);
+        }
+        if (!copies.empty()) fail("%zu copies under way at the end", copies.size());
         for (auto& [index, group] : warpgroups)
           if (!group.open.empty() || !group.committed.empty()) fail("warpgroup %d ended with products in flight", index);
       }
@@ -216,10 +280,19 @@ void barrier_wait(uint32_t address, uint32_t parity) {
 void bulk_load(uint32_t destination, const void* source, uint32_t bytes, uint32_t barrier) {
   if (destination % 16 || (uintptr_t)source % 16 || bytes % 16 || destination + bytes > kSharedBytes)
     fail("bulk copy of %u bytes from %p to %u", bytes, source, destination);
-  memcpy(shared_memory + destination, source, bytes);
-  Barrier& b = barrier_at(barrier);
-  b.bytes -= bytes;
-  complete_if_ready(b);
+  const Copy copy = {destination, source, bytes, barrier};
+  if (!seed()) return land(copy);
+  memset(shared_memory + destination, 0xff, bytes);
+  copies.push_back(copy);
+}
+
+void written(uint32_t address, uint32_t bytes) {
+  for (uint32_t word = address / 2; word < (address + bytes) / 2; word++) unfenced[word] = current->index() + 1;
+}
+void fence_async() {
+  const int me = current->index() + 1;
+  for (int& thread : unfenced)
+    if (thread == me) thread = 0;
 }
 
 void wgmma(const Product& product) {

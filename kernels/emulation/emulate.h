@@ -1,9 +1,11 @@
 // Runs the kernels' own sources on a CPU, one thread block after another, every CUDA thread a fiber. For checking on machines without a GPU:
 // what is computed, the index maps, and the order of barriers, copies and products; nothing about speed.
 //
-// The asynchronous parts are made to happen at the worst permitted time: bulk copies at once (so a stage that is released too early is
+// The asynchronous parts are made to happen at a bad permitted time: bulk copies at once (so a stage that is released too early is
 // overwritten under its readers), wgmma as late as its wait allows and from the registers as they are then (so an operand that is changed too
-// early, or an accumulator that is read too early, gives wrong numbers). Shared memory starts as NaN. A deadlock aborts with a message.
+// early, or an accumulator that is read too early, gives wrong numbers). With PT_EMULATED_SEED=n, n > 0, copies land at random times instead, their
+// destination NaN until then (so a stage that is read too early gives NaN), and warps run in random order at random pace. A wgmma or a copy that meets
+// what a thread wrote without a proxy fence aborts, and so does a deadlock. Shared memory starts as NaN.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -52,6 +54,8 @@ void barrier_arrive(uint32_t address);
 void barrier_expect(uint32_t address, uint32_t bytes);
 void barrier_wait(uint32_t address, uint32_t parity);
 void bulk_load(uint32_t destination, const void* source, uint32_t bytes, uint32_t barrier);
+void written(uint32_t address, uint32_t bytes);  // by this thread, and not to be read by the asynchronous parts before its ...
+void fence_async();
 
 struct Product {  // one thread's share of a wgmma, operands by reference
   float* c;

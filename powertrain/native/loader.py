@@ -29,7 +29,10 @@ def library() -> ctypes.CDLL:
 def _load_once() -> ctypes.CDLL:
     named = os.environ.get("POWERTRAIN_KERNELS_LIBRARY")  # a developer's own build: no manifest says what it should be
     if named:
-        loaded = _open_checked(Path(named))
+        try:
+            loaded = _open_checked(Path(named))
+        except KernelsUnavailable as error:
+            raise KernelsUnavailable(f"POWERTRAIN_KERNELS_LIBRARY: {error}") from error
     else:
         path = find_library()
         loaded = open_library(path if path is not None else build_library())
@@ -51,7 +54,7 @@ def _open_checked(path: Path) -> ctypes.CDLL:
     try:
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
-        raise KernelsUnavailable(f"{path} does not load ({error}); run `powertrain kernels build --force`.") from error
+        raise KernelsUnavailable(f"{path} does not load ({error}).") from error
     try:
         loaded.pt_abi_version.restype = ctypes.c_int32
         found = loaded.pt_abi_version()

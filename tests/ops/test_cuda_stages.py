@@ -3,6 +3,7 @@
 The emulation is slow: at the wider heads only the cases that the narrow one's path does not share.
 """
 
+import os
 import subprocess
 import sys
 
@@ -11,18 +12,23 @@ import torch
 
 from tests.ops.emulation import KERNELS, emulated_library
 
+LONG = ["long chunk", "long chunk, documents"]  # more columns than a row tile has rows
 CASES = {
-    32: ["two chunks", "tail", "T=1", "grouped heads", "documents", "boundary"],
-    64: ["two chunks", "grouped heads", "documents"],
+    32: ["two chunks", "tail", "T=1", "grouped heads", "documents", "boundary", *LONG],
+    64: ["two chunks", "grouped heads", "documents", *LONG],
+    128: ["two chunks"],
 }
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU, not emulated")
-@pytest.mark.parametrize("head_dim", CASES)
-def test_sm90_stages_are_as_accurate_as_the_formula(head_dim: int) -> None:
+@pytest.mark.parametrize(("head_dim", "seed"), [(32, 0), (32, 1), (64, 0), (128, 0)])
+def test_sm90_stages_are_as_accurate_as_the_formula(head_dim: int, seed: int) -> None:
+    """In the emulation's own order, and with copies and warps at random times."""
     library = emulated_library(without=("sm80",))
     command = [sys.executable, str(KERNELS / "check_stages.py"), str(library), "--arch", "90"]
     command += ["--head-dims", str(head_dim), "--dtypes", "bfloat16", "--cases", *CASES[head_dim]]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "PT_EMULATED_SEED": str(seed)}
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     assert len(result.stdout.splitlines()) == len(CASES[head_dim]) + 1, result.stdout

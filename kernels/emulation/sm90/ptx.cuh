@@ -13,7 +13,7 @@ inline void barrier_wait(uint32_t barrier, uint32_t parity) { emulate::barrier_w
 inline void bulk_load(uint32_t destination, const void* source, uint32_t bytes, uint32_t barrier) {
   emulate::bulk_load(destination, source, bytes, barrier);
 }
-inline void fence_async_shared() {}
+inline void fence_async_shared() { emulate::fence_async(); }
 constexpr int kProducerRegisters = 24;
 template <int kConsumers>
 constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 112;
@@ -35,8 +35,14 @@ inline float load_shared_float(uint32_t address) { return *(float*)emulate::shar
 inline float2 load_shared_float2(uint32_t address) { return *(float2*)emulate::shared_at(address, 8); }
 inline void store_shared_float2(uint32_t address, float2 value) { *(float2*)emulate::shared_at(address, 8) = value; }
 inline uint4 load_shared_16(uint32_t address) { return *(uint4*)emulate::shared_at(address, 16); }
-inline void store_shared_16(uint32_t address, uint4 value) { *(uint4*)emulate::shared_at(address, 16) = value; }
-inline void store_shared_2(uint32_t address, uint16_t value) { *(uint16_t*)emulate::shared_at(address, 2) = value; }
+inline void store_shared_16(uint32_t address, uint4 value) {
+  *(uint4*)emulate::shared_at(address, 16) = value;
+  emulate::written(address, 16);
+}
+inline void store_shared_2(uint32_t address, uint16_t value) {
+  *(uint16_t*)emulate::shared_at(address, 2) = value;
+  emulate::written(address, 2);
+}
 inline float exp2_fast(float x) { return exp2f(x); }
 
 template <typename T>
