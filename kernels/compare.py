@@ -16,7 +16,6 @@ import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -36,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def measure(name: str, repeats: int) -> dict[str, float | list[float]]:
-    """Return milliseconds of one problem by pass and stage, and the norms of output and gradients."""
+    """Return milliseconds of one problem by pass and stage, and random projections of output and gradients."""
     from powertrain import power_retention
     from powertrain.bench import kernels as bench
 
@@ -51,7 +50,7 @@ def measure(name: str, repeats: int) -> dict[str, float | list[float]]:
     weak = torch.full((batch, tokens, key_heads), -1e-3, device="cuda", requires_grad=True)
     random = torch.nn.functional.logsigmoid(3 + randn(*weak.shape)).requires_grad_()
 
-    def forward(log_g: torch.Tensor = weak) -> torch.Tensor:
+    def forward(log_g: torch.Tensor = weak) -> Any:
         return power_retention(q, k, v, log_g, chunk_size=chunk, impl="cuda")
 
     def both() -> object:
@@ -62,7 +61,7 @@ def measure(name: str, repeats: int) -> dict[str, float | list[float]]:
         result["forward"] = bench.median_ms(forward, repeats)
     problem = bench.Problem(name, batch, tokens, query_heads, key_heads, dim, chunk)
     rates = {"matrix_tflops": 1.0, "copy_tbps": 1.0}  # for floors, which are not asked for here
-    stages = bench._stage_timings(problem, name, both, SimpleNamespace(repeats=4), rates)
+    stages = bench._stage_timings(problem, name, both, argparse.Namespace(repeats=4), rates)
     result |= {stage.stage: stage.milliseconds for stage in stages}
     out = forward(random)
     projections = []

@@ -26,6 +26,8 @@ SHAPES = (
     (1, 200, 2, 1, 128, True, False),
     (1, 190, 2, 2, 64, False, True),
     (1, 300, 1, 1, 512, False, True),
+    (1, 600, 2, 1, 1024, False, False),  # more columns than a row tile has rows
+    (2, 400, 16, 16, 64, False, True),  # more row tiles than multiprocessors
 )
 
 

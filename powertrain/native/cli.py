@@ -9,7 +9,7 @@ from powertrain.native.abi import ABI_VERSION
 from powertrain.native.binding import binding_warnings, build_binding, find_binding, find_compiler
 from powertrain.native.build import build_library, compiler_reports, find_library
 from powertrain.native.errors import KernelBuildError, KernelsUnavailable
-from powertrain.native.loader import open_library
+from powertrain.native.loader import named_library, open_library, open_named_library
 from powertrain.native.store import cache_root, verify_library
 from powertrain.native.toolchain import find_nvcc, kernel_sources, library_key, units
 
@@ -76,8 +76,11 @@ def _info() -> int:
         print(f"          {find_compiler()} (C++)")
     except KernelsUnavailable as error:
         print(f"          no C++: {error}")
-    path = find_library()
-    if path is None:
+    path, named = find_library(), named_library()
+    if named is not None:
+        open_named_library(named)
+        print(f"library   {named}, which POWERTRAIN_KERNELS_LIBRARY names")
+    elif path is None:
         print(f"library   none for these sources; {_BUILDS}")
     else:
         manifest = verify_library(path)

@@ -27,17 +27,32 @@ def library() -> ctypes.CDLL:
 
 @functools.cache
 def _load_once() -> ctypes.CDLL:
-    named = os.environ.get("POWERTRAIN_KERNELS_LIBRARY")  # a developer's own build: no manifest says what it should be
-    if named:
-        try:
-            loaded = _open_checked(Path(named))
-        except KernelsUnavailable as error:
-            raise KernelsUnavailable(f"POWERTRAIN_KERNELS_LIBRARY: {error}") from error
+    named = named_library()
+    if named is not None:
+        loaded = open_named_library(named)
     else:
         path = find_library()
         loaded = open_library(path if path is not None else build_library())
     declare(loaded)
     return loaded
+
+
+def named_library() -> Path | None:
+    """A developer's own build in place of the one for the present sources: no manifest says what it should be."""
+    named = os.environ.get("POWERTRAIN_KERNELS_LIBRARY")
+    return Path(named) if named else None
+
+
+def open_named_library(path: Path) -> ctypes.CDLL:
+    """Loads the library that POWERTRAIN_KERNELS_LIBRARY names.
+
+    Raises:
+        KernelsUnavailable: the loader refuses the file, or its ABI version is not the expected one.
+    """
+    try:
+        return _open_checked(path)
+    except KernelsUnavailable as error:
+        raise KernelsUnavailable(f"POWERTRAIN_KERNELS_LIBRARY: {error}") from error
 
 
 def open_library(path: Path) -> ctypes.CDLL:

@@ -23,6 +23,14 @@ def test_info_without_a_library_says_what_to_do(cli_tree: Path, capsys: pytest.C
     assert "none for these sources and this torch;" in output
 
 
+def test_info_names_a_library_of_ones_own(
+    cli_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("POWERTRAIN_KERNELS_LIBRARY", str(tmp_path / "none.so"))
+    assert cli.main(["info"]) == 1
+    assert f"POWERTRAIN_KERNELS_LIBRARY: {tmp_path / 'none.so'} does not load" in capsys.readouterr().err
+
+
 def test_info_says_which_kernels_a_gpu_gets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cli._devices() == ["device    none that torch sees: power_retention takes its PyTorch path"]

@@ -1,4 +1,6 @@
 // pt_state_flow, pt_gate_grad: the way back through the gates (gates.cuh).
+#include <float.h>
+
 #include <algorithm>
 
 #include "gates.cuh"
@@ -112,8 +114,8 @@ __global__ void __launch_bounds__(kSpan / 4) gate_grad(const __grid_constant__ G
 
 // dlog_G beyond the end of a chunk without adding up what is to the right: what passes through the chunk, chunk_decay <S, E>, and what its keys
 // give to later chunks. One thread block per chunk. Reading S and E is what it costs, so it is done for the last chunk of a span, and for others (from
-// the right) wherever the decay since the last one that is known falls below kForgotten: adding up brings along the rounding of every state in
-// between, whose size does not decay with what they are about. And before a row's last chunk that is not whole: where a final state has a gradient,
+// the right) wherever the decay from a chunk's start to the last end that is known falls below kForgotten: adding up brings along the rounding of every
+// state in between, whose size does not decay with what they are about. And before a row's last chunk that is not whole: where a final state has a gradient,
 // what passes through few tokens rests on rounded states, what a chunk's keys give on their gradient alone. In fp16, whose other roundings are an
 // eighth of bf16's, for every chunk. The rest is infinite: to be added up.
 template <typename T, int D>
@@ -177,16 +179,18 @@ __global__ void __launch_bounds__(kThreads) state_flow(const T* states, const T*
   __syncthreads();
   if (threadIdx.x == 0) {
     for (int w = 1; w < kThreads / 32; w++) sum += partial[w];
-    flow[blockIdx.x] = (float)sum;
+    const float value = (float)sum;
+    flow[blockIdx.x] = value == INFINITY ? FLT_MAX : value;  // infinity says something else
   }
 }
 
 template <typename T, int D>
 int run_state_flow(const pt_problem& p, const pt_state_flow_params& a, cudaStream_t stream) {
   const int64_t padded = padded_blocks(p.seq_len) * kBlock, heads = (int64_t)p.batch * p.key_heads, chunk_count = chunks(p.seq_len, p.chunk_size);
-  state_flow<T, D><<<(unsigned)(heads * chunk_count), kThreads, 0, stream>>>((const T*)a.states, (const T*)a.grad_states, gates_of(p, a.gates).chunk_decay,
-                                                                             a.key_dots + heads * padded, p.seq_len, p.chunk_size, (uint32_t)chunk_count, (uint32_t)(p.dtype == PT_FP16 ? 1 : chunks_of_span(p)),
-                                                                             1.f / (p.state_scale * p.state_scale), a.flow);
+  const uint32_t span_chunks = p.dtype == PT_FP16 ? 1 : chunks_of_span(p);
+  state_flow<T, D><<<(unsigned)(heads * chunk_count), kThreads, 0, stream>>>(
+      (const T*)a.states, (const T*)a.grad_states, gates_of(p, a.gates).chunk_decay, a.key_dots + heads * padded, p.seq_len, p.chunk_size,
+      (uint32_t)chunk_count, span_chunks, 1.f / (p.state_scale * p.state_scale), a.flow);
   return check_cuda(cudaGetLastError(), "state_flow");
 }
 
@@ -213,6 +217,7 @@ extern "C" {
 int pt_state_flow(const pt_problem* problem, const pt_state_flow_params* params, void* stream) {
   if (int status = validate(problem)) return status;
   PT_REQUIRE(params && params->grad_states && params->gates && params->key_dots && params->flow);
+  PT_REQUIRE(params->states || chunks(problem->seq_len, problem->chunk_size) == 1);
   return problem->dtype == PT_BF16 ? with_dim<__nv_bfloat16>(*problem, *params, (cudaStream_t)stream)
                                    : with_dim<__half>(*problem, *params, (cudaStream_t)stream);
 }
@@ -220,6 +225,7 @@ int pt_state_flow(const pt_problem* problem, const pt_state_flow_params* params,
 int pt_gate_grad(const pt_problem* problem, const pt_gate_grad_params* params, void* stream) {
   if (int status = validate(problem)) return status;
   PT_REQUIRE(params && params->query_dots && params->key_dots && params->dlog_G);
+  PT_REQUIRE(params->flow || chunks(problem->seq_len, problem->chunk_size) == 1);
   const pt_problem& p = *problem;
   const pt_gate_grad_params& a = *params;
   GateGradArguments k;

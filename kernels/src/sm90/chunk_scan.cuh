@@ -1,9 +1,9 @@
 // chunk_scan on Hopper: phi(x) S plus the causal attention within the chunk, in one accumulator; then y = n / d, or dv.
 //
 // A block of threads owns 256 rows (tokens) of one chunk, a warpgroup two blocks of 64 (K = 32: one, and there are four, because one alone waits
-// for most of its time). Phase 1 streams the chunk's state past them, two phi
-// tiles a stage, and forms phi(x) in registers: the fragment of x_J times x_i, which one ldmatrix delivers to every thread of a row. Phase 2
-// streams blocks of keys and values (reverse: queries and dn') from the diagonal away, so that decays between blocks are a running product.
+// for most of its time). Phase 1 streams the chunk's state past them, two phi tiles a stage, and forms phi(x) in registers: the fragment of x_J times
+// x_i, which one ldmatrix delivers to every thread of a row. Phase 2 streams blocks of keys and values (reverse: queries and dn') from the diagonal
+// away, so that decays between blocks are a running product.
 // Row tiles are taken in turns by a persistent grid: the producing warpgroup runs ahead into the next one.
 #pragma once
 #include "../common/numeric.cuh"

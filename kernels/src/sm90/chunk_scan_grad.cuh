@@ -39,7 +39,7 @@ struct ChunkScanGrad : GradShape<kHeadDim> {
   static_assert(Shape::kColumnBytes <= kStageBytes, "a stage holds a part of the state or one block of columns");
   static constexpr int kSharedBytes =
       kRowBuffers * kRowBytes + State::kMemoryBytes + kStages * kStageBytes + State::kPadBytes + 16 * (kStages + kRowBuffers + State::kBarriers);
-  static_assert(kSharedBytes <= 227 * 1024);
+  static_assert(kSharedBytes <= 227 * 1024 && State::kProducing + kWarpgroups * State::kConsuming <= (kWarpgroups + 1) * 168);
   static constexpr int kStep = kReverse ? 1 : -1;  // from one block of columns to the next
 
   using Tile = ScanTile<kReverse, kRowBlocks>;
@@ -378,12 +378,12 @@ __global__ void __launch_bounds__(ChunkScanGrad<kHeadDim, T, kReverse>::kThreads
   }
   __syncthreads();
   if (threadIdx.x / 128 == Kernel::kWarpgroups) {
-    give_registers<Kernel::State::kProducerRegisters>();
+    give_registers<Kernel::State::kProducing>();
     const int warp = uniform_warp() % 4;
     if (threadIdx.x % 128 == 0) Kernel::produce(p, at);
     else if (warp > 0) Kernel::assist(p, warp - 1, at);
   } else {
-    take_registers<Kernel::State::kConsumerRegisters>();
+    take_registers<Kernel::State::kConsuming>();
     Kernel::consume(p, at);
   }
 }

@@ -10,7 +10,6 @@ namespace powertrain::sm90 {
 
 template <int kHeadDim>
 struct GradShape {
-  static constexpr int kColumns = kHeadDim + kNormColumns;
   static constexpr int kFeatureBlocks = feature_blocks(kHeadDim), kPhiTiles = phi_tiles(kHeadDim);
   static constexpr int kSteps = kHeadDim / 16 + 1;  // products of 16 columns of u; the last is the normaliser's
   static constexpr int kWarpgroups = 2, kThreads = (kWarpgroups + 1) * 128;  // the last warpgroup produces
@@ -27,9 +26,9 @@ struct GradRows : GradShape<kHeadDim> {
   using Shape::kFeatureBlocks, Shape::kM, Shape::kRowBlocks, Shape::kSteps, Shape::kUBytes, Shape::kWarpgroups, Shape::kXBytes;
 
   const int lane, warp, warpgroup;
-  const int block_stride;   // packed blocks from its first block to its second
-  uint32_t rows_x, rows_u;  // of its first block
-  float acc[kM][kHeadDim / 2];    // dx
+  const int block_stride;       // packed blocks from its first block to its second
+  uint32_t rows_x, rows_u;      // of its first block
+  float acc[kM][kHeadDim / 2];  // dx
 
   __device__ GradRows()
       : lane(threadIdx.x % 32), warp(uniform_warp() % 4), warpgroup(uniform_warp() / 4), block_stride(block(kM - 1) - block(0)) {}

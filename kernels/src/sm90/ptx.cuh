@@ -33,7 +33,7 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
 // Orders this thread's writes of shared memory before reads by the asynchronous parts (wgmma's operands) that a barrier puts after them.
 __device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 // Registers move from the producing warpgroup to the consuming ones: 24 + 2 * 240 <= 3 * 168, the cap of a block of 384 threads, and
-// 24 + 4 * 112 <= 5 * 96, that of 640.
+// 24 + 4 * 112 <= 5 * 96, that of 640. Where the producing warpgroup's other warps have work, it keeps 72 (state_outer.cuh).
 constexpr int kProducerRegisters = 24;
 template <int kConsumers>
 constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 112;
@@ -114,7 +114,6 @@ template <typename T>
 struct Pair;
 template <>
 struct Pair<__nv_bfloat16> {
-  using Vector = __nv_bfloat162;
   __device__ static float2 unpack(uint32_t r) { return make_float2(__uint_as_float(r << 16), __uint_as_float(r & 0xffff0000u)); }
   __device__ static uint32_t pack(float low, float high) {
     uint32_t r;
@@ -134,7 +133,6 @@ struct Pair<__nv_bfloat16> {
 };
 template <>
 struct Pair<__half> {
-  using Vector = __half2;
   __device__ static float2 unpack(uint32_t r) { return __half22float2(*reinterpret_cast<__half2*>(&r)); }
   __device__ static uint32_t pack(float low, float high) {
     uint32_t r;

@@ -19,7 +19,7 @@ struct StateContraction : GradShape<kHeadDim> {
   // The product with the normaliser reads its 1024 bytes twice (a stride of 0). memcheck knows no such stride: the pad keeps what it takes for the
   // second half of the last tile's within the block's memory.
   static constexpr int kPadBytes = 1024;
-  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+  static constexpr int kProducing = kProducerRegisters, kConsuming = kConsumerRegisters<kWarpgroups>;  // registers
   using StageRing = Ring<kStages>;
 
   __device__ static void init(uint32_t) {}

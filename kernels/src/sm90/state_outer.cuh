@@ -22,7 +22,7 @@ struct StateOuter : GradShape<kHeadDim> {
   static constexpr int kNormBytes = kHeadDim * kHeadDim * 2, kMemoryBytes = 2 * kNormBytes;  // Z's hi, then its lo
   static constexpr int kAssistants = 3;                                                      // warps
   static constexpr int kBarriers = kStages + 1, kPadBytes = 0;  // pairs: stages of the state loaded, and complete; Z
-  static constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
+  static constexpr int kProducing = 72, kConsuming = 216;  // registers
   using StageRing = Ring<kStages>;
 
   // The stages that hold a part of the state, counted on their own: who waits for each of them never falls two turns behind. A stage is loaded, then
