@@ -156,6 +156,7 @@ typedef struct {
   const void* grad_states; /* reverse */
   const void* gates;
   const float* key_dots;   /* as pt_chunk_scan_grad reverse wrote it */
+  int32_t every_chunk;     /* if 1, none is left to be added up: fp16, and states from or to the outside, whose passes hold tighter bounds */
   float* flow;             /* out */
 } pt_state_flow_params;
 PT_API int pt_state_flow(const pt_problem* problem, const pt_state_flow_params* params, void* stream);

@@ -116,8 +116,7 @@ __global__ void __launch_bounds__(kSpan / 4) gate_grad(const __grid_constant__ G
 // give to later chunks. One thread block per chunk. Reading S and E is what it costs, so it is done for the last chunk of a span, and for others (from
 // the right) wherever the decay from a chunk's start to the last end that is known falls below kForgotten: adding up brings along the rounding of every
 // state in between, whose size does not decay with what they are about. And before a row's last chunk that is not whole: where a final state has a gradient,
-// what passes through few tokens rests on rounded states, what a chunk's keys give on their gradient alone. In fp16, whose other roundings are an
-// eighth of bf16's, for every chunk. The rest is infinite: to be added up.
+// what passes through few tokens rests on rounded states, what a chunk's keys give on their gradient alone. The rest is infinite: to be added up.
 template <typename T, int D>
 __global__ void __launch_bounds__(kThreads) state_flow(const T* states, const T* grad_states, const float* chunk_decay, const float* key_states,
                                                        int64_t seq_len, int chunk_size, uint32_t chunk_count, uint32_t span_chunks, float scale, float* flow) {
@@ -187,7 +186,7 @@ __global__ void __launch_bounds__(kThreads) state_flow(const T* states, const T*
 template <typename T, int D>
 int run_state_flow(const pt_problem& p, const pt_state_flow_params& a, cudaStream_t stream) {
   const int64_t padded = padded_blocks(p.seq_len) * kBlock, heads = (int64_t)p.batch * p.key_heads, chunk_count = chunks(p.seq_len, p.chunk_size);
-  const uint32_t span_chunks = p.dtype == PT_FP16 ? 1 : chunks_of_span(p);
+  const uint32_t span_chunks = a.every_chunk ? 1 : chunks_of_span(p);
   state_flow<T, D><<<(unsigned)(heads * chunk_count), kThreads, 0, stream>>>(
       (const T*)a.states, (const T*)a.grad_states, gates_of(p, a.gates).chunk_decay, a.key_dots + heads * padded, p.seq_len, p.chunk_size,
       (uint32_t)chunk_count, span_chunks, 1.f / (p.state_scale * p.state_scale), a.flow);

@@ -220,7 +220,7 @@ int pt_backward(const pt_problem* problem, const pt_backward_params* params, voi
   PT_TRY(pt_chunk_scan_grad(problem, &of_k, stream));
   if (a.dlog_G) {
     if (buffers.flow) {
-      const pt_state_flow_params flow = {saved.states, buffers.grad_states, saved.gates, key_dots, buffers.flow};
+      const pt_state_flow_params flow = {saved.states, buffers.grad_states, saved.gates, key_dots, has_initial || has_final || p.dtype == PT_FP16, buffers.flow};
       PT_TRY(pt_state_flow(problem, &flow, stream));
     }
     const pt_gate_grad_params gates = {query_dots, key_dots, buffers.flow, a.has_documents ? saved.gates : nullptr, has_initial, buffers.dn_scale,
