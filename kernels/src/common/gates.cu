@@ -193,15 +193,6 @@ int run_state_flow(const pt_problem& p, const pt_state_flow_params& a, cudaStrea
   return check_cuda(cudaGetLastError(), "state_flow");
 }
 
-template <typename T>
-int with_dim(const pt_problem& p, const pt_state_flow_params& a, cudaStream_t stream) {
-  switch (p.head_dim) {
-    case 32: return run_state_flow<T, 32>(p, a, stream);
-    case 64: return run_state_flow<T, 64>(p, a, stream);
-    default: return run_state_flow<T, 128>(p, a, stream);
-  }
-}
-
 }  // namespace
 
 }  // namespace powertrain
@@ -217,8 +208,9 @@ int pt_state_flow(const pt_problem* problem, const pt_state_flow_params* params,
   if (int status = validate(problem)) return status;
   PT_REQUIRE(params && params->grad_states && params->gates && params->key_dots && params->flow);
   PT_REQUIRE(params->states || chunks(problem->seq_len, problem->chunk_size) == 1);
-  return problem->dtype == PT_BF16 ? with_dim<__nv_bfloat16>(*problem, *params, (cudaStream_t)stream)
-                                   : with_dim<__half>(*problem, *params, (cudaStream_t)stream);
+  return with_type(*problem, [&](auto element, auto dim) {
+    return run_state_flow<decltype(element), dim.value>(*problem, *params, (cudaStream_t)stream);
+  });
 }
 
 int pt_gate_grad(const pt_problem* problem, const pt_gate_grad_params* params, void* stream) {

@@ -4,6 +4,10 @@
 #include <cuda_fp16.h>
 #include <stdint.h>
 
+#include <type_traits>
+
+#include "powertrain_kernels.h"
+
 namespace powertrain {
 
 // A row whose normaliser is smaller has no weights to speak of: y and its gradients are zero there instead of overflowing.
@@ -48,5 +52,18 @@ struct Numeric<__half> {
     return reinterpret_cast<const uint32_t&>(d);
   }
 };
+
+// Calls f with the element type and the head dim of a validated problem.
+template <typename F>
+int with_type(const pt_problem& p, F f) {
+  auto with_dim = [&](auto element) {
+    switch (p.head_dim) {
+      case 32: return f(element, std::integral_constant<int, 32>());
+      case 64: return f(element, std::integral_constant<int, 64>());
+      default: return f(element, std::integral_constant<int, 128>());
+    }
+  };
+  return p.dtype == PT_BF16 ? with_dim(__nv_bfloat16()) : with_dim(__half());
+}
 
 }  // namespace powertrain

@@ -1,6 +1,4 @@
 // pt_pack, pt_pack_grad, pt_power_scale: tensors with strides into tiles, once, so that every later read is a contiguous copy.
-#include <type_traits>
-
 #include "gates.cuh"
 #include "numeric.cuh"
 #include "stages.h"
@@ -382,19 +380,6 @@ int run_power_scale(const pt_problem& p, const pt_power_scale_params& a, cudaStr
       strided<T>(a.x), a.heads, a.groups, p.seq_len, blocks, a.scale, vectorizable(a.x));
   if (int status = check_cuda(cudaGetLastError(), "largest_magnitude")) return status;
   return finish_scales(a.scale, count, stream);
-}
-
-// Calls f with the element type and the head dim of a validated problem.
-template <typename F>
-int with_type(const pt_problem& p, F f) {
-  auto with_dim = [&](auto element) {
-    switch (p.head_dim) {
-      case 32: return f(element, std::integral_constant<int, 32>());
-      case 64: return f(element, std::integral_constant<int, 64>());
-      default: return f(element, std::integral_constant<int, 128>());
-    }
-  };
-  return p.dtype == PT_BF16 ? with_dim(__nv_bfloat16()) : with_dim(__half());
 }
 
 }  // namespace

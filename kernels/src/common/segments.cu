@@ -99,15 +99,6 @@ int launch(const pt_problem& problem, const JoinParams& p, cudaStream_t stream) 
   return check_cuda(cudaGetLastError(), "join_segments");
 }
 
-template <typename T>
-int dispatch(const pt_problem& problem, const JoinParams& p, cudaStream_t stream) {
-  switch (problem.head_dim) {
-    case 32: return launch<T, 32>(problem, p, stream);
-    case 64: return launch<T, 64>(problem, p, stream);
-    default: return launch<T, 128>(problem, p, stream);
-  }
-}
-
 int join(const pt_problem& problem, const pt_chunk_state_params& params, int segments, const float* locals, const float* initial,
          cudaStream_t stream) {
   JoinParams p;
@@ -122,7 +113,7 @@ int join(const pt_problem& problem, const pt_chunk_state_params& params, int seg
   p.tiles = phi_tiles(problem.head_dim);
   p.reverse = params.reverse;
   p.state_scale = problem.state_scale;
-  return problem.dtype == PT_FP16 ? dispatch<__half>(problem, p, stream) : dispatch<__nv_bfloat16>(problem, p, stream);
+  return with_type(problem, [&](auto element, auto dim) { return launch<decltype(element), dim.value>(problem, p, stream); });
 }
 
 }  // namespace

@@ -50,7 +50,6 @@ struct ChunkScan {
 
   // Where registers allow it, columns apart from the rows go without branches.
   static constexpr bool kApart = kHeadDim == 64;
-  static constexpr int kStep = kReverse ? 1 : -1;  // from one block of columns to the next
 
   using Tile = ScanTile<kReverse, kRowBlocks>;
 
@@ -237,21 +236,7 @@ struct ChunkScan {
         wgmma_wait<0>();
       }
     }
-    using Weights = uint32_t[kBlock / 16][4];
-    // P = s^2 times the decay between row and column, of different blocks, rounded to 16 bits.
-    __device__ __forceinline__ void weigh(Weights& weights, const Scores& s, const float (&row_decay)[2], uint32_t column_decays) const {
-#pragma unroll
-      for (int c = 0; c < 8; c++) {
-        const float2 column_decay = load_shared_float2(column_decays + c * 32);
-        float value[4];
-#pragma unroll
-        for (int e = 0; e < 4; e++)
-          value[e] = (s[4 * c + e] * row_decay[e / 2]) * (s[4 * c + e] * (e % 2 ? column_decay.y : column_decay.x));
-        weights[c / 2][c % 2 * 2] = Pair<T>::pack(value[0], value[1]);
-        weights[c / 2][c % 2 * 2 + 1] = Pair<T>::pack(value[2], value[3]);
-      }
-    }
-    // acc[m] += P u, under way when it returns.
+    // acc[m] += P u with P = s^2 times the decay between row and column, under way when it returns.
     __device__ __forceinline__ void multiply_weights(int m, const Weights& weights, uint32_t u) {
       wgmma_fence();
 #pragma unroll
@@ -291,7 +276,7 @@ struct ChunkScan {
           weights[c / 2][c % 2 * 2 + 1] = Pair<T>::pack(value[2], value[3]);
         }
       } else {
-        weigh(weights, s, row_decay, vectors);
+        weigh<T>(weights, s, s, row_decay, vectors);
       }
       multiply_weights(m, weights, u);
       wgmma_wait<0>();  // the other warpgroup fills the gap; products in flight across the branches above would be serialised by ptxas
@@ -323,8 +308,8 @@ struct ChunkScan {
         const int apart = kApart && tile.row_blocks == kRowBlocks ? tile.column_block(kRowBlocks) : end;
         float across = first_across, next;
 #pragma unroll 1
-        for (int column = tile.column_block(0); column != apart; column += kStep, across = next) {
-          next = block_decay[column + kStep != end ? column + kStep : column];
+        for (int column = tile.column_block(0); column != apart; column += Tile::kStep, across = next) {
+          next = block_decay[column + Tile::kStep != end ? column + Tile::kStep : column];
           ring.wait_full();
           const uint32_t x = stages + ring.stage() * kStageBytes;
 #pragma unroll
@@ -354,8 +339,8 @@ struct ChunkScan {
       Weights weights;
       bool started = false;
 #pragma unroll 1
-      for (; column != end && fmaxf(between[0], between[kM - 1]) > 0.f; column += kStep) {
-        const float next = block_decay[column + kStep != end ? column + kStep : column];
+      for (; column != end && fmaxf(between[0], between[kM - 1]) > 0.f; column += Tile::kStep) {
+        const float next = block_decay[column + Tile::kStep != end ? column + Tile::kStep : column];
         ring.wait_full();
         const uint32_t x = stages + ring.stage() * kStageBytes, u = x + kXBytes;
 #pragma unroll
@@ -364,7 +349,7 @@ struct ChunkScan {
           score(s, m, rows, x, xa[m]);
           if (m == 0 && started) ring.release(ring.previous());
           const float decay[2] = {row_decay[m][0] * between[m], row_decay[m][1] * between[m]};
-          weigh(weights, s, decay, u + kUBytes + 8 * (lane % 4));
+          weigh<T>(weights, s, s, decay, u + kUBytes + 8 * (lane % 4));
           multiply_weights(m, weights, u);
           between[m] *= across;
         }
@@ -374,7 +359,7 @@ struct ChunkScan {
       wgmma_wait<0>();
       if (started) ring.release(ring.previous());
 #pragma unroll 1
-      for (; column != end; column += kStep, ring.advance()) {
+      for (; column != end; column += Tile::kStep, ring.advance()) {
         ring.wait_full();
         ring.release(ring.stage());
       }

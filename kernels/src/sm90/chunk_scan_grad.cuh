@@ -40,7 +40,6 @@ struct ChunkScanGrad : GradShape<kHeadDim> {
   static constexpr int kSharedBytes =
       kRowBuffers * kRowBytes + State::kMemoryBytes + kStages * kStageBytes + State::kPadBytes + 16 * (kStages + kRowBuffers + State::kBarriers);
   static_assert(kSharedBytes <= 227 * 1024 && State::kProducing + kWarpgroups * State::kConsuming <= (kWarpgroups + 1) * 168);
-  static constexpr int kStep = kReverse ? 1 : -1;  // from one block of columns to the next
 
   using Tile = ScanTile<kReverse, kRowBlocks>;
 
@@ -140,23 +139,12 @@ struct ChunkScanGrad : GradShape<kHeadDim> {
       wgmma_commit();
       wgmma_wait<0>();
     }
-    using ScoreGradients = uint32_t[kBlock / 16][4];
-    // 2 s decay (u . u_columns) of different blocks, rounded to 16 bits.
-    __device__ __forceinline__ void weigh(ScoreGradients& ds, const float (&row_decay)[2], uint32_t column_decays) const {
-      const float factor[2] = {2.f * row_decay[0], 2.f * row_decay[1]};
-#pragma unroll
-      for (int c = 0; c < 8; c++) {
-        const float2 column_decay = load_shared_float2(column_decays + c * 32);
-        float value[4];
-#pragma unroll
-        for (int e = 0; e < 4; e++)
-          value[e] = (d[0][4 * c + e] * factor[e / 2]) * (d[1][4 * c + e] * (e % 2 ? column_decay.y : column_decay.x));
-        ds[c / 2][c % 2 * 2] = Pair<T>::pack(value[0], value[1]);
-        ds[c / 2][c % 2 * 2 + 1] = Pair<T>::pack(value[2], value[3]);
-      }
+    // ds = 2 s decay (u . u_columns) of different blocks.
+    __device__ __forceinline__ void weigh_scores(Weights& ds, const float (&row_decay)[2], uint32_t column_decays) const {
+      weigh<T>(ds, d[0], d[1], {2.f * row_decay[0], 2.f * row_decay[1]}, column_decays);
     }
     // acc[m] += dS x, under way when it returns.
-    __device__ __forceinline__ void multiply_scores(int m, const ScoreGradients& ds, uint32_t x) {
+    __device__ __forceinline__ void multiply_scores(int m, const Weights& ds, uint32_t x) {
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < kBlock / 16; k++) wgmma<T, false>(rows.acc[m], ds[k], CoreMatrices(x, 128, 1024).at(k * 256), true);
@@ -167,7 +155,7 @@ struct ChunkScanGrad : GradShape<kHeadDim> {
     __device__ __forceinline__ void attend(bool diagonal, int m, uint32_t x, const float (&row_decay)[2], const RowOperands& operands) {
       const uint32_t vectors = x + kXBytes + kUBytes, mine = vectors + 8 * (rows.lane % 4);
       score(x, operands);
-      ScoreGradients ds;
+      Weights ds;
       if (diagonal) {  // rows and columns are the same tokens
         float row_log2[2];
         int row_document[2];
@@ -194,7 +182,7 @@ struct ChunkScanGrad : GradShape<kHeadDim> {
           ds[c / 2][c % 2 * 2 + 1] = Pair<T>::pack(value[2], value[3]);
         }
       } else {
-        weigh(ds, row_decay, mine);
+        weigh_scores(ds, row_decay, mine);
       }
       multiply_scores(m, ds, x);
       wgmma_wait<0>();
@@ -226,8 +214,8 @@ struct ChunkScanGrad : GradShape<kHeadDim> {
         const int apart = kApart && tile.row_blocks == kRowBlocks ? tile.column_block(kRowBlocks) : end;
         float across = first_across, next;
 #pragma unroll 1
-        for (int column = tile.column_block(0); column != apart; column += kStep, across = next) {
-          if constexpr (kApart) next = block_decay[column + kStep != end ? column + kStep : column];
+        for (int column = tile.column_block(0); column != apart; column += Tile::kStep, across = next) {
+          if constexpr (kApart) next = block_decay[column + Tile::kStep != end ? column + Tile::kStep : column];
           else across = next = block_decay[column];  // registers allow no more at K = 128
           ring.wait_full();
           const uint32_t x = stages + ring.stage() * kStageBytes;
@@ -255,16 +243,16 @@ struct ChunkScanGrad : GradShape<kHeadDim> {
                                                        float (&between)[kM], const RowOperands (&operands)[kM]) {
       const float* const block_decay = p.block_decay + (int64_t)tile.key_head * p.blocks;
 #pragma unroll 1
-      for (; column != end && fmaxf(between[0], between[kM - 1]) > 0.f; column += kStep, ring.advance()) {
-        const float next = block_decay[column + kStep != end ? column + kStep : column];
+      for (; column != end && fmaxf(between[0], between[kM - 1]) > 0.f; column += Tile::kStep, ring.advance()) {
+        const float next = block_decay[column + Tile::kStep != end ? column + Tile::kStep : column];
         ring.wait_full();
         const uint32_t x = stages + ring.stage() * kStageBytes;
 #pragma unroll
         for (int m = 0; m < kM; m++) {
           score(x, operands[m]);
           const float decay[2] = {row_decay[m][0] * between[m], row_decay[m][1] * between[m]};
-          ScoreGradients ds;
-          weigh(ds, decay, x + kXBytes + kUBytes + 8 * (rows.lane % 4));
+          Weights ds;
+          weigh_scores(ds, decay, x + kXBytes + kUBytes + 8 * (rows.lane % 4));
           multiply_scores(m, ds, x);
           wgmma_wait<0>();
           between[m] *= across;
@@ -273,7 +261,7 @@ struct ChunkScanGrad : GradShape<kHeadDim> {
         across = next;
       }
 #pragma unroll 1
-      for (; column != end; column += kStep, ring.advance()) {  // whatever comes has no weight
+      for (; column != end; column += Tile::kStep, ring.advance()) {  // whatever comes has no weight
         ring.wait_full();
         ring.release(ring.stage());
       }

@@ -53,6 +53,20 @@ struct GradRows : GradShape<kHeadDim> {
     load_matrices_transposed(pairs, x_at(m) + ((i_block * 8 + 2 * warp + half) * 64 + (2 * (lane >> 3) + (lane & 1)) * 8) * 2);
   }
 
+  // take(m, half, s, pair) for each of them.
+  template <typename F>
+  __device__ __forceinline__ void for_each_pair(int i_block, F take) const {
+#pragma unroll
+    for (int m = 0; m < kM; m++)
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        uint32_t pairs[4];
+        load_pairs(pairs, m, half, i_block);
+#pragma unroll
+        for (int s = 0; s < 4; s++) take(m, half, s, pairs[s]);
+      }
+  }
+
   // u of rows block m as A operands: its columns without the normaliser's ...
   __device__ __forceinline__ uint32_t u_matrices(int m) const { return u_at(m) + ((2 * warp + (lane >> 3 & 1)) * 64 + (lane & 7) * 8) * 2; }
   __device__ __forceinline__ void load_values(uint32_t (&u)[kHeadDim / 16][4], int m) const {

@@ -92,18 +92,10 @@ struct StateContraction : GradShape<kHeadDim> {
     }
 
     __device__ __forceinline__ void load_scalars(const Rows& rows, float (&xi)[kM][2][8], int i_block) const {
-#pragma unroll
-      for (int m = 0; m < kM; m++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-          uint32_t pairs[4];
-          rows.load_pairs(pairs, m, half, i_block);
-#pragma unroll
-          for (int s = 0; s < 4; s++) {
-            const float2 both = Pair<T>::unpack(pairs[s]);
-            xi[m][half][2 * s] = both.x, xi[m][half][2 * s + 1] = both.y;
-          }
-        }
+      rows.for_each_pair(i_block, [&](int m, int half, int s, uint32_t pair) {
+        const float2 both = Pair<T>::unpack(pair);
+        xi[m][half][2 * s] = both.x, xi[m][half][2 * s + 1] = both.y;
+      });
     }
 
     __device__ __forceinline__ void load_xj(const Rows& rows, uint32_t (&xj)[2], int m, int j_block) const {

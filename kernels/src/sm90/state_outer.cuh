@@ -169,15 +169,9 @@ struct StateOuter : GradShape<kHeadDim> {
 
     using Scalars = uint32_t[kM][2][8];  // x_i in both halves of a register
     __device__ __forceinline__ void load_scalars(const Rows& rows, Scalars& xi, int i_block) const {
-#pragma unroll
-      for (int m = 0; m < kM; m++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-          uint32_t pairs[4];
-          rows.load_pairs(pairs, m, half, i_block);
-#pragma unroll
-          for (int s = 0; s < 4; s++) xi[m][half][2 * s] = both_low(pairs[s]), xi[m][half][2 * s + 1] = both_high(pairs[s]);
-        }
+      rows.for_each_pair(i_block, [&](int m, int half, int s, uint32_t pair) {
+        xi[m][half][2 * s] = both_low(pair), xi[m][half][2 * s + 1] = both_high(pair);
+      });
     }
 
     // rows.acc = the state's part of dx, without decay and scale.
