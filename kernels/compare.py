@@ -67,7 +67,7 @@ def measure(name: str, repeats: int) -> dict[str, float | list[float]]:
     projections = []
     for x in (out, *torch.autograd.grad(out, (q, k, v, random), grad)):
         for _ in range(4):
-            projections.append(float((x.double() * randn(*x.shape)).sum() / x.double().norm()))
+            projections.append(float((x.detach().double() * randn(*x.shape)).sum() / x.detach().double().norm()))
     result["projections"] = projections
     return result
 

@@ -2,8 +2,8 @@
 
 Peers are PyTorch's SDPA backends (causal softmax attention of the same shape) and the `retention` package where it is
 installed. Times are medians of CUDA-event measurements after warm-up, in one run; rates of a large matrix product and a
-large copy are measured in the same run and give the floors. Everything is written to one JSON file, and the figures are
-drawn from that file alone.
+large copy are measured beside each problem and give its floors. Everything is written to one JSON file, and the figures
+are drawn from that file alone.
 """
 
 import argparse
@@ -34,6 +34,7 @@ from powertrain.ops.flops import OpPassFlops, power_retention_flops
 
 SDPA_BACKENDS = {"sdpa flash": SDPBackend.FLASH_ATTENTION, "sdpa cudnn": SDPBackend.CUDNN_ATTENTION}
 WARM_UP = 3
+_PRODUCTS = 80  # some 0.12 s on an H100
 _L2_BYTES = 256 << 20  # more than the L2 cache of any GPU holds
 
 
@@ -92,13 +93,18 @@ PROBLEMS = (
 
 @dataclass(frozen=True)
 class Timing:
-    """Medians of one contender on one problem, in milliseconds; `peak_gib` is its peak memory, inputs included."""
+    """Medians of one contender on one problem, in milliseconds; `peak_gib` is its peak memory, inputs included.
+
+    `share` is the algorithmic FLOPs of power retention, forward and backward, at the matrix rate, over the time it took;
+    None for peers.
+    """
 
     problem: str
     contender: str
     forward_ms: float
     forward_backward_ms: float
     peak_gib: float
+    share: float | None
 
 
 @dataclass(frozen=True)
@@ -124,8 +130,7 @@ def main(argv: list[str]) -> int:
     if not torch.cuda.is_available():
         raise SystemExit("powertrain bench kernels needs an NVIDIA GPU; --draw draws an existing result anywhere")
     console = Console()
-    rates = measure_rates()
-    console.print(f"{rates['matrix_tflops']:.0f} TFLOP/s bf16 matrix product, {rates['copy_tbps']:.2f} TB/s copy")
+    rates: dict[str, dict[str, float]] = {}
     timings: list[Timing] = []
     stages: list[StageTiming] = []
     skipped: list[dict[str, str]] = []
@@ -133,7 +138,12 @@ def main(argv: list[str]) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     chosen = [problem for problem in PROBLEMS if not args.problems or problem.name in args.problems]
     for problem in chosen:
-        _measure(problem, args, rates, timings, stages, skipped, console)
+        rates[problem.name] = measured = measure_rates()
+        console.print(
+            f"{problem.name}: {measured['matrix_tflops']:.0f} TFLOP/s bf16 matrix product, "
+            f"{measured['copy_tbps']:.2f} TB/s copy"
+        )
+        _measure(problem, args, measured, timings, stages, skipped, console)
         # After each problem: a run that is cut short has measured something.
         record = {
             **_environment(argv),
@@ -193,9 +203,13 @@ def median_ms(function: Callable[[], object], repeats: int) -> float:
 
 
 def measure_rates() -> dict[str, float]:
-    """Return the rates of an 8192^3 bf16 matrix product (TFLOP/s) and of a 4 GiB copy, read and written (TB/s)."""
+    """Return the rates of an 8192^3 bf16 matrix product (TFLOP/s) and of a 4 GiB copy, read and written (TB/s).
+
+    Before each problem anew: a GPU at its power limit lowers its clock, for products and kernels alike, so a rate taken
+    from a cool GPU is no floor for a busy one. The products take as long together as the passes of a large problem.
+    """
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    matrix = 2 * 8192**3 / median_ms(lambda: a @ b, 10) / 1e9
+    matrix = 2 * 8192**3 / median_ms(lambda: a @ b, _PRODUCTS) / 1e9
     source = torch.empty(1 << 32, dtype=torch.uint8, device="cuda").random_()
     target = torch.empty_like(source)
     copy = 2 * source.numel() / median_ms(lambda: target.copy_(source), 10) / 1e9
@@ -260,7 +274,10 @@ def _measure(
             peak = torch.cuda.max_memory_allocated() / 2**30
             with torch.no_grad():
                 forward_ms = median_ms(forward, args.repeats)
-            timings.append(Timing(p.name, contender, forward_ms, median_ms(both, args.repeats), peak))
+            both_ms = median_ms(both, args.repeats)
+            floor_ms = (p.flops.forward.total + p.flops.backward.total) / rates["matrix_tflops"] / 1e9
+            share = floor_ms / both_ms if contender.startswith("powertrain") else None
+            timings.append(Timing(p.name, contender, forward_ms, both_ms, peak, share))
         # A compiler's errors are of any class, and must not cost the other contenders' times.
         except Exception as error:
             skip(contender, f"{type(error).__name__}: {error}".splitlines()[0])
@@ -423,7 +440,7 @@ def _table(timings: list[Timing], stages: list[StageTiming]) -> Table:
             t.problem,
             t.contender,
             f"{t.forward_ms:.3f}",
-            f"{t.forward_backward_ms:.3f}",
+            f"{t.forward_backward_ms:.3f}" + (f" ({t.share:.0%} of the floor)" if t.share else ""),
             f"{t.peak_gib:.2f}",
             ", ".join(parts),
         )

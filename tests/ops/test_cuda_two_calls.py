@@ -77,10 +77,13 @@ def test_two_calls_are_as_accurate_as_the_formula(name: str, head_dim: int) -> N
     tensors = case.tensors()
     whole, cotangents = in_one_call(case, tensors)
     ours, _ = in_two_calls(case, tensors, cotangents)
-    assert_small(case, errors_of(case, tensors, ours, cotangents))
-    # States are rounded once more.
+    errors = errors_of(case, tensors, ours, cotangents)
+    assert_small(case, errors)
+    # States are rounded once more. The gates' gradient is a difference of sums: what a rounding is of it shows in a
+    # plain evaluation's error.
     for result, value in ours.items():
-        assert relative_error(value, whole[result]) <= torch.finfo(BF16).eps / 2, result
+        allowed = max(torch.finfo(BF16).eps / 2, errors[result][1])
+        assert relative_error(value, whole[result]) <= allowed, result
 
 
 @pytest.mark.parametrize("T", [100, 300], ids=["one_chunk", "chunks"])
