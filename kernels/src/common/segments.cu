@@ -61,6 +61,12 @@ __global__ void __launch_bounds__(kThreads) join_kernel(const JoinParams p) {
     const int64_t begin = segment_begin(p.chunks, p.segments, segment), end = segment_begin(p.chunks, p.segments, segment + 1);
     float carried = segment == 0 && !kCarryIn ? 0.f : 1.f;
     int64_t l = begin;
+    // What the segment adds by itself is under way while its states are.
+    float4 own[2];
+    if constexpr (!kCarryIn) {
+      const float4* const local = (const float4*)(p.locals + segment * p.boundary_stride + boundary_at);
+      own[0] = local[0], own[1] = local[1];
+    }
     if (states)
       for (; l < end && carried > kNegligibleDecay; l += kAhead) {
         T* at = states + physical(l) * (stride < 0 ? -stride : stride);
@@ -80,9 +86,8 @@ __global__ void __launch_bounds__(kThreads) join_kernel(const JoinParams p) {
       }
     if constexpr (!kCarryIn) {
       for (; l < end && carried > 0.f; l++) carried *= decay[physical(l)];
-      const float* local = p.locals + segment * p.boundary_stride + boundary_at;
 #pragma unroll
-      for (int c = 0; c < 8; c++) incoming[c] = carried * incoming[c] + local[c];
+      for (int c = 0; c < 8; c++) incoming[c] = carried * incoming[c] + (&own[c / 4].x)[c % 4];
     }
   }
   if (p.final_state)
