@@ -3,8 +3,8 @@
 A sweep of small problems, forward and backward, on the kernels that the device would choose and on the sm80 ones:
 every head dim, both types, tails, documents, groups of query heads, states at both ends. Memory comes straight from
 the driver (no caching allocator), so that each buffer has its own bounds; inputs are copied from the host, because what
-torch's kernels write goes unseen. One process for each tool and head dim, all at once. Exits with 1 if any tool reports
-anything.
+torch's kernels write goes unseen. One process for each tool, head dim, type and kernels, all at once: racecheck takes
+minutes for a problem at head dim 128. Exits with 1 if any tool reports anything.
 """
 
 import argparse
@@ -32,15 +32,18 @@ SHAPES = (
 
 
 HEAD_DIMS = (32, 64, 128)
+DTYPES = ("bfloat16", "float16")
+ARCHS = (0, 80)  # the kernels that the device would choose, and sm80's
 
 
-def sweep(head_dim: int) -> None:
-    """Run every problem of one head dim once, forward and backward."""
+def sweep(head_dim: int, dtype_name: str, arch: int) -> None:
+    """Run every problem of one head dim and type once, forward and backward."""
     import torch
 
     from powertrain.ops import cuda, power_retention
 
-    for shape, dtype, arch in itertools.product(SHAPES, (torch.bfloat16, torch.float16), (0, 80)):
+    dtype = getattr(torch, dtype_name)
+    for shape in SHAPES:
         batch, tokens, query_heads, key_heads, chunk_size, documents, states = shape
 
         def leaf(x: torch.Tensor) -> torch.Tensor:
@@ -71,29 +74,34 @@ def sweep(head_dim: int) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tools", nargs="+", default=list(TOOLS), choices=TOOLS)
-    parser.add_argument("--sweep", type=int, metavar="K", help="run the problems of head dim K (what the tools run)")
+    parser.add_argument("--head-dims", nargs="+", type=int, default=list(HEAD_DIMS), choices=HEAD_DIMS)
+    parser.add_argument(
+        "--sweep", nargs=3, metavar=("K", "DTYPE", "ARCH"), help="run these problems (what the tools run)"
+    )
     args = parser.parse_args()
     if args.sweep:
         sys.path.insert(0, str(ROOT))
-        sweep(args.sweep)
+        head_dim, dtype, arch = args.sweep
+        sweep(int(head_dim), dtype, int(arch))
         return 0
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     runs = {}
-    for tool, head_dim in itertools.product(args.tools, HEAD_DIMS):
+    for tool, *problems in itertools.product(args.tools, args.head_dims, DTYPES, ARCHS):
         command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--kernel-name", KERNEL_NAMES]
-        runs[tool, head_dim] = subprocess.Popen(
-            [*command, sys.executable, __file__, "--sweep", str(head_dim)],
+        runs[tool, *problems] = subprocess.Popen(
+            [*command, sys.executable, __file__, "--sweep", *map(str, problems)],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
     failed = False
-    for (tool, head_dim), process in runs.items():
+    for (tool, head_dim, dtype, arch), process in runs.items():
         output, _ = process.communicate()
         clean = process.returncode == 0
-        print(f"{tool}, head dim {head_dim}: {'clean' if clean else f'exit status {process.returncode}'}", flush=True)
+        what = f"{tool}, head dim {head_dim}, {dtype}, {f'sm{arch}' if arch else 'chosen'} kernels"
+        print(f"{what}: {'clean' if clean else f'exit status {process.returncode}'}", flush=True)
         if not clean:
             print("\n".join(output.splitlines()[:40]), flush=True)
             failed = True
