@@ -30,7 +30,7 @@
 extern "C" {
 #endif
 
-#define PT_ABI_VERSION 7
+#define PT_ABI_VERSION 8
 #define PT_API __attribute__((visibility("default")))
 
 typedef enum { PT_OK = 0, PT_INVALID = 1, PT_UNSUPPORTED = 2, PT_CUDA_ERROR = 3 } pt_status;
@@ -102,13 +102,15 @@ typedef struct {
 PT_API int pt_power_scale(const pt_problem* problem, const pt_power_scale_params* params, void* stream);
 
 /* fp16's second rescue, before the backward pass: y does not depend on the length of a query, so each is multiplied by a power of two near
- * d^(-1/4), in [2^-6, 2^2]. That halves, in powers of two, the range of d and so of dn'. Gradients of q are multiplied by row_scale after. */
+ * d^(-3/8), in [2^-6, 2^7]. That leaves d, and so dn', a quarter of its range in powers of two. Where so many rows would be lengthened that the
+ * state's gradient could overflow, the upper end is lower, down to 2^2. Gradients of q are multiplied by row_scale after. */
 typedef struct {
   const void* packed_q;
   const float* normalizer;  /* (B, Hq, T) as pt_chunk_scan wrote it */
   void* scaled_q;           /* out, packed */
   float* scaled_normalizer; /* out, (B, Hq, T): d row_scale^2 */
   float* row_scale;         /* out, (B, Hq, T) */
+  float* row_limit;         /* out, (B, Hq): the exponent of the largest row_scale that is allowed */
 } pt_row_scale_params;
 PT_API int pt_row_scale(const pt_problem* problem, const pt_row_scale_params* params, void* stream);
 

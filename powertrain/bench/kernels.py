@@ -95,8 +95,8 @@ PROBLEMS = (
 class Timing:
     """Medians of one contender on one problem, in milliseconds; `peak_gib` is its peak memory, inputs included.
 
-    `share` is the algorithmic FLOPs of power retention, forward and backward, at the matrix rate, over the time it took;
-    None for peers.
+    `share` is the time that the algorithmic FLOPs of power retention, forward and backward, take at the matrix rate,
+    over the time it took; None for peers.
     """
 
     problem: str

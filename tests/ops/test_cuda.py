@@ -409,11 +409,22 @@ def test_nothing_leaks_across_documents() -> None:
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize(
-    "kind", ["zeros", "zero_queries", "closed_gates", "huge_key", "large_scores", "tiny", "documents_of_one"]
+    "kind",
+    [
+        "zeros",
+        "zero_queries",
+        "closed_gates",
+        "huge_key",
+        "large_scores",
+        "tiny",
+        "nearly_orthogonal",
+        "documents_of_one",
+    ],
 )
 def test_hostile_inputs_give_finite_results(kind: str, dtype: torch.dtype) -> None:
     tensors = random_inputs(T=300, dtype=dtype)
     keywords: dict[str, Any] = {}
+    cotangents: list[Tensor] | None = None
     if kind == "zeros":
         tensors = {name: torch.zeros_like(x) for name, x in tensors.items()}
     elif kind == "zero_queries":
@@ -431,9 +442,16 @@ def test_hostile_inputs_give_finite_results(kind: str, dtype: torch.dtype) -> No
         small = 1e-6 if dtype == BF16 else 1e-3  # gradients grow as much, and have to fit the type
         tensors["Q"] *= small
         tensors["K"] *= small
+    elif kind == "nearly_orthogonal":  # lengthened to make up for it, all queries together would make states overflow
+        cotangents = [torch.ones_like(tensors["V"])]
+        tensors["Q"].zero_()[:, 64:, :, 0] = 1
+        tensors["Q"][:, :64, :, 1] = 1
+        tensors["K"].mul_(2**6)[..., 0] = 2**-2
+        tensors["V"].fill_(1)
+        tensors["log_G"].fill_(-1e-3)
     else:
         keywords["cu_seqlens"] = torch.arange(301, dtype=torch.int32, device=DEVICE)
-    results, _ = evaluate(power_retention, tensors, None, chunk_size=64, impl="cuda", **keywords)
+    results, _ = evaluate(power_retention, tensors, cotangents, chunk_size=64, impl="cuda", **keywords)
     for name, value in results.items():
         assert torch.isfinite(value).all(), name
 
@@ -450,6 +468,15 @@ def test_large_scores_stay_accurate(dtype: torch.dtype) -> None:
     out = power_retention(**tensors, chunk_size=128, impl="cuda")
     assert relative_error(out, exact) < 4 * torch.finfo(dtype).eps
     assert relative_error(small, exact) < 0.1  # the scale cancels up to the rounding of the inputs
+
+
+@pytest.mark.parametrize("chunk_size", [128, 1024])
+def test_a_small_normalizer_does_not_take_the_range_of_fp16(chunk_size: int) -> None:
+    case = Case(T=1000, Hq=1, Hk=1, D=SMALL, dtype=FP16, chunk_size=chunk_size, gate=1e-3)
+    tensors = case.tensors()
+    q, k = tensors["Q"][0, 0, 0].double(), tensors["K"][0, 0, 0].double()
+    tensors["K"][0, 0, 0] += (0.25 - q @ k) / q.square().sum() * q  # d is 0.06 there, and up to 3e5 elsewhere
+    assert_small(case, errors_of(case, tensors, *in_one_call(case, tensors)))
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])

@@ -288,9 +288,52 @@ int finish_scales(float* scale, int count, cudaStream_t stream) {
   return check_cuda(cudaGetLastError(), "maxima_to_scales");
 }
 
+// Exponents of the powers of two that rows are multiplied by (powertrain_kernels.h): the least, the largest that rows of every kind may have, and
+// the largest of all.
+constexpr int kLeastRowScale = -6, kCommonRowScale = 2, kLargestRowScale = 7;
+__device__ __forceinline__ float row_exponent(float d) {
+  return d >= kSmallestNormalizer ? fmaxf(kLeastRowScale, rintf(-0.375f * log2f(d))) : 0.f;
+}
+
+// The largest exponent of every head's rows: the one that keeps the sum of squared scales, which bounds the sum of |phi(q)| over rows and with it the
+// state's gradient, within `budget`. One thread block for each head.
+constexpr int kLimitThreads = 1024;
+__global__ void __launch_bounds__(kLimitThreads) limit_rows(const float* normalizer, int64_t seq_len, float budget, float* limit) {
+  constexpr int kLimits = kLargestRowScale - kCommonRowScale, kAhead = 4;
+  __shared__ float sums[kLimitThreads / 32][kLimits];
+  const float* const d = normalizer + blockIdx.x * seq_len;
+  float sum[kLimits] = {};
+  for (int64_t first = threadIdx.x; first < seq_len; first += kAhead * kLimitThreads) {
+    float value[kAhead];
+#pragma unroll
+    for (int a = 0; a < kAhead; a++) value[a] = first + a * kLimitThreads < seq_len ? d[first + a * kLimitThreads] : 0.f;
+#pragma unroll
+    for (int a = 0; a < kAhead; a++) {
+      const float exponent = first + a * kLimitThreads < seq_len ? row_exponent(value[a]) : -64.f;
+#pragma unroll
+      for (int i = 0; i < kLimits; i++) sum[i] += exp2f(2.f * fminf(exponent, kCommonRowScale + 1 + i));
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kLimits; i++) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) sum[i] += __shfl_xor_sync(~0u, sum[i], step);
+    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32][i] = sum[i];
+  }
+  __syncthreads();
+  if (threadIdx.x > 0) return;
+  int largest = kCommonRowScale;
+  for (int i = 0; i < kLimits; i++) {
+    float total = 0.f;
+    for (int w = 0; w < kLimitThreads / 32; w++) total += sums[w][i];
+    if (total <= budget) largest = kCommonRowScale + 1 + i;
+  }
+  limit[blockIdx.x] = largest;
+}
+
 template <typename T, int D>
-__global__ void __launch_bounds__(kThreads) scale_rows(const T* packed, const float* normalizer, int64_t seq_len, int64_t blocks, T* scaled_q,
-                                                       float* scaled_normalizer, float* row_scale) {
+__global__ void __launch_bounds__(kThreads) scale_rows(const T* packed, const float* normalizer, const float* limit, int64_t seq_len, int64_t blocks,
+                                                       T* scaled_q, float* scaled_normalizer, float* row_scale) {
   __shared__ float scales[kBlock];
   const int64_t head = blockIdx.x / blocks, first = blockIdx.x % blocks * kBlock;
   if (threadIdx.x < kBlock) {
@@ -298,7 +341,7 @@ __global__ void __launch_bounds__(kThreads) scale_rows(const T* packed, const fl
     float scale = 1.f;
     if (token < seq_len) {
       const float d = normalizer[head * seq_len + token];
-      if (d >= kSmallestNormalizer) scale = exp2f(fminf(2.f, fmaxf(-6.f, rintf(-0.25f * log2f(d)))));
+      scale = exp2f(fminf(limit[head], row_exponent(d)));
       scaled_normalizer[head * seq_len + token] = d * scale * scale;
       row_scale[head * seq_len + token] = scale;
     }
@@ -318,9 +361,13 @@ __global__ void __launch_bounds__(kThreads) scale_rows(const T* packed, const fl
 
 template <typename T, int D>
 int run_row_scale(const pt_problem& p, const pt_row_scale_params& a, cudaStream_t stream) {
-  const int64_t blocks = padded_blocks(p.seq_len);
-  scale_rows<T, D><<<(unsigned)(blocks * p.batch * p.query_heads), kThreads, 0, stream>>>(
-      (const T*)a.packed_q, a.normalizer, p.seq_len, blocks, (T*)a.scaled_q, a.scaled_normalizer, a.row_scale);
+  const int64_t blocks = padded_blocks(p.seq_len), heads = (int64_t)p.batch * p.query_heads;
+  // The state's gradient, doubled off the diagonal, may reach 2^15 / state_scale, of which what enters from outside takes half (boundary.cu).
+  const float budget = 0x1p13f / (p.state_scale * (p.query_heads / p.key_heads));
+  limit_rows<<<(unsigned)heads, kLimitThreads, 0, stream>>>(a.normalizer, p.seq_len, budget, a.row_limit);
+  if (int status = check_cuda(cudaGetLastError(), "pt_row_scale")) return status;
+  scale_rows<T, D><<<(unsigned)(blocks * heads), kThreads, 0, stream>>>((const T*)a.packed_q, a.normalizer, a.row_limit, p.seq_len, blocks, (T*)a.scaled_q,
+                                                                      a.scaled_normalizer, a.row_scale);
   return check_cuda(cudaGetLastError(), "pt_row_scale");
 }
 
@@ -403,7 +450,7 @@ int pt_power_scale(const pt_problem* problem, const pt_power_scale_params* param
 
 int pt_row_scale(const pt_problem* problem, const pt_row_scale_params* params, void* stream) {
   if (int status = validate(problem)) return status;
-  PT_REQUIRE(params && params->packed_q && params->normalizer && params->scaled_q && params->scaled_normalizer && params->row_scale);
+  PT_REQUIRE(params && params->packed_q && params->normalizer && params->scaled_q && params->scaled_normalizer && params->row_scale && params->row_limit);
   return with_type(*problem, [&](auto element, auto dim) {
     return run_row_scale<decltype(element), dim.value>(*problem, *params, (cudaStream_t)stream);
   });

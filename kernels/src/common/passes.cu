@@ -64,7 +64,7 @@ struct ForwardBuffers {
 
 struct BackwardBuffers {
   void *scaled_q, *dn, *decayed_dn, *grad_states, *chunk_state;
-  float *scaled_normalizer, *row_scale, *dn_scale, *leaving, *entering, *dots, *flow;
+  float *scaled_normalizer, *row_scale, *row_limit, *dn_scale, *leaving, *entering, *dots, *flow;
   int64_t bytes, begun_bytes;
   BackwardBuffers(const pt_problem& p, const pt_sizes& sizes, int phase, bool has_initial, bool has_final, void* base, void* begun) {
     Arena arena(base), apart(begun);
@@ -74,6 +74,7 @@ struct BackwardBuffers {
     const int64_t rows = (int64_t)p.batch * p.query_heads * p.seq_len * 4, heads = (int64_t)p.batch * p.key_heads;
     scaled_q = arena.take(sizes.packed_q, scaled);
     scaled_normalizer = arena.take<float>(rows, scaled), row_scale = arena.take<float>(rows, scaled);
+    row_limit = arena.take<float>((int64_t)p.batch * p.query_heads * 4, scaled);
     dn_scale = arena.take<float>(heads * 4, scaled);
     dn = kept.take(sizes.packed_dn), decayed_dn = arena.take(sizes.packed_dn, states && begins);
     grad_states = kept.take(sizes.states, states), chunk_state = arena.take(sizes.chunk_state_workspace, states && begins);
@@ -180,7 +181,7 @@ int pt_backward(const pt_problem* problem, const pt_backward_params* params, voi
   const void* q = saved.q;
   const float* normalizer = a.normalizer;
   if (buffers.scaled_q) {
-    const pt_row_scale_params rows = {saved.q, normalizer, buffers.scaled_q, buffers.scaled_normalizer, buffers.row_scale};
+    const pt_row_scale_params rows = {saved.q, normalizer, buffers.scaled_q, buffers.scaled_normalizer, buffers.row_scale, buffers.row_limit};
     PT_TRY(pt_row_scale(problem, &rows, stream));
     q = buffers.scaled_q, normalizer = buffers.scaled_normalizer;
   }
