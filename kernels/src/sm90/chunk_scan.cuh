@@ -6,26 +6,13 @@
 // away, so that decays between blocks are a running product.
 // Row tiles are taken in turns by a persistent grid: the producing warpgroup runs ahead into the next one.
 #pragma once
-#include "../common/numeric.cuh"
-#include "pipeline.cuh"
-#include "scan_tile.cuh"
-#include "wgmma.cuh"
+#include "columns.cuh"
 
 namespace powertrain::sm90 {
 
-struct ChunkScanParams : ScanShape {
-  const void *rows, *columns, *u;   // packed q, k, v'; reverse: k, q, dn'
-  const void* states;
-  const float* row_chunk_decay;     // (B, Hk, Tp): chunk_in; reverse: chunk_out
-  const float* row_block_decay;     // block_in; reverse: block_out
-  const float* column_block_decay;  // block_out; reverse: block_in
-  const float *log2_decay, *block_decay;
-  const int32_t* document_start;
-  void* out;
-  int64_t out_stride_b, out_stride_t, out_stride_h;
+struct ChunkScanParams : ScanParams {
   const float* out_scale;
   float* normalizer;
-  float inverse_state_scale;
 };
 
 template <int kHeadDim, typename T, bool kReverse>
@@ -34,11 +21,9 @@ struct ChunkScan {
   static constexpr int kFeatureBlocks = feature_blocks(kHeadDim), kHalf = kFeatureBlocks / 2, kPhiTiles = phi_tiles(kHeadDim);
   static constexpr int kWarpgroups = kHeadDim == 32 ? 4 : 2, kThreads = (kWarpgroups + 1) * 128;
   static constexpr int kM = kHeadDim == 32 ? 1 : 2, kRowBlocks = kWarpgroups * kM;  // 64-row accumulators of a warpgroup, blocks of a row tile
-  static constexpr int kXBytes = feature_block_elements(kHeadDim) * 2, kUBytes = value_block_elements(kHeadDim) * 2;
-  static constexpr int kTileBytes = state_tile_elements(kHeadDim) * 2;
-  static constexpr int kVectorBytes = kBlock * 4;
-  static constexpr int kStageBytes = 2 * kTileBytes;
-  static_assert(kXBytes + kUBytes + 3 * kVectorBytes <= kStageBytes, "a stage holds two phi tiles or one block of columns");
+  using Columns = ColumnBlock<kHeadDim>;
+  static constexpr int kXBytes = Columns::kXBytes, kTileBytes = state_tile_elements(kHeadDim) * 2, kStageBytes = 2 * kTileBytes;
+  static_assert(Columns::kBytes <= kStageBytes, "a stage holds two phi tiles or one block of columns");
   // Shared memory holds 227 KiB: rows twice where that leaves enough stages, so that the next tile's rows load early.
   static constexpr int kRowBuffers = kHeadDim == 128 ? 1 : 2, kStages = kHeadDim == 128 ? 4 : 8;
   static constexpr int kRowBytes = kRowBlocks * kXBytes;
@@ -48,9 +33,7 @@ struct ChunkScan {
   static constexpr int kScoreSteps = kHeadDim < 128 ? kHeadDim / 16 : 2;  // products of the scores in flight at once
   static constexpr int kSharedBytes = kRowBuffers * kRowBytes + kStages * kStageBytes + 16 * (kStages + kRowBuffers);
 
-  // Where registers allow it, columns apart from the rows go without branches.
-  static constexpr bool kApart = kHeadDim == 64;
-
+  using Walk = ColumnWalk<kHeadDim == 64, kHeadDim == 64, true>;
   using Tile = ScanTile<kReverse, kRowBlocks>;
 
   __device__ static void produce(const ChunkScanParams& p, uint32_t rows, uint32_t stages, uint32_t ring_barriers, uint32_t row_barriers) {
@@ -62,7 +45,7 @@ struct ChunkScan {
       row_ring.wait_empty();
       barrier_expect(row_ring.full_barrier(), max(tile.row_blocks, 0) * kXBytes);
       if (tile.row_blocks <= 0) continue;
-      bulk_load(rows + row_ring.stage() * kRowBytes, (const T*)p.rows + ((int64_t)tile.row_head * p.blocks + tile.row_block) * feature_block_elements(kHeadDim),
+      bulk_load(rows + row_ring.stage() * kRowBytes, (const T*)p.rows_x + ((int64_t)tile.row_head * p.blocks + tile.row_block) * feature_block_elements(kHeadDim),
                 tile.row_blocks * kXBytes, row_ring.full_barrier());
       if (tile.has_state) {
         const T* state = (const T*)p.states + ((int64_t)tile.key_head * p.chunks + tile.chunk) * kPhiTiles * state_tile_elements(kHeadDim);
@@ -74,26 +57,7 @@ struct ChunkScan {
           ring.advance();
         }
       }
-#pragma unroll 1
-      for (int g = 0; g < Tile::column_heads(p); g++) {
-        const int64_t head = tile.first_column_head + g, batch = tile.key_head / p.key_heads;
-#pragma unroll 1
-        for (int i = 0; i < tile.column_count; i++) {
-          const int block = tile.column_block(i);
-          const int64_t at = head * p.blocks + block;
-          const uint32_t x = stages + ring.stage() * kStageBytes, u = x + kXBytes, vectors = u + kUBytes;
-          ring.wait_empty();
-          const uint32_t full = ring.full_barrier();
-          barrier_expect(full, kXBytes + kUBytes + 3 * kVectorBytes);
-          bulk_load(x, (const T*)p.columns + at * feature_block_elements(kHeadDim), kXBytes, full);
-          bulk_load(u, (const T*)p.u + at * value_block_elements(kHeadDim), kUBytes, full);
-          const int64_t token = ((int64_t)tile.key_head * p.blocks + block) * kBlock;
-          bulk_load(vectors, p.column_block_decay + token, kVectorBytes, full);
-          bulk_load(vectors + kVectorBytes, p.log2_decay + token, kVectorBytes, full);
-          bulk_load(vectors + 2 * kVectorBytes, p.document_start + (batch * p.blocks + block) * kBlock, kVectorBytes, full);
-          ring.advance();
-        }
-      }
+      produce_columns<kHeadDim, T>(p, tile, ring, stages, kStageBytes);
     }
   }
 
@@ -245,124 +209,44 @@ struct ChunkScan {
     }
 
     // One block of columns against one block of rows.
-    __device__ __forceinline__ void attend(bool diagonal, int m, uint32_t rows, uint32_t x, const float (&row_decay)[2], RowOperands& xa) {
-      const uint32_t u = x + kXBytes, vectors = u + kUBytes + 8 * (lane % 4);
+    __device__ __forceinline__ void attend(bool diagonal, int m, uint32_t rows, const Columns& columns, const float (&row_decay)[2], RowOperands& xa) {
       Scores s;
-      score(s, m, rows, x, xa);
+      score(s, m, rows, columns.x, xa);
       Weights weights;
-      if (diagonal) {  // rows and columns are the same tokens
-        float row_log2[2];
-        int row_document[2];
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-          const uint32_t at = u + kUBytes + kVectorBytes + 4 * (16 * warp + lane / 4 + half * 8);
-          row_log2[half] = load_shared_float(at), row_document[half] = __float_as_int(load_shared_float(at + kVectorBytes));
-        }
-#pragma unroll
-        for (int c = 0; c < 8; c++) {
-          const float2 column_log2 = load_shared_float2(vectors + kVectorBytes + c * 32);
-          const float2 column_document = load_shared_float2(vectors + 2 * kVectorBytes + c * 32);
-          float value[4];
-#pragma unroll
-          for (int e = 0; e < 4; e++) {
-            const int row = 16 * warp + lane / 4 + e / 2 * 8, column = 8 * c + 2 * (lane % 4) + e % 2;
-            const float log2 = e % 2 ? column_log2.y : column_log2.x;
-            const int document = __float_as_int(e % 2 ? column_document.y : column_document.x);
-            const bool visible = (kReverse ? column >= row : column <= row) && document == row_document[e / 2];
-            const float decay = exp2_fast(kReverse ? log2 - row_log2[e / 2] : row_log2[e / 2] - log2);
-            value[e] = visible ? s[4 * c + e] * s[4 * c + e] * decay : 0.f;
-          }
-          weights[c / 2][c % 2 * 2] = Pair<T>::pack(value[0], value[1]);
-          weights[c / 2][c % 2 * 2 + 1] = Pair<T>::pack(value[2], value[3]);
-        }
-      } else {
-        weigh<T>(weights, s, s, row_decay, vectors);
-      }
-      multiply_weights(m, weights, u);
+      if (diagonal) weigh_diagonal<T, kReverse, 1>(weights, s, s, columns, warp, lane);
+      else weigh<T>(weights, s, s, row_decay, columns.decays() + 8 * (lane % 4));
+      multiply_weights(m, weights, columns.u());
       wgmma_wait<0>();  // the other warpgroup fills the gap; products in flight across the branches above would be serialised by ptxas
     }
 
-    // Decays of this thread's rows of block m. They are loaded long before they are needed where registers allow it.
-    __device__ __forceinline__ void load_row_decay(float (&decay)[2], const float* from, const Tile& tile, int m) const {
-      const int64_t at = ((int64_t)tile.key_head * p.blocks + min(tile.row_block + block(m), p.blocks - 1)) * kBlock + 16 * warp + lane / 4;
-      decay[0] = from[at], decay[1] = from[at + 8];
+    __device__ __forceinline__ void load_decays(float (&decay)[2], const float* from, const Tile& tile, int m) const {
+      load_row_decays(decay, from, p, tile, block(m), warp, lane);
     }
 
     __device__ __forceinline__ void scan_columns(const Tile& tile, uint32_t rows, float first_across) {
+      // Where registers allow it, what belongs to the rows is loaded long before it is needed.
       float row_decay[kM][2];
-      if constexpr (kExpanded)
-#pragma unroll
-        for (int m = 0; m < kM; m++) load_row_decay(row_decay[m], p.row_block_decay, tile, m);
       RowOperands xa[kExpanded ? kM : 1];
       if constexpr (kExpanded)
 #pragma unroll
+        for (int m = 0; m < kM; m++) load_decays(row_decay[m], p.row_block_decay, tile, m);
+      if constexpr (kExpanded)
+#pragma unroll
         for (int m = 0; m < kM; m++) load_rows(xa[m], rows, m, 0);
-#pragma unroll 1
-      for (int g = 0; g < Tile::column_heads(p); g++) {
-        float between[kM];  // decay across the blocks between these rows and the columns
-#pragma unroll
-        for (int m = 0; m < kM; m++) between[m] = 1.f;
-        const float* const block_decay = p.block_decay + (int64_t)tile.key_head * p.blocks;
-        const int end = tile.column_block(tile.column_count);
-        // From here on the columns are all before (reverse: after) the rows.
-        const int apart = kApart && tile.row_blocks == kRowBlocks ? tile.column_block(kRowBlocks) : end;
-        float across = first_across, next;
-#pragma unroll 1
-        for (int column = tile.column_block(0); column != apart; column += Tile::kStep, across = next) {
-          next = block_decay[column + Tile::kStep != end ? column + Tile::kStep : column];
-          ring.wait_full();
-          const uint32_t x = stages + ring.stage() * kStageBytes;
-#pragma unroll
-          for (int m = 0; m < kM; m++) {
-            const int mine = tile.row_block + block(m);
-            if (block(m) >= tile.row_blocks) continue;
-            const bool diagonal = column == mine;
-            if (!diagonal && (kReverse ? column < mine : column > mine)) continue;
-            if (diagonal || between[m] > 0.f) {
-              if constexpr (!kExpanded) load_row_decay(row_decay[m], p.row_block_decay, tile, m);
-              const float decay[2] = {row_decay[m][0] * between[m], row_decay[m][1] * between[m]};
-              attend(diagonal, m, rows, x, decay, xa[kExpanded ? m : 0]);
-            }
-            if (!diagonal) between[m] *= across;
-          }
-          ring.release(ring.stage());
-          ring.advance();
-        }
-        if constexpr (kApart) scan_columns_apart(tile, rows, apart, end, across, row_decay, between, xa);
-      }
-    }
-
-    // Columns that no row is among: no branches, so that products may be under way from one block to the next.
-    __device__ __forceinline__ void scan_columns_apart(const Tile& tile, uint32_t rows, int column, int end, float across, const float (&row_decay)[kM][2],
-                                                       float (&between)[kM], RowOperands (&xa)[kM]) {
-      const float* const block_decay = p.block_decay + (int64_t)tile.key_head * p.blocks;
       Weights weights;
-      bool started = false;
-#pragma unroll 1
-      for (; column != end && fmaxf(between[0], between[kM - 1]) > 0.f; column += Tile::kStep) {
-        const float next = block_decay[column + Tile::kStep != end ? column + Tile::kStep : column];
-        ring.wait_full();
-        const uint32_t x = stages + ring.stage() * kStageBytes, u = x + kXBytes;
-#pragma unroll
-        for (int m = 0; m < kM; m++) {
-          Scores s;
-          score(s, m, rows, x, xa[m]);
-          if (m == 0 && started) ring.release(ring.previous());
-          const float decay[2] = {row_decay[m][0] * between[m], row_decay[m][1] * between[m]};
-          weigh<T>(weights, s, s, decay, u + kUBytes + 8 * (lane % 4));
-          multiply_weights(m, weights, u);
-          between[m] *= across;
-        }
-        started = true, across = next;
-        ring.advance();
-      }
-      wgmma_wait<0>();
-      if (started) ring.release(ring.previous());
-#pragma unroll 1
-      for (; column != end; column += Tile::kStep, ring.advance()) {
-        ring.wait_full();
-        ring.release(ring.stage());
-      }
+      Walk::template walk<kHeadDim, kM, kRowBlocks>(
+          p, tile, blocks, ring, stages, kStageBytes, first_across,
+          [&](int m, bool diagonal, const Columns& columns, float between) {
+            if constexpr (!kExpanded) load_decays(row_decay[m], p.row_block_decay, tile, m);
+            attend(diagonal, m, rows, columns, {row_decay[m][0] * between, row_decay[m][1] * between}, xa[kExpanded ? m : 0]);
+          },
+          [&](int m, const Columns& columns, float between, auto read_previous) {
+            Scores s;
+            score(s, m, rows, columns.x, xa[kExpanded ? m : 0]);
+            read_previous();
+            weigh<T>(weights, s, s, {row_decay[m][0] * between, row_decay[m][1] * between}, columns.decays() + 8 * (lane % 4));
+            multiply_weights(m, weights, columns.u());
+          });
     }
 
     __device__ __forceinline__ void run(const Tile& tile, uint32_t rows) {
@@ -370,7 +254,7 @@ struct ChunkScan {
       float chunk_decay[kM][2];
       if constexpr (kExpanded)
 #pragma unroll
-        for (int m = 0; m < kM; m++) load_row_decay(chunk_decay[m], p.row_chunk_decay, tile, m);
+        for (int m = 0; m < kM; m++) load_decays(chunk_decay[m], p.row_chunk_decay, tile, m);
 #pragma unroll
       for (int m = 0; m < kM; m++)
 #pragma unroll
@@ -379,7 +263,7 @@ struct ChunkScan {
         scan_state(rows);
 #pragma unroll
         for (int m = 0; m < kM; m++) {
-          if constexpr (!kExpanded) load_row_decay(chunk_decay[m], p.row_chunk_decay, tile, m);
+          if constexpr (!kExpanded) load_decays(chunk_decay[m], p.row_chunk_decay, tile, m);
 #pragma unroll
           for (int c = 0; c < kColumns / 2; c++) acc[m][c] *= chunk_decay[m][c % 4 / 2] * p.inverse_state_scale;
         }
@@ -454,24 +338,10 @@ __global__ void __launch_bounds__(ChunkScan<kHeadDim, T, kReverse>::kThreads, 1)
 template <int kHeadDim, typename T, bool kReverse>
 int launch_chunk_scan(const pt_problem& problem, const pt_chunk_scan_params& params, cudaStream_t stream) {
   using Kernel = ChunkScan<kHeadDim, T, kReverse>;
-  const Gates gates = gates_of(problem, params.gates);
   ChunkScanParams p;
-  p.rows = kReverse ? params.k : params.q;
-  p.columns = kReverse ? params.q : params.k;
-  p.u = params.u;
-  p.states = params.states;
-  p.row_chunk_decay = kReverse ? gates.chunk_out : gates.chunk_in;
-  p.row_block_decay = kReverse ? gates.block_out : gates.block_in;
-  p.column_block_decay = kReverse ? gates.block_in : gates.block_out;
-  p.log2_decay = gates.log2_decay;
-  p.block_decay = gates.block_decay;
-  p.document_start = gates.document_start;
-  p.out = params.out.data;
-  p.out_stride_b = params.out.stride_b, p.out_stride_t = params.out.stride_t, p.out_stride_h = params.out.stride_h;
+  set_scan_params(p, problem, params, params.u, kReverse, Kernel::kRowBlocks);
   p.out_scale = params.out_scale;
   p.normalizer = params.normalizer;
-  static_cast<ScanShape&>(p) = scan_shape(problem, kReverse, Kernel::kRowBlocks, params.has_boundary);
-  p.inverse_state_scale = 1.f / problem.state_scale;
   auto* kernel = chunk_scan_kernel<kHeadDim, T, kReverse>;
   if (int status = allow_shared_memory((const void*)kernel, Kernel::kSharedBytes)) return status;
   if (p.tiles == 0) return fail(PT_UNSUPPORTED, "%s: batch * heads * seq_len is too large for one launch", "chunk_scan");

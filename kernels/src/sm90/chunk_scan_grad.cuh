@@ -2,41 +2,30 @@
 //
 // The state's part comes first, by outer products where the head is narrow and the type has the range for them, else by contraction.
 #pragma once
-#include "../common/numeric.cuh"
 #include "state_contraction.cuh"
 #include "state_outer.cuh"
 
 namespace powertrain::sm90 {
 
-struct ChunkScanGradParams : ScanShape {
-  const void *rows_x, *rows_u, *columns_x, *columns_u;  // packed q, dn', k, v'; reverse: k, v', q, dn'
-  const void* states;
-  const float* row_chunk_decay;     // (B, Hk, Tp): chunk_in; reverse: chunk_out
-  const float* row_block_decay;     // block_in; reverse: block_out
-  const float* column_block_decay;  // block_out; reverse: block_in
-  const float *log2_decay, *block_decay;
-  const int32_t* document_start;
-  void* out;
-  int64_t out_stride_b, out_stride_t, out_stride_h;
+struct ChunkScanGradParams : ScanParams {
+  const void* rows_u;  // packed dn'; reverse: v'
   const float *x_scale, *value_scale, *dn_scale, *row_scale;
   float *dots, *state_dots;  // (B, H, Tp), the latter in reverse alone; or null
-  float inverse_state_scale;
 };
 
 template <int kHeadDim, typename T, bool kReverse>
 struct ChunkScanGrad : GradShape<kHeadDim> {
   using Shape = GradShape<kHeadDim>;
-  using Shape::kFeatureBlocks, Shape::kM, Shape::kPhiTiles, Shape::kRowBlocks, Shape::kRowBytes, Shape::kUBytes, Shape::kVectorBytes, Shape::kWarpgroups,
-      Shape::kXBytes;
+  using Shape::kFeatureBlocks, Shape::kM, Shape::kPhiTiles, Shape::kRowBlocks, Shape::kRowBytes, Shape::kUBytes, Shape::kWarpgroups, Shape::kXBytes;
+  using typename Shape::Columns;
   using Rows = GradRows<kHeadDim, T>;
   // In fp16, x u may lie below the type's range where dn' is small.
   static constexpr bool kOuter = kHeadDim == 32 && std::is_same_v<T, __nv_bfloat16>;
   using State = std::conditional_t<kOuter, StateOuter<kHeadDim, T>, StateContraction<kHeadDim, T>>;
   static constexpr int kStages = State::kStages, kStageBytes = State::kStageBytes;
   static constexpr int kRowBuffers = State::kRowBuffers;  // with two, the next row tile's rows load early
-  // Where registers allow it, columns apart from the rows go without branches.
-  static constexpr bool kApart = kHeadDim < 128;
-  static_assert(Shape::kColumnBytes <= kStageBytes, "a stage holds a part of the state or one block of columns");
+  using Walk = ColumnWalk<kHeadDim < 128, false, kHeadDim < 128>;
+  static_assert(Columns::kBytes <= kStageBytes, "a stage holds a part of the state or one block of columns");
   static constexpr int kSharedBytes =
       kRowBuffers * kRowBytes + State::kMemoryBytes + kStages * kStageBytes + State::kPadBytes + 16 * (kStages + kRowBuffers + State::kBarriers);
   static_assert(kSharedBytes <= 227 * 1024 && State::kProducing + kWarpgroups * State::kConsuming <= (kWarpgroups + 1) * 168);
@@ -75,26 +64,7 @@ struct ChunkScanGrad : GradShape<kHeadDim> {
       bulk_load(rows + kRowBlocks * kXBytes, (const T*)p.rows_u + row_at * value_block_elements(kHeadDim), tile.row_blocks * kUBytes,
                 row_ring.full_barrier());
       if (tile.has_state) state.produce(ring, at.stages, state_of(p, tile));
-#pragma unroll 1
-      for (int g = 0; g < Tile::column_heads(p); g++) {
-        const int64_t head = tile.first_column_head + g, batch = tile.key_head / p.key_heads;
-#pragma unroll 1
-        for (int i = 0; i < tile.column_count; i++) {
-          const int block = tile.column_block(i);
-          const int64_t from = head * p.blocks + block;
-          const uint32_t x = at.stages + ring.stage() * kStageBytes, u = x + kXBytes, vectors = u + kUBytes;
-          ring.wait_empty();
-          const uint32_t full = ring.full_barrier();
-          barrier_expect(full, Shape::kColumnBytes);
-          bulk_load(x, (const T*)p.columns_x + from * feature_block_elements(kHeadDim), kXBytes, full);
-          bulk_load(u, (const T*)p.columns_u + from * value_block_elements(kHeadDim), kUBytes, full);
-          const int64_t token = ((int64_t)tile.key_head * p.blocks + block) * kBlock;
-          bulk_load(vectors, p.column_block_decay + token, kVectorBytes, full);
-          bulk_load(vectors + kVectorBytes, p.log2_decay + token, kVectorBytes, full);
-          bulk_load(vectors + 2 * kVectorBytes, p.document_start + (batch * p.blocks + block) * kBlock, kVectorBytes, full);
-          ring.advance();
-        }
-      }
+      produce_columns<kHeadDim, T>(p, tile, ring, at.stages, kStageBytes);
     }
   }
 
@@ -140,8 +110,8 @@ struct ChunkScanGrad : GradShape<kHeadDim> {
       wgmma_wait<0>();
     }
     // ds = 2 s decay (u . u_columns) of different blocks.
-    __device__ __forceinline__ void weigh_scores(Weights& ds, const float (&row_decay)[2], uint32_t column_decays) const {
-      weigh<T>(ds, d[0], d[1], {2.f * row_decay[0], 2.f * row_decay[1]}, column_decays);
+    __device__ __forceinline__ void weigh_scores(Weights& ds, const float (&row_decay)[2], float between, const Columns& columns) const {
+      weigh<T>(ds, d[0], d[1], {2.f * (row_decay[0] * between), 2.f * (row_decay[1] * between)}, columns.decays() + 8 * (rows.lane % 4));
     }
     // acc[m] += dS x, under way when it returns.
     __device__ __forceinline__ void multiply_scores(int m, const Weights& ds, uint32_t x) {
@@ -151,120 +121,35 @@ struct ChunkScanGrad : GradShape<kHeadDim> {
       wgmma_commit();
     }
 
-    // One block of columns against rows block m.
-    __device__ __forceinline__ void attend(bool diagonal, int m, uint32_t x, const float (&row_decay)[2], const RowOperands& operands) {
-      const uint32_t vectors = x + kXBytes + kUBytes, mine = vectors + 8 * (rows.lane % 4);
-      score(x, operands);
-      Weights ds;
-      if (diagonal) {  // rows and columns are the same tokens
-        float row_log2[2];
-        int row_document[2];
+    __device__ __forceinline__ void load_decays(float (&decay)[kM][2], const float* from, const Tile& tile) const {
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-          const uint32_t at = vectors + kVectorBytes + 4 * (16 * rows.warp + rows.lane / 4 + half * 8);
-          row_log2[half] = load_shared_float(at), row_document[half] = __float_as_int(load_shared_float(at + kVectorBytes));
-        }
-#pragma unroll
-        for (int c = 0; c < 8; c++) {
-          const float2 column_log2 = load_shared_float2(mine + kVectorBytes + c * 32);
-          const float2 column_document = load_shared_float2(mine + 2 * kVectorBytes + c * 32);
-          float value[4];
-#pragma unroll
-          for (int e = 0; e < 4; e++) {
-            const int row = 16 * rows.warp + rows.lane / 4 + e / 2 * 8, column = 8 * c + 2 * (rows.lane % 4) + e % 2;
-            const float log2 = e % 2 ? column_log2.y : column_log2.x;
-            const int document = __float_as_int(e % 2 ? column_document.y : column_document.x);
-            const bool visible = (kReverse ? column >= row : column <= row) && document == row_document[e / 2];
-            const float decay = exp2_fast(kReverse ? log2 - row_log2[e / 2] : row_log2[e / 2] - log2);
-            value[e] = visible ? (2.f * d[0][4 * c + e]) * decay * d[1][4 * c + e] : 0.f;
-          }
-          ds[c / 2][c % 2 * 2] = Pair<T>::pack(value[0], value[1]);
-          ds[c / 2][c % 2 * 2 + 1] = Pair<T>::pack(value[2], value[3]);
-        }
-      } else {
-        weigh_scores(ds, row_decay, mine);
-      }
-      multiply_scores(m, ds, x);
-      wgmma_wait<0>();
-    }
-
-    // Decays of this thread's rows. They are loaded long before they are needed.
-    __device__ __forceinline__ void load_row_decays(float (&decay)[kM][2], const float* from, const Tile& tile) const {
-#pragma unroll
-      for (int m = 0; m < kM; m++) {
-        const int64_t at = ((int64_t)tile.key_head * p.blocks + min(tile.row_block + rows.block(m), p.blocks - 1)) * kBlock + 16 * rows.warp + rows.lane / 4;
-        decay[m][0] = from[at], decay[m][1] = from[at + 8];
-      }
+      for (int m = 0; m < kM; m++) load_row_decays(decay[m], from, p, tile, rows.block(m), rows.warp, rows.lane);
     }
 
     __device__ __forceinline__ void scan_columns(const Tile& tile, float first_across) {
       float row_decay[kM][2];
-      load_row_decays(row_decay, p.row_block_decay, tile);
+      load_decays(row_decay, p.row_block_decay, tile);
       RowOperands operands[kM];
+      int blocks[kM];
 #pragma unroll
-      for (int m = 0; m < kM; m++) rows.load_x(operands[m].x, m), rows.load_u(operands[m].u, m);
-#pragma unroll 1
-      for (int g = 0; g < Tile::column_heads(p); g++) {
-        float between[kM];  // decay across the blocks between these rows and the columns
-#pragma unroll
-        for (int m = 0; m < kM; m++) between[m] = 1.f;
-        const float* const block_decay = p.block_decay + (int64_t)tile.key_head * p.blocks;
-        const int end = tile.column_block(tile.column_count);
-        // From here on the columns are all before (reverse: after) the rows.
-        const int apart = kApart && tile.row_blocks == kRowBlocks ? tile.column_block(kRowBlocks) : end;
-        float across = first_across, next;
-#pragma unroll 1
-        for (int column = tile.column_block(0); column != apart; column += Tile::kStep, across = next) {
-          if constexpr (kApart) next = block_decay[column + Tile::kStep != end ? column + Tile::kStep : column];
-          else across = next = block_decay[column];  // registers allow no more at K = 128
-          ring.wait_full();
-          const uint32_t x = stages + ring.stage() * kStageBytes;
-#pragma unroll
-          for (int m = 0; m < kM; m++) {
-            const int mine = tile.row_block + rows.block(m);
-            if (rows.block(m) >= tile.row_blocks) continue;
-            const bool diagonal = column == mine;
-            if (!diagonal && (kReverse ? column < mine : column > mine)) continue;
-            if (diagonal || between[m] > 0.f) {
-              const float decay[2] = {row_decay[m][0] * between[m], row_decay[m][1] * between[m]};
-              attend(diagonal, m, x, decay, operands[m]);
-            }
-            if (!diagonal) between[m] *= across;
-          }
-          ring.release(ring.stage());
-          ring.advance();
-        }
-        if constexpr (kApart) scan_columns_apart(tile, apart, end, across, row_decay, between, operands);
-      }
-    }
-
-    // Columns that no row is among, without branches.
-    __device__ __forceinline__ void scan_columns_apart(const Tile& tile, int column, int end, float across, const float (&row_decay)[kM][2],
-                                                       float (&between)[kM], const RowOperands (&operands)[kM]) {
-      const float* const block_decay = p.block_decay + (int64_t)tile.key_head * p.blocks;
-#pragma unroll 1
-      for (; column != end && fmaxf(between[0], between[kM - 1]) > 0.f; column += Tile::kStep, ring.advance()) {
-        const float next = block_decay[column + Tile::kStep != end ? column + Tile::kStep : column];
-        ring.wait_full();
-        const uint32_t x = stages + ring.stage() * kStageBytes;
-#pragma unroll
-        for (int m = 0; m < kM; m++) {
-          score(x, operands[m]);
-          const float decay[2] = {row_decay[m][0] * between[m], row_decay[m][1] * between[m]};
-          Weights ds;
-          weigh_scores(ds, decay, x + kXBytes + kUBytes + 8 * (rows.lane % 4));
-          multiply_scores(m, ds, x);
-          wgmma_wait<0>();
-          between[m] *= across;
-        }
-        ring.release(ring.stage());
-        across = next;
-      }
-#pragma unroll 1
-      for (; column != end; column += Tile::kStep, ring.advance()) {  // whatever comes has no weight
-        ring.wait_full();
-        ring.release(ring.stage());
-      }
+      for (int m = 0; m < kM; m++) rows.load_x(operands[m].x, m), rows.load_u(operands[m].u, m), blocks[m] = rows.block(m);
+      Walk::template walk<kHeadDim, kM, kRowBlocks>(
+          p, tile, blocks, ring, stages, kStageBytes, first_across,
+          [&](int m, bool diagonal, const Columns& columns, float between) {
+            score(columns.x, operands[m]);
+            Weights ds;
+            if (diagonal) weigh_diagonal<T, kReverse, 2>(ds, d[0], d[1], columns, rows.warp, rows.lane);
+            else weigh_scores(ds, row_decay[m], between, columns);
+            multiply_scores(m, ds, columns.x);
+            wgmma_wait<0>();
+          },
+          [&](int m, const Columns& columns, float between, auto) {
+            score(columns.x, operands[m]);
+            Weights ds;
+            weigh_scores(ds, row_decay[m], between, columns);
+            multiply_scores(m, ds, columns.x);
+            wgmma_wait<0>();
+          });
     }
 
     // (x . dx) / 2 of every row, from acc as it is; `zero` where there is nothing.
@@ -296,7 +181,7 @@ struct ChunkScanGrad : GradShape<kHeadDim> {
 
     __device__ __forceinline__ void run(const Tile& tile) {
       float chunk_decay[kM][2];
-      load_row_decays(chunk_decay, p.row_chunk_decay, tile);
+      load_decays(chunk_decay, p.row_chunk_decay, tile);
       const float first_across = p.block_decay[(int64_t)tile.key_head * p.blocks + tile.column_block(0)];
       if (tile.has_state) {
         state.scan(rows, d, ring, stages);
@@ -379,26 +264,12 @@ __global__ void __launch_bounds__(ChunkScanGrad<kHeadDim, T, kReverse>::kThreads
 template <int kHeadDim, typename T, bool kReverse>
 int launch_chunk_scan_grad(const pt_problem& problem, const pt_chunk_scan_grad_params& params, cudaStream_t stream) {
   using Kernel = ChunkScanGrad<kHeadDim, T, kReverse>;
-  const Gates gates = gates_of(problem, params.gates);
   ChunkScanGradParams p;
-  static_cast<ScanShape&>(p) = scan_shape(problem, kReverse, Kernel::kRowBlocks, params.has_boundary);
-  p.rows_x = kReverse ? params.k : params.q;
+  set_scan_params(p, problem, params, kReverse ? params.dn : params.v, kReverse, Kernel::kRowBlocks);
   p.rows_u = kReverse ? params.v : params.dn;
-  p.columns_x = kReverse ? params.q : params.k;
-  p.columns_u = kReverse ? params.dn : params.v;
-  p.states = params.states;
-  p.row_chunk_decay = kReverse ? gates.chunk_out : gates.chunk_in;
-  p.row_block_decay = kReverse ? gates.block_out : gates.block_in;
-  p.column_block_decay = kReverse ? gates.block_in : gates.block_out;
-  p.log2_decay = gates.log2_decay;
-  p.block_decay = gates.block_decay;
-  p.document_start = gates.document_start;
-  p.out = params.out.data;
-  p.out_stride_b = params.out.stride_b, p.out_stride_t = params.out.stride_t, p.out_stride_h = params.out.stride_h;
   p.x_scale = params.x_scale, p.value_scale = params.value_scale, p.dn_scale = params.dn_scale, p.row_scale = params.row_scale;
   p.dots = params.dots;
   p.state_dots = params.dots ? params.dots + (int64_t)problem.batch * problem.key_heads * p.blocks * kBlock : nullptr;
-  p.inverse_state_scale = 1.f / problem.state_scale;
   auto* kernel = chunk_scan_grad_kernel<kHeadDim, T, kReverse>;
   if (int status = allow_shared_memory((const void*)kernel, Kernel::kSharedBytes)) return status;
   if (p.tiles == 0) return fail(PT_UNSUPPORTED, "%s: batch * heads * seq_len is too large for one launch", "chunk_scan_grad");

@@ -1,10 +1,7 @@
 // What a warpgroup of chunk_scan_grad holds of its rows, for the attention within the chunk and for the state's part (state_contraction.cuh,
 // state_outer.cuh).
 #pragma once
-#include "../common/layout.cuh"
-#include "pipeline.cuh"
-#include "scan_tile.cuh"
-#include "wgmma.cuh"
+#include "columns.cuh"
 
 namespace powertrain::sm90 {
 
@@ -15,8 +12,8 @@ struct GradShape {
   static constexpr int kWarpgroups = 2, kThreads = (kWarpgroups + 1) * 128;  // the last warpgroup produces
   // 64-row blocks of a warpgroup: u takes 4 kSteps registers for each, two do not fit at K = 128.
   static constexpr int kM = kHeadDim == 128 ? 1 : 2, kRowBlocks = kWarpgroups * kM;
-  static constexpr int kXBytes = feature_block_elements(kHeadDim) * 2, kUBytes = value_block_elements(kHeadDim) * 2;
-  static constexpr int kVectorBytes = kBlock * 4, kColumnBytes = kXBytes + kUBytes + 3 * kVectorBytes;  // a block of columns and its decays
+  using Columns = ColumnBlock<kHeadDim>;
+  static constexpr int kXBytes = Columns::kXBytes, kUBytes = Columns::kUBytes;
   static constexpr int kRowBytes = kRowBlocks * (kXBytes + kUBytes);
 };
 

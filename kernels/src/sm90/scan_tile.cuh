@@ -80,22 +80,6 @@ __device__ __forceinline__ int row_block_of(int warpgroup, int m, uint32_t turn)
   return (kM == 1 ? turn % 2 == 0 : m == 0) ? warpgroup : kWarpgroups * kM - 1 - warpgroup;
 }
 
-// (a times the row's factor) (b times the column's), of one block of rows and one of columns, rounded to 16 bits as A operands.
-using Weights = uint32_t[kBlock / 16][4];
-template <typename T>
-__device__ __forceinline__ void weigh(Weights& weights, const float (&a)[kBlock / 2], const float (&b)[kBlock / 2], const float (&row_factor)[2],
-                                      uint32_t column_decays) {
-#pragma unroll
-  for (int c = 0; c < 8; c++) {
-    const float2 column_decay = load_shared_float2(column_decays + c * 32);
-    float value[4];
-#pragma unroll
-    for (int e = 0; e < 4; e++) value[e] = (a[4 * c + e] * row_factor[e / 2]) * (b[4 * c + e] * (e % 2 ? column_decay.y : column_decay.x));
-    weights[c / 2][c % 2 * 2] = Pair<T>::pack(value[0], value[1]);
-    weights[c / 2][c % 2 * 2 + 1] = Pair<T>::pack(value[2], value[3]);
-  }
-}
-
 // Writes this thread's part (columns 2 (lane % 4) and + 1) of two neighbouring groups of 8 columns of one row. Neighbouring threads exchange
 // halves first, so that four of them write 32 contiguous bytes.
 template <typename T>
