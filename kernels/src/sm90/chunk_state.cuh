@@ -173,10 +173,12 @@ struct ChunkState {
         for (int c = 0; c < kColumns / 2; c++) acc[m][c] *= across;
 
       const int steps = count * p.group;
-#pragma unroll 1
-      for (int step = 0; step < steps; step++) {
+      if (steps > 0) {
         ring.wait_full();
         load_x(0);
+      }
+#pragma unroll 1
+      for (int step = 0; step < steps; step++) {
         const CoreMatrices columns(shared + ring.stage() * kStageBytes + kXBytes, 128, 1024);
 #pragma unroll
         for (int k = 0; k < kBlock / 16; k++) {
@@ -198,6 +200,10 @@ struct ChunkState {
           }
         }
         ring.advance();
+        if (step + 1 < steps) {
+          ring.wait_full();
+          load_x(0);
+        }
       }
       wgmma_wait<0>();
       ring.release(ring.previous(), steps > 0);
