@@ -128,6 +128,8 @@ def _describe(kind: Any) -> str:
         return "one of " + ", ".join(map(repr, get_args(kind)))
     if origin in (Union, types.UnionType):
         return " or ".join(_describe(k) for k in get_args(kind))
+    if origin is tuple and ... not in get_args(kind):
+        return f"[{', '.join(_describe(k) for k in get_args(kind))}]"
     if origin in (list, tuple):
         return f"a list of {_describe(get_args(kind)[0])}" if get_args(kind) else "a list"
     names = {int: "an integer", float: "a number", str: "a text", bool: "true or false", dict: "a mapping"}

@@ -14,6 +14,7 @@ from powertrain.config import (
     GROUPS,
     NOT_IDENTITY,
     RunConfig,
+    changes,
     compose,
     from_values,
     options,
@@ -67,6 +68,20 @@ def test_every_group_of_conf_is_known():
         (["optim.lr=abc"], "optim.lr='abc' is not allowed: it must be a number"),
         (["optim.lr=-1"], "optim.lr"),
         (["mixer.deg=3"], "mixer.deg=3"),
+        (
+            ["mixer.gate_init=[0.9,1]"],
+            "mixer.gate_init=[0.9, 1.0]: must be a number between 0 and 1, exclusive, or two",
+        ),
+        (
+            ["mixer.gate_init=[0.9]"],
+            "mixer.gate_init=[0.9] is not allowed: it must be a number or [a number, a number]",
+        ),
+        (["mixer.gate_init=true"], "mixer.gate_init=True is not allowed: it must be a number or [a number, a number]"),
+        (
+            ["mixer.gate_init=slow"],
+            "mixer.gate_init='slow' is not allowed: it must be a number or [a number, a number]",
+        ),
+        (["mixer.gate_init=[0.9,true]"], "mixer.gate_init[1]=True is not allowed: it must be a number"),
         (["model.n_heads=7", "model.head_dim=0"], "model.n_heads=7 does not divide"),
         (["model=1m,10m"], "one run takes one"),
         (["data.files=[a"], "cannot read the override 'data.files=[a'"),
@@ -104,6 +119,18 @@ def test_only_what_powertrain_did_not_say_itself_hints_at_the_traceback(monkeypa
 def test_a_pattern_of_layers_needs_no_quotes():
     kinds = compose(["mixer.kind=power,power,softmax"]).model.mixer.kinds
     assert kinds == compose(['mixer.kind="power,power,softmax"']).model.mixer.kinds == ("power", "power", "softmax")
+
+
+def test_gates_may_start_at_a_pair():
+    config = compose(["mixer.gate_init=[0.9,0.9999]"])
+    assert config.model.mixer.gate_init == (0.9, 0.9999)
+    hash(config.model)
+    saved = yaml.safe_load(yaml.safe_dump(to_values(config)))
+    assert saved["mixer"]["gate_init"] == [0.9, 0.9999]
+    assert from_values(saved) == config
+    assert from_values(saved).resolved_run_id() == config.resolved_run_id() != compose([]).resolved_run_id()
+    assert changes(from_values(saved), config) == []
+    assert changes(compose([]), config) == [("model.mixer.gate_init", 0.999, (0.9, 0.9999))]
 
 
 def test_a_key_that_its_yaml_leaves_at_the_default_can_be_set():

@@ -46,7 +46,7 @@ def test_builds_nested_values_with_the_declared_types():
         ({"seed": 1, "limit": "x"}, "limit='x' is not allowed: it must be an integer or null"),
         ({"seed": 1, "inner": {"kind": "c"}}, "inner.kind='c' is not allowed: it must be one of 'a', 'b'"),
         ({"seed": 1, "inner": {"width": 0}}, "width=0 is not allowed: it must be positive"),
-        ({"seed": 1, "betas": [1]}, "betas=[1] is not allowed: it must be a list of a number"),
+        ({"seed": 1, "betas": [1]}, "betas=[1] is not allowed: it must be [a number, a number]"),
         ({"seed": 1, "files": 3}, "files=3 is not allowed: it must be a list of a text"),
         ({}, "missing option seed"),
         ({"seed": 1, "inner": 3}, "inner must be a mapping of options, got 3"),

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -19,6 +20,8 @@ import yaml
 from powertrain.cli import main
 from powertrain.config import compose, options, share_dir, to_values
 from powertrain.data.prepare import split_of
+from powertrain.inference.cache import DecodeCache
+from powertrain.inference.generate import load_run
 from powertrain.run_status import RunBusyError, RunStatus, write_status
 from powertrain.schema import ConfigError
 from powertrain.train import environment, plan, run
@@ -307,6 +310,31 @@ def test_generate_continues_a_run(tiny, tmp_path, capsys):
     assert main(["train", *tiny, "trainer.max_steps=1", "sample.max_new_tokens=0"]) == 0
     assert "A sample" not in capsys.readouterr().out
     assert main(["generate", str(only_run(tmp_path)), "--prompt", "the ", "--max-new-tokens", "4"]) == 0
+    assert capsys.readouterr().out.startswith("the ")
+
+
+def test_a_run_whose_gates_start_spread_trains_resumes_and_generates(tiny, tmp_path, capsys):
+    heads = ["model.n_heads=2", "model.n_kv_heads=2", "model.head_dim=16", "mixer.gate_init=[0.9,0.9999]"]
+    command = ["train", *tiny, *heads, "run_id=spread"]
+    assert main([*command, "trainer.max_steps=2"]) == 0
+    run_dir = only_run(tmp_path)
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    assert config["mixer"]["gate_init"] == [0.9, 0.9999]
+    # The mean log gate: that of the two heads, which have hardly moved.
+    half_life = math.log(0.5) / (math.log(0.9 * 0.9999) / 2)
+    assert read_metrics(run_dir)[0]["power/gate_half_life/0"] == pytest.approx(half_life, rel=0.02)
+    assert main([*command, "trainer.max_steps=4"]) == 0
+    assert sorted(losses(run_dir)) == [1, 2, 3, 4]
+    capsys.readouterr()
+
+    model, _ = load_run(run_dir)
+    assert model.config.mixer.gate_init == (0.9, 0.9999)
+    ids = torch.randint(0, 256, (1, 40), generator=torch.Generator().manual_seed(0))
+    cache = DecodeCache(model.config)
+    with torch.no_grad():
+        step_by_step = [model(part, cache=cache).logits for part in ids.split([7] + [1] * 33, dim=1)]
+        torch.testing.assert_close(torch.cat(step_by_step, dim=1), model(ids).logits, rtol=1e-3, atol=1e-3)
+    assert main(["generate", str(run_dir), "--prompt", "the ", "--max-new-tokens", "4"]) == 0
     assert capsys.readouterr().out.startswith("the ")
 
 

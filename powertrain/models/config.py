@@ -3,6 +3,7 @@
 No torch here: `powertrain train --cfg job` validates a config without importing it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 MIXER_KINDS = ("power", "softmax", "window", "linear")
@@ -31,8 +32,10 @@ class MixerConfig:
     # A scalar forget gate per key head and token, log-sigmoid of a projection of the hidden state. None: gated in
     # power and linear layers, not in softmax and window layers.
     gated: bool | None = None
-    # Value of every gate at init, between 0 and 1 (exclusive). 0.999 is a half-life of 693 tokens.
-    gate_init: float = 0.999
+    # Value of every gate at init, between 0 and 1 (exclusive). 0.999 is a half-life of 693 tokens. Two values, as
+    # [0.9, 0.9999], are those of a layer's first and last key head: from head to head the half-life changes by one
+    # factor, here from 6.6 to 6931 tokens. A single key head has the geometric mean of the two half-lives.
+    gate_init: float | tuple[float, float] = 0.999
     # Power and linear layers: tokens per chunk. None: the op chooses.
     chunk_size: int | None = None
     # Power layers: sequences up to this many tokens use the quadratic form, and decoding folds its keys into the
@@ -53,8 +56,15 @@ class MixerConfig:
                 f"mixer.deg={self.deg}: allowed are {' and '.join(map(str, POWER_DEGREES))}; an odd power of q.k may "
                 "be negative, and the sum that normalises the output zero; degree 1 is mixer.kind=linear"
             )
-        if not 0.0 < self.gate_init < 1.0:
-            raise ValueError(f"mixer.gate_init={self.gate_init}: must lie between 0 and 1, exclusive")
+        if isinstance(self.gate_init, Sequence) and not isinstance(self.gate_init, str):
+            object.__setattr__(self, "gate_init", tuple(self.gate_init))
+        gates = self.gate_init if isinstance(self.gate_init, tuple) and len(self.gate_init) == 2 else (self.gate_init,)
+        if not all(isinstance(gate, float) and 0.0 < gate < 1.0 for gate in gates):
+            given = list(self.gate_init) if isinstance(self.gate_init, tuple) else self.gate_init
+            raise ValueError(
+                f"mixer.gate_init={given!r}: must be a number between 0 and 1, exclusive, or two of them, as in "
+                "[0.9, 0.9999]"
+            )
         for name in ("chunk_size", "switch_over_seq_len"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -12,7 +12,8 @@ Init (`GPT.init_weights`), with s = config.init_std and L = config.n_layers:
     embedding, head              N(0, s)                     GPT-2
     mixer.qkv, mlp.up            N(0, s)                     GPT-2
     mixer.out, mlp.down          N(0, s / sqrt(2 L))         GPT-2: 2 L branches add to the residual stream
-    mixer.gate weight, bias      0                           every gate starts at gate_init, whatever the token
+    mixer.gate weight, bias      0                           every gate starts at gate_init, or at its head's value
+                                                             between the two of a pair, whatever the token
     every norm                   1                           Zhang & Sennrich 2019 (arXiv:1910.07467)
 
 No linear map has a bias but the gate. Each parameter is drawn from a generator of its own, seeded by the seed and the

@@ -83,12 +83,26 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
 
 
+def spread_gates(first: float, last: float, heads: int, device: torch.device) -> Tensor:
+    """Logits (heads,), fp32, of gates from `first` to `last`, whose half-lives change from head to head by one factor.
+
+    One head has the geometric mean of the two half-lives. Computed in each forward, for the reason that `rotary_angles`
+    are; in fp64, because an fp32 gate near 1 has lost its half-life.
+    """
+    start, end = math.log(-math.log(first)), math.log(-math.log(last))
+    if heads == 1:
+        start = (start + end) / 2
+    log_rates = torch.linspace(start, end, heads, dtype=torch.float64, device=device)
+    return log_rates.exp().neg().exp().logit().float()
+
+
 class Mixer(nn.Module):
     """Multi-head mixer of one layer: x (B, T, d_model) -> (B, T, d_model).
 
-    With `gated`, each key head has a scalar gate per token, sigmoid(w.x + b + c) with c the logit of `gate_init`: the
-    weight of key j for query i is multiplied by the product of the gates j+1 ... i. This is the gate of power
-    retention, and for softmax that of the Forgetting Transformer (Lin et al. 2025, arXiv:2503.02130).
+    With `gated`, each key head has a scalar gate per token, sigmoid(w.x + b + c) with c the logit of `gate_init`, or of
+    the head's value between the two of a pair (`spread_gates`): the weight of key j for query i is multiplied by the
+    product of the gates j+1 ... i. This is the gate of power retention, and for softmax that of the Forgetting
+    Transformer (Lin et al. 2025, arXiv:2503.02130).
     """
 
     def __init__(self, config: ModelConfig, mixer: MixerConfig) -> None:
@@ -99,7 +113,9 @@ class Mixer(nn.Module):
         self.qkv = Linear(config.d_model, (config.n_heads + 2 * config.n_kv_heads) * config.head_dim, bias=False)
         self.out = Linear(config.n_heads * config.head_dim, config.d_model, bias=False)
         self.gate = Linear(config.d_model, config.n_kv_heads) if mixer.gated else None
-        self.gate_start = math.log(mixer.gate_init / (1.0 - mixer.gate_init))
+        # c, or the pair that `spread_gates` makes it from.
+        gate = mixer.gate_init
+        self.gate_start = gate if isinstance(gate, tuple) else math.log(gate / (1.0 - gate))
         self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
 
@@ -144,9 +160,11 @@ class Mixer(nn.Module):
         """Logarithms of the gates (B, T, Hk), fp32 and <= 0."""
         if self.gate is None:
             return None
+        start = self.gate_start
+        c = spread_gates(*start, self.n_kv_heads, x.device) if isinstance(start, tuple) else start
         # c (6.9) joins in fp32: in bf16, steps of the sum would change the half-life by 3 %, as would those of a bias
         # that begins at c and that FSDP gathers in bf16.
-        return F.logsigmoid(F.linear(x, self.gate.weight).float() + (self.gate.bias.float() + self.gate_start))
+        return F.logsigmoid(F.linear(x, self.gate.weight).float() + (self.gate.bias.float() + c))
 
     def _mix(
         self,

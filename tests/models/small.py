@@ -8,6 +8,7 @@ from powertrain.models.gpt import GPT
 # Chunks and windows are short, so that 40 tokens cross several of them.
 MIXERS = {
     "power": MixerConfig(kind="power", chunk_size=16, gate_init=0.9),
+    "power_spread": MixerConfig(kind="power", chunk_size=16, gate_init=(0.8, 0.999)),
     "power_quadratic": MixerConfig(kind="power", switch_over_seq_len=64, gated=False),
     "power_deg4": MixerConfig(kind="power", deg=4, chunk_size=16),
     "softmax": MixerConfig(kind="softmax"),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 from powertrain.config import share_dir
 from powertrain.models.config import MixerConfig, ModelConfig
@@ -77,7 +78,16 @@ def test_model_refuses(arguments: dict, parts: list[str]):
         ({"kind": ""}, ["power, softmax, window, linear"]),
         ({"deg": 3}, ["deg=3", "2 and 4"]),
         ({"deg": 1}, ["deg=1", "linear"]),
-        ({"gate_init": 1.0}, ["gate_init=1.0"]),
+        ({"gate_init": 1.0}, ["gate_init=1.0: must be a number between 0 and 1, exclusive, or two of them"]),
+        ({"gate_init": (0.9, 1.0)}, ["gate_init=[0.9, 1.0]: must be a number between 0 and 1, exclusive"]),
+        ({"gate_init": [0.0, 0.9]}, ["gate_init=[0.0, 0.9]"]),
+        ({"gate_init": (float("nan"), 0.9)}, ["gate_init=[nan, 0.9]"]),
+        ({"gate_init": (0.9,)}, ["gate_init=[0.9]", "two of them"]),
+        ({"gate_init": (0.9, 0.99, 0.999)}, ["gate_init=[0.9, 0.99, 0.999]", "two of them"]),
+        ({"gate_init": "0.9"}, ["gate_init='0.9'", "must be a number"]),
+        ({"gate_init": ("0.9", "0.99")}, ["gate_init=['0.9', '0.99']", "must be a number"]),
+        ({"gate_init": True}, ["gate_init=True", "must be a number"]),
+        ({"gate_init": [True, 0.9]}, ["gate_init=[True, 0.9]", "must be a number"]),
         ({"chunk_size": 0}, ["chunk_size=0"]),
         ({"switch_over_seq_len": -1}, ["switch_over_seq_len=-1"]),
         ({"window": 0}, ["window=0"]),
@@ -88,6 +98,14 @@ def test_mixer_refuses(arguments: dict, parts: list[str]):
         MixerConfig(**arguments)
     for part in parts:
         assert part in str(error.value)
+
+
+def test_a_pair_of_gates_is_a_tuple_whatever_it_is_given_as():
+    for pair in ([0.9, 0.9999], (0.9, 0.9999), OmegaConf.create([0.9, 0.9999])):
+        mixer = MixerConfig(gate_init=pair)
+        assert mixer == build(MixerConfig, {"gate_init": [0.9, 0.9999]})
+        assert type(mixer.gate_init) is type(mixer.for_layer(0).gate_init) is tuple
+        assert hash(mixer) == hash(MixerConfig(gate_init=(0.9, 0.9999)))
 
 
 def test_padded_vocabulary_needs_a_vocabulary():

@@ -68,6 +68,42 @@ def test_gates_start_at_gate_init():
     torch.testing.assert_close(log_G.exp(), torch.full((2, 5, 2), 0.9))
 
 
+def gates_at_init(gate_init: float | tuple[float, float], n_kv_heads: int) -> torch.Tensor:
+    """Log gates (Hk,) of a new model."""
+    model = GPT(small_config(MixerConfig(gate_init=gate_init), n_heads=4, n_kv_heads=n_kv_heads))
+    log_G = model.blocks[1].mixer._log_gates(torch.randn(2, 5, 48))
+    assert log_G.dtype == torch.float32
+    assert (log_G == log_G[0, 0]).all()
+    return log_G[0, 0]
+
+
+@pytest.mark.parametrize("pair", [(0.9, 0.9999), (0.9999, 0.9), (0.5, 0.999999)])
+def test_gates_of_a_pair_start_at_half_lives_that_change_by_one_factor(pair: tuple[float, float]):
+    half_lives = math.log(0.5) / gates_at_init(pair, 4).double()
+    first, last = (math.log(0.5) / math.log(gate) for gate in pair)
+    expected = torch.tensor([first * (last / first) ** (head / 3) for head in range(4)], dtype=torch.float64)
+    torch.testing.assert_close(half_lives, expected, rtol=2e-6, atol=0)
+    middle = math.log(0.5) / gates_at_init(pair, 1).item()
+    assert middle == pytest.approx(math.sqrt(first * last), rel=2e-6)
+    # The ends are what a number gives, to the last bit.
+    two = gates_at_init(pair, 2)
+    assert [two[0], two[1]] == [gates_at_init(gate, 1)[0] for gate in pair]
+
+
+def test_a_pair_of_gates_adds_nothing_to_the_state_and_a_number_is_added_as_it_is():
+    number, pair = small_model("power"), small_model(MixerConfig(chunk_size=16, gate_init=(0.9, 0.9)))
+    state = number.state_dict()
+    assert list(pair.state_dict()) == list(state)
+    assert not list(pair.buffers())
+    for model in (number, pair):
+        mixer, x = model.blocks[0].mixer, torch.randn(2, 5, 48)
+        with torch.no_grad():
+            mixer.gate.bias.normal_()
+            mixer.gate.weight.normal_()
+        expected = F.logsigmoid(F.linear(x, mixer.gate.weight) + (mixer.gate.bias + math.log(0.9 / (1.0 - 0.9))))
+        assert torch.equal(mixer._log_gates(x), expected)
+
+
 def test_same_seed_same_weights_whatever_was_drawn_before():
     torch.manual_seed(3)
     first = GPT(small_config()).state_dict()
@@ -87,17 +123,19 @@ def test_models_share_initial_weights_across_mixers():
     assert all(torch.equal(power[name], softmax[name]) for name in softmax)
 
 
-def test_meta_device_then_init_equals_direct():
-    direct = GPT(small_config())
+@pytest.mark.parametrize("mixer", ["power", "power_spread"])
+def test_meta_device_then_init_equals_direct(mixer: str):
+    direct = GPT(small_config(mixer))
     direct.init_weights(seed=5)
     with torch.device("meta"):
-        model = GPT(small_config())
+        model = GPT(small_config(mixer))
     assert all(parameter.is_meta for parameter in model.parameters())
     assert not list(model.buffers())
     model.to_empty(device="cpu").init_weights(seed=5)
     assert model.head is None
     state = model.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in direct.state_dict().items())
+    assert torch.equal(model(tokens(1, 9)).logits, direct(tokens(1, 9)).logits)
 
 
 def test_sharded_init_equals_whole():
@@ -287,7 +325,7 @@ def test_bf16_autocast(mixer: str):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("mixer", ["softmax", "softmax_gated", "linear", "hybrid"])
+@pytest.mark.parametrize("mixer", ["softmax", "softmax_gated", "linear", "hybrid", "power_spread"])
 def test_compiles_whole(mixer: str, checkpointing: bool):
     torch._dynamo.reset()
     model, ids, labels = (

@@ -2,6 +2,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import yaml
 
 from powertrain.config import override_keys, share_dir
 from powertrain.scaling.catalog import ComposedCatalog
@@ -144,6 +145,19 @@ def test_cells_of_shipped_recipes_keep_their_ids(name, mixer, size, context, bud
     recipe = load_recipe(name)
     cell = make_cell(recipe, ComposedCatalog(recipe), mixer, size, context, budget)
     assert (cell.id, cell.steps, cell.tokens) == expected
+
+
+def test_a_recipe_may_spread_the_gates(tmp_path):
+    values = minimal()
+    values["mixers"]["spread"] = {"overrides": ["mixer=power", "mixer.gate_init=[0.9,0.9999]"]}
+    path = tmp_path / "x.yaml"
+    path.write_text(yaml.safe_dump(values, default_flow_style=True))
+    recipe = load_recipe(str(path))
+    catalog = ComposedCatalog(recipe)
+    spread, power = (make_cell(recipe, catalog, mixer, "1m", 128, 1e12) for mixer in ("spread", "power"))
+    assert spread.config.model.mixer.gate_init == (0.9, 0.9999)
+    assert spread.steps == power.steps
+    assert spread.id == make_cell(recipe, ComposedCatalog(recipe), "spread", "1m", 128, 1e12).id != power.id
 
 
 def test_a_dry_run_is_not_for_a_sweep():

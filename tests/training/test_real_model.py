@@ -29,7 +29,7 @@ def corpus(tmp_path_factory):
     return directory
 
 
-def train(corpus, run_dir, *, kind="power", callbacks=None, poison=False, steps=12):
+def train(corpus, run_dir, *, kind="power", gate_init=0.999, callbacks=None, poison=False, steps=12):
     torch.manual_seed(0)
     data = TokenDataModule(
         DataConfig(
@@ -45,7 +45,11 @@ def train(corpus, run_dir, *, kind="power", callbacks=None, poison=False, steps=
         cache_dir=corpus / "cache",
     )
     config = ModelConfig(
-        n_layers=2, d_model=32, n_heads=2, vocab_size=data.vocab_size, mixer=MixerConfig(kind=kind, chunk_size=16)
+        n_layers=2,
+        d_model=32,
+        n_heads=2,
+        vocab_size=data.vocab_size,
+        mixer=MixerConfig(kind=kind, chunk_size=16, gate_init=gate_init),
     )
     model = GPT(config)
     if poison:
@@ -95,9 +99,10 @@ def test_learns_and_resumes_bit_for_bit(corpus, tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 
-def test_a_record_of_a_non_finite_step_is_replayed_without_the_run(corpus, tmp_path):
+@pytest.mark.parametrize("gate_init", [0.999, (0.9, 0.9999)], ids=["number", "pair"])
+def test_a_record_of_a_non_finite_step_is_replayed_without_the_run(corpus, tmp_path, gate_init):
     with pytest.raises(NonFiniteError, match=r"step 1: the loss is not finite: the output of blocks\.1\.mlp\.up"):
-        train(corpus, tmp_path / "run", poison=True)
+        train(corpus, tmp_path / "run", gate_init=gate_init, poison=True)
     diagnosis = replay(tmp_path / "run" / "nonfinite" / "step-00000001" / "rank-0.pt")
     assert diagnosis.forward == "blocks.1.mlp.up"
 
