@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from powertrain.cluster.queue import current_job_id
 from powertrain.cluster.snapshot import code_version
-from powertrain.config import RunConfig, changes, from_values, planned_vocabulary, to_values
+from powertrain.config import RunConfig, changes, compose, from_values, planned_vocabulary, to_values
 from powertrain.run_status import StatusReport
 from powertrain.schema import ConfigError
 
@@ -243,6 +243,31 @@ def plan(config: RunConfig, *, here: bool = True, without_data: bool = True) -> 
     if datamodule is not None:
         _check_data(config, datamodule, length)
     return [_model_line(config, model), *plan_lines(length, datamodule.train_tokens if datamodule else None)]
+
+
+def long_on_cpu(config: RunConfig) -> str | None:
+    """Return a line for a run on a CPU whose length nobody gave, in terms of the quickstart's; None for a shorter one.
+
+    How fast a CPU is, is not known before the first step. FLOPs are.
+    """
+    from powertrain.training.length import TOKENS_PER_PARAMETER, amount
+
+    try:
+        length, quickstart = map(_planned_length, (config, compose(["experiment=quickstart"])))
+    except ConfigError:
+        return None  # a tokenizer whose size is not known yet
+    times = length.flops / quickstart.flops
+    if length.given or times < 2:
+        return None
+    return (
+        f"note    no budget is given, so {config.name} trains {amount(length.tokens)} tokens ({TOKENS_PER_PARAMETER} "
+        f"per parameter) on a CPU: {times:,.0f} times the FLOPs of `powertrain train experiment=quickstart`, which "
+        f"takes minutes"
+    )
+
+
+def _planned_length(config: RunConfig) -> TrainingLength:
+    return _length(config, dataclasses.replace(config.model, vocab_size=planned_vocabulary(config)))
 
 
 def _model_line(config: RunConfig, model: ModelConfig) -> str:
