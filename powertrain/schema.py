@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import types
 from collections.abc import Iterable, Mapping
@@ -59,10 +60,16 @@ def nearest(word: str, known: Iterable[str], *, list_all: bool = False) -> str:
     return allowed
 
 
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    # Python evaluates the annotations anew each time, and records of sweeps are built by the thousand.
+    return get_type_hints(cls)
+
+
 def leaf_keys(cls: type, prefix: str = "") -> dict[str, Any]:
     """Return every dotted key of a dataclass tree with its type."""
     keys: dict[str, Any] = {}
-    hints = get_type_hints(cls)
+    hints = _hints(cls)
     for field in dataclasses.fields(cls):
         kind = hints[field.name]
         nested = _dataclass_in(kind)
@@ -88,7 +95,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     """
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where or cls.__name__} must be a mapping of options, got {values!r}")
-    hints = get_type_hints(cls)
+    hints = _hints(cls)  # type: ignore[arg-type]
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     prefix = f"{where}." if where else ""
     for key in values:
@@ -192,6 +199,8 @@ def _try_convert(kind: Any, value: Any, where: str) -> Any:
                     raise _Mismatch
                 return tuple(_convert(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True)))
             element = args[0] if args else Any
+            if element in (int, float) and all(type(v) is element for v in value):
+                return origin(value)  # the long columns of records
             return origin(_convert(element, v, f"{where}[{i}]") for i, v in enumerate(value))
     elif origin is dict or kind is dict:
         if isinstance(value, Mapping):
