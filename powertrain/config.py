@@ -13,7 +13,7 @@ from typing import Any, get_origin
 from powertrain.cluster.config import ClusterConfig
 from powertrain.data.config import MIN_BPE_VOCAB, DataConfig
 from powertrain.models.config import MixerConfig, ModelConfig
-from powertrain.schema import ConfigError, UnknownOptionError, build, leaf_keys, namesakes, nearest
+from powertrain.schema import ConfigError, UnknownOptionError, build, closest, leaf_keys, nearest
 from powertrain.training.config import (
     BudgetConfig,
     DebugConfig,
@@ -379,7 +379,7 @@ def from_values(values: dict[str, Any]) -> RunConfig:
         return build(RunConfig, values)
     except UnknownOptionError as error:
         known = override_keys()
-        if not namesakes(error.key, known):
+        if not closest(error.key, known):
             raise
         raise ConfigError(f"unknown option '{error.key}': {nearest(error.key, known)}") from error
 
