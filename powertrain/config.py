@@ -22,6 +22,7 @@ from powertrain.training.config import (
     ScheduleConfig,
     TrainerConfig,
 )
+from powertrain.wording import counted
 
 
 @dataclass(frozen=True)
@@ -176,9 +177,9 @@ class RunConfig:
         if sequences % at_once:
             micro = f" of micro-batches of {trainer.micro_batch_size}" if trainer.micro_batch_size else ""
             raise ValueError(
-                f"trainer.global_batch_tokens={trainer.global_batch_tokens} holds {sequences} sequences, which "
-                f"{cluster.processes} processes{micro} cannot share evenly: give a multiple of "
-                f"{at_once * trainer.context_length} tokens, or other processes"
+                f"trainer.global_batch_tokens={trainer.global_batch_tokens} holds {counted(sequences, 'sequence')}, "
+                f"which {counted(cluster.processes, 'process', 'processes')}{micro} cannot share evenly: give a "
+                f"multiple of {at_once * trainer.context_length} tokens, or other processes"
             )
 
     def identity(self) -> dict[str, Any]:

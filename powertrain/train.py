@@ -18,6 +18,7 @@ from powertrain.cluster.snapshot import code_version
 from powertrain.config import RunConfig, changes, compose, from_values, planned_vocabulary, to_values
 from powertrain.run_status import StatusReport
 from powertrain.schema import ConfigError
+from powertrain.wording import counted
 
 if TYPE_CHECKING:
     from powertrain.data.datamodule import TokenDataModule
@@ -276,8 +277,9 @@ def _model_line(config: RunConfig, model: ModelConfig) -> str:
 
     kinds = ", ".join(model.mixer.kinds) + (" in turn" if len(model.mixer.kinds) > 1 else "")
     return (
-        f"model   {amount(sum(num_parameters(model).values()))} parameters: {model.n_layers} layers of {kinds}, width "
-        f"{model.d_model}, {model.n_heads} heads of {model.head_dim}, context {config.trainer.context_length:,}"
+        f"model   {amount(sum(num_parameters(model).values()))} parameters: {counted(model.n_layers, 'layer')} of "
+        f"{kinds}, width {model.d_model}, {counted(model.n_heads, 'head')} of {model.head_dim}, "
+        f"context {config.trainer.context_length:,}"
     )
 
 
@@ -343,7 +345,7 @@ def _introduce(
     say(f"run     {run_dir}")
     say(f"device  {where}, {config.trainer.precision}")
     say(
-        f"data    {config.data.source}: {datamodule.num_documents:,} documents, "
+        f"data    {config.data.source}: {counted(datamodule.num_documents, 'document')}, "
         f"{amount(datamodule.train_tokens)} training tokens, vocabulary {datamodule.vocab_size:,}"
     )
     say(_model_line(config, model.config))

@@ -18,6 +18,7 @@ from powertrain.config import GROUPS, RunConfig, compose, from_values, options, 
 from powertrain.run_status import RunBusyError
 from powertrain.schema import ConfigError
 from powertrain.train import EXTENDABLE, RunResult, check_same_run, is_main_process, long_on_cpu, plan, run, say
+from powertrain.wording import counted
 
 if TYPE_CHECKING:
     from powertrain.training.signals import StopSignals
@@ -246,7 +247,7 @@ def _report(config: RunConfig, result: RunResult, overrides: list[str] | None) -
         text = config.sample.prompt + "".join(pieces)
         (result.run_dir / "sample.txt").write_text(text)
         rule = "-" * 72
-        say(f"\nA sample of {config.sample.max_new_tokens} tokens:\n{rule}\n{text}\n{rule}")
+        say(f"\nA sample of {counted(config.sample.max_new_tokens, 'token')}:\n{rule}\n{text}\n{rule}")
     say()
     if overrides is not None:
         kept = [o for o in overrides if not o.startswith((*EXTENDABLE, "budget=", "run_id="))]

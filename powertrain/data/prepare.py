@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from powertrain.wording import counted
+
 from .config import DataConfig
 from .progress import Progress, rank, say
 from .shards import FORMAT, MANIFEST, ShardWriter, TokenStore, fsync_directory
@@ -143,8 +145,8 @@ def _prepare(config: DataConfig, source: Source, directory: Path) -> None:
     left_out = {**manifest["skipped"], "duplicate": total["duplicates"]}
     reasons = "".join(f", {count:,} {reason} left out" for reason, count in sorted(left_out.items()) if count)
     say(
-        f"prepared {total['documents']:,} documents, {total['bytes'] / 1e6:,.1f} MB, {total['tokens']:,} tokens "
-        f"in {time.monotonic() - start:.1f} s{reasons}: {directory}"
+        f"prepared {counted(total['documents'], 'document')}, {total['bytes'] / 1e6:,.1f} MB, "
+        f"{counted(total['tokens'], 'token')} in {time.monotonic() - start:.1f} s{reasons}: {directory}"
     )
 
 

@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from powertrain.wording import counted
+
 if TYPE_CHECKING:
     from rich.status import Status
 
@@ -258,7 +260,7 @@ def _run(recipe: Recipe, arguments: argparse.Namespace) -> int:
     failed = state.failed(expansion)
     if failed:
         print(
-            f"{len(failed)} {'cell' if len(failed) == 1 else 'cells'} failed"
+            f"{counted(len(failed), 'cell')} failed"
             f"{' earlier' if failed <= failed_earlier else ''}: see `{_hint('status', arguments)}`; "
             f"--retry-failed tries {'it' if len(failed) == 1 else 'them'} again"
         )
@@ -398,7 +400,8 @@ def _time(recipe: Recipe, arguments: argparse.Namespace) -> int:
     state = _state(recipe, arguments.directory)
     _records(state, arguments)
     made = run_timings(state, state.paths.timings, state.paths.logs / "timings.log", print)
-    print(f"{len(made)} timings in {state.paths.timings}" if made else "everything that won is timed on this device")
+    timed = "everything that won is timed on this device"
+    print(f"{counted(len(made), 'timing')} in {state.paths.timings}" if made else timed)
     return 0
 
 

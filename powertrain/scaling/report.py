@@ -19,6 +19,7 @@ from powertrain.scaling.plan import Coverage
 from powertrain.scaling.recipe import CONVENTIONS, Figure, Recipe
 from powertrain.scaling.records import CellRecord, table
 from powertrain.scaling.timing import Timing, with_timings
+from powertrain.wording import counted
 
 _AVERAGED = f"averaged over at least {ENVELOPE_STEPS} steps and {ENVELOPE_BIN - 1:.0%} more FLOPs"
 CAPTIONS: dict[Figure, str] = {
@@ -122,7 +123,7 @@ def _so_far(parts: Sequence[Coverage], context: int) -> str:
     if all(p.complete for p in own):
         return ""
     later = " and further ones to come" if any(p.later for p in own) else ""
-    return f" So far: {sum(p.finished for p in own)} of {sum(p.planned for p in own)} cells{later}."
+    return f" So far: {sum(p.finished for p in own)} of {counted(sum(p.planned for p in own), 'cell')}{later}."
 
 
 def _missing_lines(recipe: Recipe, findings: Findings, parts: Sequence[Coverage]) -> list[str]:
