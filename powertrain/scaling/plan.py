@@ -116,6 +116,11 @@ def coverage(
     return result
 
 
+def asked_for(parts: Iterable[Coverage]) -> dict[Place, frozenset[str]]:
+    """Return the ids of the cells that a recipe asks for at every place that it has, as far as they are decided."""
+    return {part.place: part.cells for part in parts}
+
+
 def as_rows(plan: Plan) -> list[dict[str, Any]]:
     """Return one plain mapping per cell, for JSON."""
     rows = []

@@ -15,7 +15,7 @@ from powertrain.scaling.analysis import Findings, analyse
 from powertrain.scaling.compare import ENVELOPE_BIN, ENVELOPE_STEPS, Verdict, compared
 from powertrain.scaling.drawing import render, style
 from powertrain.scaling.figures import DRAW, has_edge, has_minimum
-from powertrain.scaling.plan import Coverage
+from powertrain.scaling.plan import Coverage, asked_for
 from powertrain.scaling.recipe import CONVENTIONS, Figure, Recipe
 from powertrain.scaling.records import CellRecord, table
 from powertrain.scaling.timing import Timing, with_timings
@@ -452,7 +452,7 @@ def build(
     if not records:
         raise ValueError(f"sweep {recipe.name!r} has no records yet: powertrain sweep run {recipe.name}")
     records = with_timings(records, timings)
-    asked = {part.place: part.cells for part in parts}
+    asked = asked_for(parts)
     used = compared(records, asked) if parts else records
     others = [r for r in records if r.cell not in asked.get(r.place, ())] if parts else []
     standing_in = {r.cell for r in used}
