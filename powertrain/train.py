@@ -345,7 +345,7 @@ def _introduce(
     say(f"run     {run_dir}")
     say(f"device  {where}, {config.trainer.precision}")
     say(
-        f"data    {config.data.source}: {counted(datamodule.num_documents, 'document')}, "
+        f"data    {config.data.source}: {datamodule.documents}, "
         f"{amount(datamodule.train_tokens)} training tokens, vocabulary {datamodule.vocab_size:,}"
     )
     say(_model_line(config, model.config))

@@ -20,7 +20,7 @@ from powertrain.wording import counted
 from .config import DataConfig
 from .order import SampleOrder
 from .packing import Batch, Windows, make_batch
-from .prepare import prepare
+from .prepare import documents_in, prepare
 from .shards import ShardError, TokenStore
 from .tokenizers import Tokenizer
 from .workers import WorkerContext
@@ -230,7 +230,13 @@ class TokenDataModule(L.LightningDataModule):
 
     @property
     def num_documents(self) -> int:
+        """Documents of both splits; with `split=tail` the beginning and the end of one count as two."""
         return sum(split["documents"] for split in self.store.manifest["splits"].values())
+
+    @property
+    def documents(self) -> str:
+        """How many documents there are, in words."""
+        return documents_in(self.store.manifest)
 
     @property
     def train_tokens(self) -> int:
