@@ -13,7 +13,7 @@ from typing import Any, get_origin
 from powertrain.cluster.config import ClusterConfig
 from powertrain.data.config import MIN_BPE_VOCAB, DataConfig
 from powertrain.models.config import MixerConfig, ModelConfig
-from powertrain.schema import ConfigError, UnknownOptionError, build, leaf_keys, namesakes, nearest
+from powertrain.schema import ConfigError, UnknownOptionError, build, closest, leaf_keys, nearest
 from powertrain.training.config import (
     BudgetConfig,
     DebugConfig,
@@ -22,6 +22,7 @@ from powertrain.training.config import (
     ScheduleConfig,
     TrainerConfig,
 )
+from powertrain.wording import counted
 
 
 @dataclass(frozen=True)
@@ -176,9 +177,9 @@ class RunConfig:
         if sequences % at_once:
             micro = f" of micro-batches of {trainer.micro_batch_size}" if trainer.micro_batch_size else ""
             raise ValueError(
-                f"trainer.global_batch_tokens={trainer.global_batch_tokens} holds {sequences} sequences, which "
-                f"{cluster.processes} processes{micro} cannot share evenly: give a multiple of "
-                f"{at_once * trainer.context_length} tokens, or other processes"
+                f"trainer.global_batch_tokens={trainer.global_batch_tokens} holds {counted(sequences, 'sequence')}, "
+                f"which {counted(cluster.processes, 'process', 'processes')}{micro} cannot share evenly: give a "
+                f"multiple of {at_once * trainer.context_length} tokens, or other processes"
             )
 
     def identity(self) -> dict[str, Any]:
@@ -379,7 +380,7 @@ def from_values(values: dict[str, Any]) -> RunConfig:
         return build(RunConfig, values)
     except UnknownOptionError as error:
         known = override_keys()
-        if not namesakes(error.key, known):
+        if not closest(error.key, known):
             raise
         raise ConfigError(f"unknown option '{error.key}': {nearest(error.key, known)}") from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import types
 from collections.abc import Iterable, Mapping
@@ -29,40 +30,58 @@ class UnknownOptionError(ConfigError):
         self.key = key
 
 
-def namesakes(key: str, known: Iterable[str]) -> list[str]:
-    """Return the known dotted keys whose last word is that of `key`, sorted."""
-    leaf = key.rpartition(".")[2]
-    return sorted(k for k in known if k.rpartition(".")[2] == leaf)
+def closest(word: str, known: Iterable[str]) -> list[str]:
+    """Return the known words that `word` was most likely to be, sorted; none where none is close.
+
+    Dotted keys are compared by their last words, wherever they are: those with the same one, or else the most similar,
+    in the section of `word` sooner than elsewhere.
+    """
+    section, _, leaf = word.rpartition(".")
+    parts = {k: k.rpartition(".") for k in known}
+    if same := sorted(k for k, (_, _, last) in parts.items() if last == leaf):
+        return same
+    scores = {
+        k: _similarity(leaf, last) + (0.05 if theirs == section else 0.0) for k, (theirs, _, last) in parts.items()
+    }
+    return sorted(k for k, score in scores.items() if score == max(scores.values()) >= 0.75)
+
+
+def _similarity(word: str, known: str) -> float:
+    """Return how similar two words are, at most 1; `batch` is as good as part of `micro_batch_size`."""
+    part_of = set(word.split("_")) <= set(known.split("_"))
+    return max(difflib.SequenceMatcher(None, word, known).ratio(), 0.9 * part_of)
 
 
 def nearest(word: str, known: Iterable[str], *, list_all: bool = False) -> str:
-    """Return a hint that names the known word closest to `word`, or all of them when none is close.
-
-    Of dotted keys, those with the same last word are the closest, wherever they are.
+    """Return a hint that names the known words closest to `word`, or what is allowed when none is close.
 
     Args:
         word: what was given.
         known: what is allowed.
         list_all: name all of them after a close one too; for short lists.
     Returns:
-        `did you mean 'x'?`, `did you mean 'a.x' or 'b.x'?` or `allowed: a, b, c`.
+        `did you mean 'x'?`, `did you mean 'a.x' or 'b.x'?` or `allowed: a, b, c`, of dotted keys those of the section
+        of `word` if there is such a section.
     """
     known = sorted(known)
-    leaves = {k.rsplit(".", 1)[-1]: k for k in known}
-    close = namesakes(word, known) or difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    if not close:
-        leaf = difflib.get_close_matches(word.rsplit(".", 1)[-1], list(leaves), n=1, cutoff=0.6)
-        close = [leaves[leaf[0]]] if leaf else []
-    allowed = "allowed: " + ", ".join(known)
+    close = closest(word, known)
+    section = word.rpartition(".")[0]
+    allowed = "allowed: " + ", ".join([k for k in known if section and k.startswith(f"{section}.")] or known)
     if close:
         return f"did you mean {' or '.join(map(repr, close))}?" + (f" {allowed}" if list_all else "")
     return allowed
 
 
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    # Python evaluates the annotations anew each time, and records of sweeps are built by the thousand.
+    return get_type_hints(cls)
+
+
 def leaf_keys(cls: type, prefix: str = "") -> dict[str, Any]:
     """Return every dotted key of a dataclass tree with its type."""
     keys: dict[str, Any] = {}
-    hints = get_type_hints(cls)
+    hints = _hints(cls)
     for field in dataclasses.fields(cls):
         kind = hints[field.name]
         nested = _dataclass_in(kind)
@@ -88,7 +107,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     """
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where or cls.__name__} must be a mapping of options, got {values!r}")
-    hints = get_type_hints(cls)
+    hints = _hints(cls)  # type: ignore[arg-type]
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     prefix = f"{where}." if where else ""
     for key in values:
@@ -194,6 +213,8 @@ def _try_convert(kind: Any, value: Any, where: str) -> Any:
                     raise _Mismatch
                 return tuple(_convert(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True)))
             element = args[0] if args else Any
+            if element in (int, float) and all(type(v) is element for v in value):
+                return origin(value)  # the long columns of records
             return origin(_convert(element, v, f"{where}[{i}]") for i, v in enumerate(value))
     elif origin is dict or kind is dict:
         if isinstance(value, Mapping):

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from powertrain.cluster.queue import current_job_id
 from powertrain.cluster.snapshot import code_version
-from powertrain.config import RunConfig, changes, from_values, planned_vocabulary, to_values
+from powertrain.config import RunConfig, changes, compose, from_values, planned_vocabulary, to_values
 from powertrain.run_status import StatusReport
 from powertrain.schema import ConfigError
+from powertrain.wording import counted
 
 if TYPE_CHECKING:
     from powertrain.data.datamodule import TokenDataModule
@@ -245,14 +246,40 @@ def plan(config: RunConfig, *, here: bool = True, without_data: bool = True) -> 
     return [_model_line(config, model), *plan_lines(length, datamodule.train_tokens if datamodule else None)]
 
 
+def long_on_cpu(config: RunConfig) -> str | None:
+    """Return a line for a run on a CPU whose length nobody gave, in terms of the quickstart's; None for a shorter one.
+
+    How fast a CPU is, is not known before the first step. FLOPs are.
+    """
+    from powertrain.training.length import TOKENS_PER_PARAMETER, amount
+
+    try:
+        length, quickstart = map(_planned_length, (config, compose(["experiment=quickstart"])))
+    except ConfigError:
+        return None  # a tokenizer whose size is not known yet
+    times = length.flops / quickstart.flops
+    if length.given or times < 2:
+        return None
+    return (
+        f"note    no budget is given, so {config.name} trains {amount(length.tokens)} tokens ({TOKENS_PER_PARAMETER} "
+        f"per parameter) on a CPU: {times:,.0f} times the FLOPs of `powertrain train experiment=quickstart`, which "
+        f"takes minutes"
+    )
+
+
+def _planned_length(config: RunConfig) -> TrainingLength:
+    return _length(config, dataclasses.replace(config.model, vocab_size=planned_vocabulary(config)))
+
+
 def _model_line(config: RunConfig, model: ModelConfig) -> str:
     from powertrain.models.flops import num_parameters
     from powertrain.training.length import amount
 
     kinds = ", ".join(model.mixer.kinds) + (" in turn" if len(model.mixer.kinds) > 1 else "")
     return (
-        f"model   {amount(sum(num_parameters(model).values()))} parameters: {model.n_layers} layers of {kinds}, width "
-        f"{model.d_model}, {model.n_heads} heads of {model.head_dim}, context {config.trainer.context_length:,}"
+        f"model   {amount(sum(num_parameters(model).values()))} parameters: {counted(model.n_layers, 'layer')} of "
+        f"{kinds}, width {model.d_model}, {counted(model.n_heads, 'head')} of {model.head_dim}, "
+        f"context {config.trainer.context_length:,}"
     )
 
 
@@ -318,7 +345,7 @@ def _introduce(
     say(f"run     {run_dir}")
     say(f"device  {where}, {config.trainer.precision}")
     say(
-        f"data    {config.data.source}: {datamodule.num_documents:,} documents, "
+        f"data    {config.data.source}: {datamodule.documents}, "
         f"{amount(datamodule.train_tokens)} training tokens, vocabulary {datamodule.vocab_size:,}"
     )
     say(_model_line(config, model.config))

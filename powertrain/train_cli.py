@@ -17,7 +17,8 @@ from powertrain.cluster.queue import SlurmError, current_job_id
 from powertrain.config import GROUPS, RunConfig, compose, from_values, options, share_dir, to_values
 from powertrain.run_status import RunBusyError
 from powertrain.schema import ConfigError
-from powertrain.train import EXTENDABLE, RunResult, check_same_run, is_main_process, plan, run, say
+from powertrain.train import EXTENDABLE, RunResult, check_same_run, is_main_process, long_on_cpu, plan, run, say
+from powertrain.wording import counted
 
 if TYPE_CHECKING:
     from powertrain.training.signals import StopSignals
@@ -97,10 +98,12 @@ def _plan(config: RunConfig, *, submits: bool) -> int:
     """Print what the run amounts to, and submit the job or, in a dry run, print its script; refuse what the run would
     refuse to begin, as far as this machine knows.
     """
+    note = None
     if not submits:
         from powertrain.training.batching import resolve_devices
 
-        resolve_devices(config.trainer)
+        if resolve_devices(config.trainer).torch_device.type == "cpu":
+            note = long_on_cpu(config)
     check_same_run(Path(config.paths.runs) / config.resolved_run_id(), config)
     from powertrain.data.shards import ShardError
 
@@ -111,7 +114,7 @@ def _plan(config: RunConfig, *, submits: bool) -> int:
         print(f"powertrain train: {error}", file=sys.stderr)
         return 1
     # Of a job, its script or its id alone is the output.
-    for line in lines:
+    for line in lines if note is None else [*lines, note]:
         print(line, file=sys.stderr if submits else sys.stdout)
     if not submits:
         return 0
@@ -135,6 +138,9 @@ def _train_here(config: RunConfig, arguments: argparse.Namespace, argv: list[str
         return launch(again, devices.per_node, num_nodes=devices.num_nodes)
     command, again_as = (shlex.join([program, "train", *argv]) for program in ("powertrain", _program()))
     end_with_launcher()
+    # Before the data are prepared, which may take long as well.
+    if devices.torch_device.type == "cpu" and (note := long_on_cpu(config)):
+        say(note)
     try:
         result = run(config, command=command, signals=signals)
         if result.fit.interrupted_by is not None:
@@ -241,7 +247,7 @@ def _report(config: RunConfig, result: RunResult, overrides: list[str] | None) -
         text = config.sample.prompt + "".join(pieces)
         (result.run_dir / "sample.txt").write_text(text)
         rule = "-" * 72
-        say(f"\nA sample of {config.sample.max_new_tokens} tokens:\n{rule}\n{text}\n{rule}")
+        say(f"\nA sample of {counted(config.sample.max_new_tokens, 'token')}:\n{rule}\n{text}\n{rule}")
     say()
     if overrides is not None:
         kept = [o for o in overrides if not o.startswith((*EXTENDABLE, "budget=", "run_id="))]

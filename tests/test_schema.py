@@ -59,6 +59,22 @@ def test_each_mistake_is_one_clear_sentence(values, message):
     assert "\n" not in str(caught.value)
 
 
+@dataclass(frozen=True)
+class Columns:
+    losses: tuple[float, ...] = ()
+    rows: tuple[tuple[int, ...], ...] = ()
+
+
+def test_every_number_of_a_long_column_is_converted_and_checked():
+    got = build(Columns, {"losses": [0.5, 2, 1.5], "rows": [[1, 2], [3.0, 4]]})
+    assert got == Columns((0.5, 2.0, 1.5), ((1, 2), (3, 4)))
+    assert [type(x) for x in (*got.losses, *got.rows[1])] == [float] * 3 + [int] * 2
+    with pytest.raises(ConfigError, match=r"rows\[1\]\[1\]=True is not allowed: it must be an integer"):
+        build(Columns, {"rows": [[1, 2], [3, True]]})
+    with pytest.raises(ConfigError, match=r"losses\[2\]='2' is not allowed: it must be a number"):
+        build(Columns, {"losses": [0.5, 1.5, "2"]})
+
+
 def test_a_single_text_is_a_list_of_one():
     assert build(Outer, {"seed": 1, "files": "corpus/*.txt"}).files == ["corpus/*.txt"]
 

@@ -173,6 +173,31 @@ def interrupted(*args, **kwargs):
     raise KeyboardInterrupt
 
 
+def test_a_run_on_a_cpu_that_nobody_gave_a_length_names_the_quickstart_before_it_prepares_anything(
+    tiny, tmp_path, capsys, monkeypatch
+):
+    # All that TINY says of the model is left out.
+    long = ["train", "trainer.accelerator=cpu", f"paths.runs={tmp_path}", f"paths.cache={tmp_path / 'cache'}"]
+    flops = []
+    for overrides in ([], ["experiment=quickstart"]):
+        assert main([*long, *overrides, "cluster.dry_run=true"]) == 0
+        said = capsys.readouterr().out.splitlines()
+        flops.append(float(re.search(r"(\S+) FLOPs", said[1])[1]))
+        assert len(said) == 2 + (not overrides)
+        if not overrides:
+            note = said[2]
+    times = re.fullmatch(
+        r"note    no budget is given, so 10m-power-python_stdlib trains 179M tokens \(20 per parameter\) on a CPU: "
+        r"([\d,]+) times the FLOPs of `powertrain train experiment=quickstart`, which takes minutes", note
+    )[1]  # fmt: skip
+    assert int(times.replace(",", "")) == pytest.approx(flops[0] / flops[1], rel=0.01)
+
+    monkeypatch.setattr("powertrain.train_cli.run", interrupted)
+    for overrides, expected in ([], [note]), (["trainer.max_tokens=1e9"], []), (tiny, []):
+        assert main([*long, *overrides]) == 130
+        assert capsys.readouterr().out.splitlines() == expected
+
+
 def test_the_same_command_again_resumes_and_says_so(tiny, tmp_path, capsys):
     assert main(["train", *tiny, "trainer.max_steps=4"]) == 0
     before = (only_run(tmp_path) / "metrics.jsonl").read_text()

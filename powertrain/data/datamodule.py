@@ -15,10 +15,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from powertrain.wording import counted
+
 from .config import DataConfig
 from .order import SampleOrder
 from .packing import Batch, Windows, make_batch
-from .prepare import prepare
+from .prepare import documents_in, prepare
 from .shards import ShardError, TokenStore
 from .tokenizers import Tokenizer
 from .workers import WorkerContext
@@ -191,7 +193,8 @@ class TokenDataModule(L.LightningDataModule):
         stream = windows.stream
         if len(windows) == 0:
             raise ValueError(
-                f"the {split} split holds {stream.num_tokens:,} tokens in {stream.num_documents:,} documents, fewer "
+                f"the {split} split holds {counted(stream.num_tokens, 'token')} in "
+                f"{counted(stream.num_documents, 'document')}, fewer "
                 f"than one sequence of context_length={self.context_length:,}: give more text{self._other_split(split)}"
             )
         return windows
@@ -227,7 +230,13 @@ class TokenDataModule(L.LightningDataModule):
 
     @property
     def num_documents(self) -> int:
+        """Documents of both splits; with `split=tail` the beginning and the end of one count as two."""
         return sum(split["documents"] for split in self.store.manifest["splits"].values())
+
+    @property
+    def documents(self) -> str:
+        """How many documents there are, in words."""
+        return documents_in(self.store.manifest)
 
     @property
     def train_tokens(self) -> int:
@@ -286,8 +295,9 @@ class TokenDataModule(L.LightningDataModule):
         total = self.global_batch_size or per_micro_step
         if total % per_micro_step:
             raise ValueError(
-                f"a global batch of {total} sequences does not divide into micro-batches of {self.micro_batch_size} on "
-                f"{self.ranks[1]} rank(s): it has to be a multiple of {per_micro_step}"
+                f"a global batch of {counted(total, 'sequence')} does not divide into micro-batches of "
+                f"{self.micro_batch_size} on {counted(self.ranks[1], 'rank')}: it has to be a multiple of "
+                f"{per_micro_step}"
             )
         return total // per_micro_step
 

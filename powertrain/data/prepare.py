@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -17,9 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from powertrain.wording import counted
+
 from .config import DataConfig
 from .progress import Progress, rank, say
-from .shards import FORMAT, MANIFEST, ShardWriter, TokenStore, fsync_directory
+from .shards import FORMAT, MANIFEST, SPLITS, ShardWriter, TokenStore, fsync_directory
 from .sources import Source, open_source
 from .tokenizers import Tokenizer, byte_tokenizer, pretrained_identity, pretrained_tokenizer, train_bpe
 
@@ -137,15 +139,22 @@ def _prepare(config: DataConfig, source: Source, directory: Path) -> None:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     total = {
-        name: sum(split[name] for split in manifest["splits"].values())
-        for name in ("documents", "bytes", "tokens", "duplicates")
+        name: sum(split[name] for split in manifest["splits"].values()) for name in ("bytes", "tokens", "duplicates")
     }
     left_out = {**manifest["skipped"], "duplicate": total["duplicates"]}
     reasons = "".join(f", {count:,} {reason} left out" for reason, count in sorted(left_out.items()) if count)
     say(
-        f"prepared {total['documents']:,} documents, {total['bytes'] / 1e6:,.1f} MB, {total['tokens']:,} tokens "
-        f"in {time.monotonic() - start:.1f} s{reasons}: {directory}"
+        f"prepared {documents_in(manifest)}, {total['bytes'] / 1e6:,.1f} MB, "
+        f"{counted(total['tokens'], 'token')} in {time.monotonic() - start:.1f} s{reasons}: {directory}"
     )
+
+
+def documents_in(manifest: Mapping[str, Any]) -> str:
+    """Return in words how many documents the splits hold; those of `data.split=tail` hold parts of them."""
+    train, validation = (manifest["splits"][split]["documents"] for split in SPLITS)
+    if manifest["config"]["split"] == "document":
+        return counted(train + validation, "document")
+    return f"{counted(train, 'beginning')} and {counted(validation, 'end')} of documents"
 
 
 def _write(config: DataConfig, source: Source, directory: Path) -> dict[str, Any]:
@@ -184,8 +193,9 @@ def _check_splits(config: DataConfig, source: Source, documents: dict[str, int])
     for split, count in documents.items():
         if count == 0:
             raise ValueError(
-                f"the {split} split is empty: {total} document(s) with data.val_fraction={config.val_fraction:g}; "
-                "choose another share, or data.split=tail to validate on the end of each document"
+                f"the {split} split is empty: {counted(total, 'document')} with "
+                f"data.val_fraction={config.val_fraction:g}; choose another share, or data.split=tail to "
+                "validate on the end of each document"
             )
 
 

@@ -11,7 +11,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from powertrain.wording import counted
+
 if TYPE_CHECKING:
+    from rich.status import Status
+
     from powertrain.scaling.cells import Expansion
     from powertrain.scaling.recipe import Recipe
     from powertrain.scaling.records import CellRecord
@@ -21,6 +25,7 @@ if TYPE_CHECKING:
 DIRECTORY = Path("sweeps")
 # What these print may be read in part; in the others a broken pipe is a failure of what they do.
 PRINTING = ("plan", "status", "report")
+READING = "reading records, composing cells"
 
 DESCRIPTION = """\
 From FLOPs budgets to perplexity curves: a recipe says which mixers, sizes and budgets; `plan` says what that costs,
@@ -140,6 +145,13 @@ def main(argv: list[str]) -> int:
     return code
 
 
+def _busy(doing: str) -> Status:
+    """Say on standard error what takes a while, until it is done; only where that is a terminal."""
+    from rich.console import Console
+
+    return Console(stderr=True).status(doing)
+
+
 def _hint(command: str, arguments: argparse.Namespace) -> str:
     """Return the command line of another command on the same sweep."""
     import shlex
@@ -174,7 +186,7 @@ def _records(state: SweepState, arguments: argparse.Namespace) -> list[CellRecor
     """Return all records; `ConfigError` where there are none."""
     from powertrain.schema import ConfigError
 
-    records = state.store.read()
+    records = state.records()
     if not records:
         raise ConfigError(f"sweep {state.recipe.name!r} has no records yet: {_hint('run', arguments)}")
     return records
@@ -187,14 +199,16 @@ def _plan(recipe: Recipe, arguments: argparse.Namespace) -> int:
     from powertrain.scaling.pricing import choose_device, find_device, gpu_here
 
     state = _state(recipe, arguments.directory)
-    on_cpu = state.shared_config().trainer.accelerator == "cpu"
-    records, timings = state.store.read(), timing.read(state.paths.timings)
-    if arguments.device or on_cpu:
-        device, chosen = find_device(arguments.device or "cpu"), "" if arguments.device else "the recipe trains there"
-    else:
-        device, chosen = choose_device(records, gpu_here())
-    state.memory_gib = device.memory_gib
-    plan = make_plan(_cells_within_limits(state), device, records, state.store.finished(), timings, chosen)
+    with _busy(READING):
+        on_cpu = state.shared_config().trainer.accelerator == "cpu"
+        records, timings = state.records(), timing.read(state.paths.timings)
+        if arguments.device or on_cpu:
+            device = find_device(arguments.device or "cpu")
+            chosen = "" if arguments.device else "the recipe trains there"
+        else:
+            device, chosen = choose_device(records, gpu_here())
+        state.memory_gib = device.memory_gib
+        plan = make_plan(_cells_within_limits(state), device, records, state.store.finished(), timings, chosen)
     if arguments.json:
         for row in as_rows(plan):
             print(json.dumps(row))
@@ -246,7 +260,7 @@ def _run(recipe: Recipe, arguments: argparse.Namespace) -> int:
     failed = state.failed(expansion)
     if failed:
         print(
-            f"{len(failed)} {'cell' if len(failed) == 1 else 'cells'} failed"
+            f"{counted(len(failed), 'cell')} failed"
             f"{' earlier' if failed <= failed_earlier else ''}: see `{_hint('status', arguments)}`; "
             f"--retry-failed tries {'it' if len(failed) == 1 else 'them'} again"
         )
@@ -370,7 +384,9 @@ def _print_status(state: SweepState) -> None:
     from powertrain.scaling.display import status_table
 
     console = Console()
-    console.print(status_table(state, bar=console.is_terminal))
+    with _busy(READING):
+        table = status_table(state, bar=console.is_terminal)
+    console.print(table)
 
 
 def _status(recipe: Recipe, arguments: argparse.Namespace) -> int:
@@ -384,7 +400,8 @@ def _time(recipe: Recipe, arguments: argparse.Namespace) -> int:
     state = _state(recipe, arguments.directory)
     _records(state, arguments)
     made = run_timings(state, state.paths.timings, state.paths.logs / "timings.log", print)
-    print(f"{len(made)} timings in {state.paths.timings}" if made else "everything that won is timed on this device")
+    timed = "everything that won is timed on this device"
+    print(f"{counted(len(made), 'timing')} in {state.paths.timings}" if made else timed)
     return 0
 
 
@@ -395,12 +412,13 @@ def _report(recipe: Recipe, arguments: argparse.Namespace) -> int:
 
     state = _state(recipe, arguments.directory)
     paths = state.paths
-    records = _records(state, arguments)
-    expansion = state.expand()
-    parts = coverage(recipe, expansion, state.store.finished(), state.failed(expansion))
-    files = build(recipe, records, parts, timing.read(paths.timings))
+    with _busy(READING):
+        records = _records(state, arguments)
+        expansion = state.expand()
+        parts = coverage(recipe, expansion, state.store.finished(), state.failed(expansion))
     output = arguments.output or paths.report
-    write(files, output)
+    with _busy("fitting and drawing"):
+        write(build(recipe, records, parts, timing.read(paths.timings)), output)
     print(f"report: {output / 'README.md'}")
     if arguments.wandb:
         from powertrain.scaling.artifact import log_report

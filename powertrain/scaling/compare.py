@@ -66,7 +66,7 @@ def compared(records: Sequence[CellRecord], asked: Mapping[Place, Set[str]]) -> 
     give their mixer a choice that its rivals do not have.
 
     Args:
-        asked: ids of the cells that the recipe asks for, as far as they are decided, at every place that it has.
+        asked: see `plan.asked_for`.
     """
     own = {r.place for r in records if r.cell in asked.get(r.place, ())}
     return [r for r in records if r.place in asked and (r.cell in asked[r.place] or r.place not in own)]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from powertrain.scaling.records import CellRecord
 from powertrain.scaling.resample import Point, Sample
 from powertrain.scaling.timing import key_of
+from powertrain.wording import counted
 
 if TYPE_CHECKING:
     from powertrain.scaling.isoflop import IsoFlop
@@ -127,7 +128,8 @@ def fairness(records: Sequence[CellRecord], sample: Sample, timings: Sequence[Ti
     else:
         positions = {(r.position_bounds, r.position_tokens) for r in records}
         same = len(documents) == 1 and len(positions) == 1
-        text = f"{min(lengths)} documents in every cell" if same else f"{len(documents)} different sets of documents"
+        each = f"{counted(min(lengths), 'document')} in every cell"
+        text = each if same else f"{len(documents)} different sets of documents"
         checks.append(Check("same evaluation documents and positions", same, text))
     checks.append(_equal_effort(records))
     seeds: dict[str, set[int]] = defaultdict(set)
@@ -224,7 +226,6 @@ def _annealed(records: Sequence[CellRecord]) -> Check:
     unannealed = sum(not r.annealed for r in records)
     if unannealed == len(records):
         return Check("every compared loss is annealed", False, "no cell is annealed: only envelopes can be compared")
-    text = f"{len(records) - unannealed} annealed cells"
-    return Check(
-        "every compared loss is annealed", True, text + (f", {unannealed} others left out" if unannealed else "")
-    )
+    text = counted(len(records) - unannealed, "annealed cell")
+    others = f", {counted(unannealed, 'other')} left out" if unannealed else ""
+    return Check("every compared loss is annealed", True, text + others)

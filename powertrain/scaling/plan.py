@@ -12,6 +12,7 @@ from powertrain.scaling.pricing import Device, Estimate, Pricer
 from powertrain.scaling.recipe import Recipe
 from powertrain.scaling.records import CellRecord, Place
 from powertrain.scaling.timing import Timing
+from powertrain.wording import counted
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Coverage:
         return self.finished == self.planned and not self.later
 
     def __str__(self) -> str:
-        text = f"{self.finished} of {self.planned} cells" if self.planned else "nothing yet"
+        text = f"{self.finished} of {counted(self.planned, 'cell')}" if self.planned else "nothing yet"
         failed = f", {self.failed} failed" if self.failed else ""
         return text + failed + (f", at most {self.later} more once these are known" if self.later else "")
 
@@ -113,6 +114,11 @@ def coverage(
             counts = len(cells & finished), len(cells & failed), len(later)
             result.append(Coverage(*place, frozenset(cells), *counts))
     return result
+
+
+def asked_for(parts: Iterable[Coverage]) -> dict[Place, frozenset[str]]:
+    """Return the ids of the cells that a recipe asks for at every place that it has, as far as they are decided."""
+    return {part.place: part.cells for part in parts}
 
 
 def as_rows(plan: Plan) -> list[dict[str, Any]]:

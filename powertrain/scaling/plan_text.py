@@ -10,6 +10,7 @@ from powertrain.scaling.cells import Dropped, Expansion, Pending, Reason
 from powertrain.scaling.plan import Plan, as_rows
 from powertrain.scaling.pricing import MARKS, without_kernels
 from powertrain.scaling.recipe import Recipe
+from powertrain.wording import counted
 
 # Columns that a narrow terminal is spared, these together, first to last.
 NARROW = (("weights", "head", "pairs", "state"), ("cell",), ("batch", "tokens"))
@@ -90,10 +91,6 @@ def _columns(group: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     }
 
 
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
-
-
 def _at(expansion: Expansion, context: int) -> str:
     contexts = {c.context for c in expansion.cells}
     return f", context {context}" if contexts != {context} else ""
@@ -107,8 +104,8 @@ def later(expansion: Expansion) -> list[str]:
     lines = []
     for (context, _, budget, choice), waiting in groups.items():
         cells = sum(len(p.candidates) for p in waiting)
-        line = f"later: {choice} at {budget:.3g} FLOPs{_at(expansion, context)}, at most {_counted(cells, 'cell')}: "
-        each = (f"{p.mixer} {len(p.candidates)} after {_counted(len(p.awaits), 'other')}" for p in waiting)
+        line = f"later: {choice} at {budget:.3g} FLOPs{_at(expansion, context)}, at most {counted(cells, 'cell')}: "
+        each = (f"{p.mixer} {len(p.candidates)} after {counted(len(p.awaits), 'other')}" for p in waiting)
         lines.append(line + ", ".join(each))
     return lines
 
@@ -130,7 +127,7 @@ def unpriced(plan: Plan) -> str:
     """Return which cells are not in the sum of times, in one line."""
     counts = Counter((cell.mixer, without_kernels(cell) if plan.device.peak_flops else None) for cell in plan.unpriced)
     cells = ", ".join(
-        f"{_counted(count, 'cell')} of {mixer}" + (f" ({reason})" if reason else "")
+        f"{counted(count, 'cell')} of {mixer}" + (f" ({reason})" if reason else "")
         for (mixer, reason), count in counts.items()
     )
     return f"not in the sum, as their speed is not known before some are measured: {cells}"
@@ -146,9 +143,8 @@ def rounded_batches(recipe: Recipe, expansion: Expansion) -> str | None:
     if not rounded:
         return None
     (asked, context), tokens = next(iter(rounded.items()))
-    count = tokens // context
-    sequences = "1 sequence" if count == 1 else f"{count} sequences"
-    others = f", and so with {len(rounded) - 1} others" if len(rounded) > 1 else ""
+    sequences = counted(tokens // context, "sequence")
+    others = f", and so with {counted(len(rounded) - 1, 'other')}" if len(rounded) > 1 else ""
     return f"batch_tokens={asked:.6g} becomes {tokens} ({sequences} of {context}){others}"
 
 
@@ -168,4 +164,5 @@ def summary(plan: Plan) -> str:
     meaning = "; ".join(f"{mark} {text}" for basis, (mark, text) in MARKS.items() if basis in bases)
     notes = "; ".join(note for note in (chosen, meaning) if note)
     later = f" and at most {at_most} more once these are known" if at_most else ""
-    return f"{planned} cells, {done} finished{later}; {flops:.3g} FLOPs to go, {cost}{f' ({notes})' if notes else ''}"
+    cells = f"{counted(planned, 'cell')}, {done} finished{later}"
+    return f"{cells}; {flops:.3g} FLOPs to go, {cost}{f' ({notes})' if notes else ''}"

@@ -12,7 +12,8 @@ from powertrain.scaling.records import CellRecord
 from powertrain.scaling.timing import Timing, with_timings
 from powertrain.schema import ConfigError
 
-# Memory of one device in GiB as its driver reports it, by parts of its name; the first that is contained counts.
+# Memory of one device in GiB as its driver reports it, by parts of its name; see `hardware.entry`. Not GH200: its data
+# sheet knows GPUs of 96 and 144 GB, and the 480GB in its name are the CPU's.
 MEMORY_GIB = (
     ("B200", 178.0),
     ("H200", 139.0),
@@ -67,14 +68,17 @@ def find_device(name: str) -> Device:
 
 def recognised(driver_name: str) -> Device | None:
     """Return the device that a driver calls so, as records do; None where no data sheet says its peak."""
-    from powertrain.training.hardware import PEAK_BF16_FLOPS
+    from powertrain.training.hardware import PEAK_BF16_FLOPS, entry
 
-    known = ((n, peak) for n, peak in PEAK_BF16_FLOPS if n in driver_name)
-    return next((Device(n, peak, _memory_gib(driver_name)) for n, peak in known), None)
+    found = entry(driver_name, PEAK_BF16_FLOPS)
+    return Device(*found, _memory_gib(driver_name)) if found else None
 
 
 def _memory_gib(name: str) -> float | None:
-    return next((gib for part, gib in MEMORY_GIB if part in name), None)
+    from powertrain.training.hardware import entry
+
+    found = entry(name, MEMORY_GIB)
+    return found[1] if found else None
 
 
 def gpu_here() -> str | None:

@@ -15,10 +15,11 @@ from powertrain.scaling.analysis import Findings, analyse
 from powertrain.scaling.compare import ENVELOPE_BIN, ENVELOPE_STEPS, Verdict, compared
 from powertrain.scaling.drawing import render, style
 from powertrain.scaling.figures import DRAW, has_edge, has_minimum
-from powertrain.scaling.plan import Coverage
+from powertrain.scaling.plan import Coverage, asked_for
 from powertrain.scaling.recipe import CONVENTIONS, Figure, Recipe
 from powertrain.scaling.records import CellRecord, table
 from powertrain.scaling.timing import Timing, with_timings
+from powertrain.wording import counted
 
 _AVERAGED = f"averaged over at least {ENVELOPE_STEPS} steps and {ENVELOPE_BIN - 1:.0%} more FLOPs"
 CAPTIONS: dict[Figure, str] = {
@@ -122,7 +123,7 @@ def _so_far(parts: Sequence[Coverage], context: int) -> str:
     if all(p.complete for p in own):
         return ""
     later = " and further ones to come" if any(p.later for p in own) else ""
-    return f" So far: {sum(p.finished for p in own)} of {sum(p.planned for p in own)} cells{later}."
+    return f" So far: {sum(p.finished for p in own)} of {counted(sum(p.planned for p in own), 'cell')}{later}."
 
 
 def _missing_lines(recipe: Recipe, findings: Findings, parts: Sequence[Coverage]) -> list[str]:
@@ -451,7 +452,7 @@ def build(
     if not records:
         raise ValueError(f"sweep {recipe.name!r} has no records yet: powertrain sweep run {recipe.name}")
     records = with_timings(records, timings)
-    asked = {part.place: part.cells for part in parts}
+    asked = asked_for(parts)
     used = compared(records, asked) if parts else records
     others = [r for r in records if r.cell not in asked.get(r.place, ())] if parts else []
     standing_in = {r.cell for r in used}

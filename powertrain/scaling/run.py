@@ -136,6 +136,12 @@ class SweepState:
             self._losses.update((cell, self.store.read_one(cell).loss) for cell in new)
         return dict(self._losses)
 
+    def records(self) -> list[CellRecord]:
+        """Return all records, ordered by cell id; `outcomes` then need not read them."""
+        records = self.store.read()
+        self._losses.update((record.cell, record.loss) for record in records)
+        return records
+
     def expand(self) -> Expansion:
         """Return the cells that the recipe and the results so far amount to."""
         failed = self.failures.ids()

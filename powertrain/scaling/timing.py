@@ -108,7 +108,7 @@ def winners(records: Sequence[CellRecord], asked: Mapping[Place, Set[str]]) -> l
     """Return a record of each configuration that the report selects, one for each mixer, size and context.
 
     Args:
-        asked: see `compared`.
+        asked: see `plan.asked_for`.
     """
     used = compared(records, asked)
     found: dict[Key, CellRecord] = {}
@@ -181,14 +181,15 @@ def run_timings(state: SweepState, directory: Path, log: Path, say: Any) -> list
     """
     from powertrain.scaling.cells import make_cell
     from powertrain.scaling.execute import device_name, environment_here, printing_to
-    from powertrain.scaling.plan import coverage
+    from powertrain.scaling.plan import asked_for, coverage
     from powertrain.training.batching import resolve_devices
 
     environment = environment_here()
     known = {t.key for t in read(directory) if t.environment == environment}
     made = []
-    asked = {part.place: part.cells for part in coverage(state.recipe, state.expand(), state.store.finished())}
-    for record in winners(state.store.read(), asked):
+    records = state.records()
+    asked = asked_for(coverage(state.recipe, state.expand(), state.store.finished()))
+    for record in winners(records, asked):
         factors = record.learning_rate_factor, record.batch_factor
         cell = make_cell(
             state.recipe, state.catalog, record.mixer, record.size, record.context, record.budget, record.seed, *factors

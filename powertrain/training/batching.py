@@ -11,6 +11,7 @@ from torch import nn
 
 from powertrain.training.config import TrainerConfig
 from powertrain.training.nonfinite import autocast
+from powertrain.wording import counted
 
 # On a CPU more tokens in a pass only spend memory: the matrix products are large enough.
 CPU_MICRO_BATCH_TOKENS = 8192
@@ -75,7 +76,7 @@ def resolve_devices(config: TrainerConfig) -> Devices:
     if rows % devices.data_parallel:
         sharing = f"groups of {config.context_parallel} processes" if config.context_parallel > 1 else "processes"
         raise ValueError(
-            f"trainer.global_batch_tokens={config.global_batch_tokens} is {rows} sequences of"
+            f"trainer.global_batch_tokens={config.global_batch_tokens} is {counted(rows, 'sequence')} of"
             f" {config.context_length} tokens, which {devices.data_parallel} {sharing} cannot share equally;"
             f" give a multiple of {config.context_length * devices.data_parallel}."
         )
@@ -127,9 +128,10 @@ def choose_micro_batch_size(model: nn.Module, config: TrainerConfig, devices: De
     if config.micro_batch_size is not None:
         if config.micro_batch_size not in candidates:
             raise ValueError(
-                f"trainer.micro_batch_size={config.micro_batch_size} does not divide the {share} sequences that each"
-                f" of {devices.data_parallel} {'groups of ' if devices.context_parallel > 1 else ''}processes has in a"
-                f" global batch; allowed are {sorted(candidates)}."
+                f"trainer.micro_batch_size={config.micro_batch_size} does not divide the"
+                f" {counted(share, 'sequence')} that each of {devices.data_parallel}"
+                f" {'groups of ' if devices.context_parallel > 1 else ''}processes has in a global batch;"
+                f" allowed are {sorted(candidates)}."
             )
         return config.micro_batch_size
     if devices.accelerator == "cpu":

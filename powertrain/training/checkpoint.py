@@ -4,7 +4,7 @@ step-00000100/                  a whole checkpoint: it gets this name when every
     rank-00000.safetensors      the tensors that process 0 wrote, and its random state; see checkpoint_files.py
     manifest.json               every file with its size and SHA-256, which tensors are where, and all plain values
 last, best                      links to the newest, and to the one with the lowest validation loss
-damaged-step-00000200/          what a run did not go on from; it is kept, and nothing looks at it again
+damaged-step-00000200/          what a run did not go on from; nothing reads it again, and the newest of these is kept
 
 Training only waits while its tensors are copied to host memory. A thread of each process writes them; that of rank 0
 waits for all, and makes the directory a checkpoint.
@@ -48,6 +48,7 @@ FORMAT = 3
 MANIFEST = "manifest.json"
 WEIGHTS = "model."  # the model's tensors are saved under this and their own names
 _NAME = re.compile(r"step-(\d{8,})")
+_DAMAGED = re.compile(r"damaged-step-(\d{8,})(?:\.(\d+))?")
 _POLL = 0.02  # seconds between looks at what other processes have written
 _RETRIES = (1.0, 2.0, 4.0)  # seconds before each further attempt to read what a network file system does not give
 
@@ -426,7 +427,9 @@ class CheckpointStore:
         best = self._link_to(save.step)
         for step in self.steps()[: -self.keep]:
             if step not in best:
-                self._remove(step)
+                self._remove(self.path(step))
+        for damaged in self._superseded(save.step):
+            self._remove(damaged)
 
     @staticmethod
     def _check_shared(directory: Path, rank: int, entry: Mapping[str, Any]) -> None:
@@ -473,12 +476,23 @@ class CheckpointStore:
         kept = f"the checkpoint of step {earlier[-1]} is intact" if earlier else "there is no earlier checkpoint"
         return f"the checkpoint of step {step} could not be written to {self.directory}: {cause}; {kept}"
 
-    def _remove(self, step: int) -> None:
+    def _remove(self, path: Path) -> None:
         # Under another name first: a part of a checkpoint must not look like a damaged one.
-        doomed = self.directory / f".removed-{step:08d}.tmp"
+        doomed = self.directory / f".removed-{path.name}.tmp"
         shutil.rmtree(doomed, ignore_errors=True)
-        os.rename(self.path(step), doomed)
+        os.rename(path, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
+
+    def _superseded(self, step: int) -> list[Path]:
+        """Return what was set aside of steps before `step`, which the run has passed again, without the newest of all.
+
+        That one is kept for whoever asks what went wrong; a disk that damages again and again must not fill with them.
+        """
+        found = {}
+        for entry in self.directory.iterdir():
+            if match := _DAMAGED.fullmatch(entry.name):
+                found[int(match[1]), int(match[2] or 1)] = entry
+        return [found[key] for key in sorted(found)[:-1] if key[0] < step]
 
     def _set_aside(self, step: int) -> str:
         """Give what the run does not go on from a name of no checkpoint, and return it."""

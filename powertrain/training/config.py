@@ -11,6 +11,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+from powertrain.wording import counted
+
 SCHEDULES = ("wsd", "cosine", "constant")
 DECAY_SHAPES = ("linear", "1-sqrt")
 UNITS = ("tokens", "steps", "flops")
@@ -183,8 +185,9 @@ class TrainerConfig:
         rows = self.global_batch_tokens // self.context_length
         if self.micro_batch_size is not None and rows % self.micro_batch_size:
             raise ValueError(
-                f"trainer.micro_batch_size is {self.micro_batch_size}, which does not divide the {rows} sequences of a"
-                f" global batch ({self.global_batch_tokens} tokens of context {self.context_length});"
+                f"trainer.micro_batch_size is {self.micro_batch_size}, which does not divide the"
+                f" {counted(rows, 'sequence')} of a global batch ({self.global_batch_tokens} tokens of context"
+                f" {self.context_length});"
                 f" allowed are {', '.join(str(n) for n in range(1, rows + 1) if rows % n == 0)}."
             )
         if self.max_steps is not None and self.max_tokens is not None:

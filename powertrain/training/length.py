@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from powertrain.training.config import BudgetConfig, DebugConfig, TrainerConfig
+from powertrain.wording import counted
 
 # Training tokens per parameter that minimise the loss for a given compute (Hoffmann et al., 2022, section 3).
 TOKENS_PER_PARAMETER = 20
@@ -121,7 +122,8 @@ def plan_lines(length: TrainingLength, train_tokens: int | None) -> list[str]:
     epochs = None if train_tokens is None else length.tokens / train_tokens
     repeats = "data not prepared yet, so epochs not known" if epochs is None else f"{epochs:.2f} epochs"
     lines = [
-        f"plan    {length.steps:,} steps of {length.tokens_per_step:,} tokens = {amount(length.tokens)} tokens "
+        f"plan    {counted(length.steps, 'step')} of {counted(length.tokens_per_step, 'token')} = "
+        f"{amount(length.tokens)} tokens "
         f"({repeats}), {length.flops:.3g} FLOPs ({length.reason})"
     ]
     if epochs is not None and epochs > MANY_EPOCHS:

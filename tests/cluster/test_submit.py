@@ -250,10 +250,12 @@ def test_a_saved_configuration_is_run_as_it_is(overrides, tmp_path, capsys):
     assert "give no overrides" in capsys.readouterr().err
 
 
-def test_submitting_needs_no_heavy_imports(overrides, slurm_stubs):
+def test_submitting_needs_no_heavy_imports(overrides, slurm_stubs, tmp_path, monkeypatch):
     import subprocess
     import sys
 
+    # Of data that are prepared it says more, which takes more.
+    monkeypatch.setenv("POWERTRAIN_CACHE", str(tmp_path / "cache"))
     probe = (
         f"import sys; from powertrain.cli import main; code = main({['train', *overrides]!r})\n"
         "sys.exit(code or any(m in sys.modules for m in ('torch', 'lightning', 'datasets', 'wandb')))"

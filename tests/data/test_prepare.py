@@ -151,6 +151,19 @@ def test_duplicates_and_empty_documents(tmp_path: Path, capsys: pytest.CaptureFi
     assert sorted(texts_of(kept, "train") + texts_of(kept, "validation")) == sorted(texts[:-2])
 
 
+def test_it_says_how_many_documents_there_are_and_of_which_it_holds_parts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare_texts(tmp_path / "a", ["0123456789" * 10], split="tail")
+    assert "prepared 1 beginning and 1 end of documents, " in capsys.readouterr().err
+    # A document of one character has no end.
+    prepare_texts(tmp_path / "b", ["0123456789" * 10, "9876543210" * 10, "x"], split="tail")
+    assert "prepared 3 beginnings and 2 ends of documents, " in capsys.readouterr().err
+    texts = make_texts(60)
+    prepare_texts(tmp_path / "c", texts)
+    assert f"prepared {len(texts)} documents, " in capsys.readouterr().err
+
+
 def test_tail_split(tmp_path: Path) -> None:
     text = " ".join(make_texts(30))
     store = prepare_texts(tmp_path / "a", [text], split="tail")

@@ -358,6 +358,29 @@ def test_a_plan_is_priced_for_the_gpu_here_or_the_records_device_and_says_which_
     assert f"H200-hours ({why}; --device prices another; ~ assumed" in summary(plan)
 
 
+@pytest.mark.parametrize(
+    ("driver_name", "name", "memory_gib"),
+    [
+        ("NVIDIA GH200 480GB", "GH200", None),
+        ("NVIDIA H200", "H200", 139.0),
+        ("NVIDIA H100 80GB HBM3", "H100", 79.0),
+        ("NVIDIA H100 NVL", "H100 NVL", 93.0),
+        ("NVIDIA A100-SXM4-80GB", "A100", 79.0),
+        ("NVIDIA A100-PCIE-40GB", "A100", 39.0),
+        ("NVIDIA L4", "L4", 22.0),
+    ],
+)
+def test_a_driver_s_name_says_the_device_and_its_memory(driver_name, name, memory_gib):
+    device = pricing.recognised(driver_name)
+    assert (device.name, device.memory_gib) == (name, memory_gib)
+    assert device.peak_flops == find_device(name).peak_flops
+
+
+def test_devices_that_are_named_alike_are_not_recognised():
+    for driver_name in ("NVIDIA GB200", "NVIDIA RTX A4000", "NVIDIA A100-SXM4-40GB MIG 1g.5gb"):
+        assert pricing.recognised(driver_name) is None
+
+
 def test_the_command_asks_the_machine_and_its_records_for_the_device(tmp_path, capsys, monkeypatch):
     recipe = load_recipe("flops_65k")
     cell = Expander(recipe, ComposedCatalog(recipe), {}).expand().cells[0]

@@ -258,6 +258,34 @@ def test_what_needs_records_names_the_command_that_makes_them(tmp_path, capsys, 
     assert f"sweep 'tiny' has no records yet: powertrain sweep run {' '.join(here)}\n" in capsys.readouterr().err
 
 
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("command", ["plan", "status"])
+def test_what_takes_a_while_is_said_on_a_terminal_only(tmp_path, monkeypatch, capsys, command):
+    monkeypatch.setenv("TERM", "xterm")
+    here = [str(recipe_in(tmp_path)), "--directory", str(tmp_path / "sweeps")]
+    assert main(["sweep", command, *here]) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", terminal := Terminal())
+        assert main(["sweep", command, *here]) == 0
+    assert "reading records, composing cells" in terminal.getvalue()
+    assert capsys.readouterr().out == said.out
+
+
+def test_records_that_are_read_give_the_losses_as_well(tmp_path, monkeypatch):
+    run(state_in(tmp_path), FakeExecutor())
+    expected = state_in(tmp_path).outcomes()
+    state = state_in(tmp_path)
+    assert {r.cell: r.loss for r in state.records()} == expected
+    monkeypatch.setattr(state.store, "read_one", None)
+    assert state.outcomes() == expected
+
+
 def test_status_ends_its_last_line_and_draws_a_bar_on_a_terminal_only(tmp_path):
     state = state_in(tmp_path)
     for terminal in (False, True):

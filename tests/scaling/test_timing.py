@@ -110,7 +110,7 @@ def test_a_sweep_is_prepared_run_timed_and_reported(tmp_path, capsys):
     assert "**no**" in line
     assert "torch 1.0, " in line
     assert main(["sweep", "time", recipe, *here]) == 0
-    assert "1 timings in" in capsys.readouterr().out
+    assert "1 timing in" in capsys.readouterr().out
     assert len({str(t.environment) for t in timing.read(root / "timings")}) == 1
     records_there = [json.loads(p.read_text()) for p in (root / "records").glob("*.json")]
     assert {r["runners"] for r in records_there} == {2}
@@ -119,7 +119,7 @@ def test_a_sweep_is_prepared_run_timed_and_reported(tmp_path, capsys):
     assert main(["sweep", "report", recipe, *here]) == 0
     page = (root / "report" / "README.md").read_text()
     assert "### What is missing" in page
-    assert "| 0 of 1 cells |" in page
+    assert "| 0 of 1 cell |" in page
     # What is left continues only on the same documents.
     missing = next(iter(sorted((root / "records").glob("*.json"))))
     text = missing.read_text()

@@ -220,6 +220,74 @@ def test_a_damaged_later_step_is_replaced_and_never_costs_a_good_one(store):
         assert_holds(store, 2)
 
 
+def damaged_in(store):
+    return sorted(p.name for p in store.directory.glob("damaged-*"))
+
+
+@pytest.mark.filterwarnings("ignore:.*is not usable")
+def test_only_the_newest_damaged_one_stays_once_the_run_has_passed_the_others(store):
+    save(store, 1)
+    for expected in (["damaged-step-00000002"], ["damaged-step-00000002", "damaged-step-00000002.2"]):
+        damage(save(store, 2), "flip")
+        assert_holds(store, 1)
+        assert damaged_in(store) == expected
+    save(store, 2)
+    assert damaged_in(store) == ["damaged-step-00000002", "damaged-step-00000002.2"]
+    save(store, 3)
+    assert damaged_in(store) == ["damaged-step-00000002.2"]
+    damage(save(store, 5), "no manifest")
+    assert_holds(store, 3)
+    assert damaged_in(store) == ["damaged-step-00000002.2", "damaged-step-00000005"]
+    save(store, 4)
+    assert damaged_in(store) == ["damaged-step-00000005"]
+    for step in (5, 6, 7):
+        save(store, step)
+    assert damaged_in(store) == ["damaged-step-00000005"]
+    assert_holds(store, 7)
+
+
+@pytest.mark.filterwarnings("ignore:.*is not usable")
+def test_a_save_that_fails_removes_nothing_that_was_set_aside(store, monkeypatch):
+    save(store, 1)
+    for _ in range(2):
+        damage(save(store, 2), "flip")
+        assert_holds(store, 1)
+    before = damaged_in(store)
+    assert len(before) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            module, "_read_manifest", lambda path: (_ for _ in ()).throw(CheckpointError("does not read back"))
+        )
+        with pytest.raises(CheckpointError, match="does not read back"):
+            save(store, 3)
+    assert damaged_in(store) == before
+    assert_holds(store, 1)
+
+
+@pytest.mark.filterwarnings("ignore:.*is not usable")
+@pytest.mark.parametrize("after", [False, True], ids=["before the call", "after the call"])
+def test_a_kill_at_any_moment_of_a_removal_leaves_no_part_of_what_was_set_aside(tmp_path, monkeypatch, after):
+    for moment in range(1, 100):
+        store = CheckpointStore(tmp_path / str(moment))
+        save(store, 1)
+        for _ in range(2):
+            damage(save(store, 2), "flip")
+            assert_holds(store, 1)
+        save(store, 2)
+        whole = {p.name: sorted(f.name for f in p.iterdir()) for p in store.directory.glob("damaged-*")}
+        with killed_at(monkeypatch, moment, after) as killed:
+            for path in store._superseded(3):
+                store._remove(path)
+        left = {p.name: sorted(f.name for f in p.iterdir()) for p in store.directory.glob("damaged-*")}
+        assert left.items() <= whole.items()
+        assert "damaged-step-00000002.2" in left
+        assert_holds(CheckpointStore(store.directory), 2)
+        assert not list(store.directory.glob(".*"))
+        if not killed():
+            break
+    assert moment > 2
+
+
 @pytest.mark.filterwarnings("ignore:.*is not usable")
 def test_the_links_name_no_checkpoint_that_was_passed_over(store):
     for step, loss in ((1, 2.0), (2, 1.0)):

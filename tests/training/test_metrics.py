@@ -81,11 +81,45 @@ def test_perplexity_and_bits_per_byte():
     assert bits_per_byte(math.log(256), 1.0) == pytest.approx(8.0)
 
 
-def test_peaks_are_those_of_the_longest_matching_name():
+def test_only_bf16_has_a_peak():
     assert peak_flops("NVIDIA H200", "bf16-mixed") == 989.4e12
-    assert peak_flops("NVIDIA H100 PCIe", "bf16-mixed") == 756.5e12
-    assert peak_flops("NVIDIA A100-SXM4-80GB", "bf16-mixed") == 312e12
-    assert peak_flops("NVIDIA L40S", "bf16-mixed") == 362.05e12
-    assert peak_flops("NVIDIA L4", "bf16-mixed") == 121e12
     assert peak_flops("NVIDIA H200", "32-true") is None
-    assert peak_flops("Intel Xeon", "bf16-mixed") is None
+
+
+@pytest.mark.parametrize(
+    ("device_name", "peak"),
+    [
+        ("NVIDIA B200", 2.25e15),
+        ("NVIDIA GB200", None),
+        ("NVIDIA GH200 480GB", 989.4e12),
+        ("NVIDIA GH200 144G HBM3e", 989.4e12),
+        ("NVIDIA H200", 989.4e12),
+        ("NVIDIA H200 NVL", 835.5e12),
+        ("NVIDIA H100 80GB HBM3", 989.4e12),
+        ("NVIDIA H100 NVL", 835.5e12),
+        ("NVIDIA H100 PCIe", 756.5e12),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA H20", None),
+        ("NVIDIA H800 PCIe", None),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A100-PCIE-40GB", 312e12),
+        ("NVIDIA A100 80GB PCIe", 312e12),
+        ("NVIDIA A800-SXM4-80GB", 312e12),
+        ("NVIDIA L40S", 362.05e12),
+        ("NVIDIA L40", 181.05e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA A10G", 70e12),
+        ("NVIDIA A10", None),
+        ("NVIDIA A40", 149.7e12),
+        ("NVIDIA RTX A4000", None),
+        ("NVIDIA RTX A3000 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4090", 165.2e12),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("Tesla T4", None),
+        ("Intel Xeon", None),
+    ],
+)
+def test_a_peak_is_known_by_what_the_driver_calls_a_device_and_by_nothing_alike(device_name, peak):
+    assert peak_flops(device_name, "bf16-mixed") == peak
