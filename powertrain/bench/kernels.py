@@ -313,7 +313,8 @@ def _measure(
         return
     try:
         from retention import power_retention as peer
-    except ImportError as error:
+    # It looks for compilers and sources when it is imported, and fails in ways of its own.
+    except Exception as error:
         skip("retention", f"cannot be imported: {error}")
         return
     record("retention", lambda: peer(q, k, v, log_g, deg=2, chunk_size=p.resolved_chunk_size), leaves, grad)
