@@ -64,6 +64,17 @@ class ChunkScanGrad(ctypes.Structure):
     ]  # fmt: skip
 
 
+class StateFlow(ctypes.Structure):
+    _fields_ = [("states", P), ("grad_states", P), ("gates", P), ("key_dots", P), ("every_chunk", I32), ("flow", P)]
+
+
+class GateGrad(ctypes.Structure):
+    _fields_ = [
+        ("query_dots", P), ("key_dots", P), ("flow", P), ("gates", P), ("has_initial_state", I32), ("dn_scale", P), ("value_scale", P),
+        ("dlog_G", P), ("dlog_G_stride_b", I64), ("dlog_G_stride_t", I64), ("dlog_G_stride_h", I64),
+    ]  # fmt: skip
+
+
 class ForwardPass(ctypes.Structure):
     _fields_ = [
         ("phase", I32), ("q", Strided), ("k", Strided), ("v", Strided), ("log_G", P), ("log_G_stride_b", I64), ("log_G_stride_t", I64),
@@ -297,6 +308,27 @@ class Run:
             reverse, self.case.boundary, *pointers, strided(out), None, None, scale, None, dots.data_ptr()
         )
         self.call("pt_chunk_scan_grad", ctypes.byref(params), self.stream())
+
+    def state_flow(self, states: Tensor, grad_states: Tensor, key_dots: Tensor, every_chunk: bool) -> Tensor:
+        """(B, Hk, N)"""
+        flow = self.new(self.case.batch, self.case.key_heads, self.state_shape[1], dtype=torch.float32)
+        pointers = [t.data_ptr() for t in (states, grad_states, self.gates, key_dots)]
+        self.call("pt_state_flow", ctypes.byref(StateFlow(*pointers, every_chunk, flow.data_ptr())), self.stream())
+        synchronize()
+        return flow
+
+    def gate_grad(
+        self, query_dots: Tensor, key_dots: Tensor, flow: Tensor | None, scales: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """(B, T, Hk); `scales` are dn_scale and value_scale."""
+        gates = self.gates if self.case.documents else None
+        out = self.new(*self.log_G.shape, dtype=torch.float32)
+        pointers = [None if t is None else t.data_ptr() for t in (query_dots, key_dots, flow, gates)]
+        optional = (None, None) if scales is None else [t.data_ptr() for t in scales]
+        params = GateGrad(*pointers, self.case.boundary, *optional, out.data_ptr(), *out.stride())
+        self.call("pt_gate_grad", ctypes.byref(params), self.stream())
+        synchronize()
+        return out
 
     def new(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.full(shape, math.nan, dtype=dtype, device=DEVICE)
