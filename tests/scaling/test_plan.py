@@ -123,7 +123,7 @@ def test_every_shipped_recipe_is_planned_in_seconds(name, tmp_path, capsys, monk
     assert cli.main(["plan", name, "--directory", str(tmp_path), "--json"]) == 0
     assert time.process_time() - start < 30
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert {r["mixer"] for r in rows} > {"softmax"}
+    assert len({r["mixer"] for r in rows}) > 1
     for row in rows:
         assert row["flops"]["algorithmic"] <= row["budget"]
         assert row["flops"]["algorithmic"] == pytest.approx(sum(row["flops_by_part"].values()))
