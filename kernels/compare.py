@@ -60,8 +60,7 @@ def measure(name: str, repeats: int) -> dict[str, float | list[float]]:
     with torch.no_grad():
         result["forward"] = bench.median_ms(forward, repeats)
     problem = bench.Problem(name, batch, tokens, query_heads, key_heads, dim, chunk)
-    rates = {"matrix_tflops": 1.0, "copy_tbps": 1.0}  # for floors, which are not asked for here
-    stages = bench._stage_timings(problem, name, both, argparse.Namespace(repeats=4), rates)
+    stages = bench._stage_timings(problem, name, both, argparse.Namespace(repeats=4))
     result |= {stage.stage: stage.milliseconds for stage in stages}
     out = forward(random)
     projections = []

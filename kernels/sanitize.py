@@ -3,8 +3,8 @@
 A sweep of small problems, forward and backward, on the kernels that the device would choose and on the sm80 ones:
 every head dim, both types, tails, documents, groups of query heads, states at both ends. Memory comes straight from
 the driver (no caching allocator), so that each buffer has its own bounds; inputs are copied from the host, because what
-torch's kernels write goes unseen. One process for each tool, head dim, type and kernels, all at once: racecheck takes
-minutes for a problem at head dim 128. Exits with 1 if any tool reports anything.
+torch's kernels write goes unseen. One process for each tool, head dim, type and kernels, as many at once as there are
+CPUs: racecheck takes minutes at head dim 128. Exits with 1 if any tool reports anything.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,25 +87,30 @@ def main() -> int:
         return 0
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    runs = {}
-    for tool, *problems in itertools.product(args.tools, args.head_dims, DTYPES, ARCHS):
+
+    def run(tool: str, *problems: int | str) -> subprocess.CompletedProcess[str]:
         command = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--kernel-name", KERNEL_NAMES]
-        runs[tool, *problems] = subprocess.Popen(
+        return subprocess.run(
             [*command, sys.executable, __file__, "--sweep", *map(str, problems)],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            check=False,
         )
+
+    # What takes longest begins first.
+    runs = list(itertools.product(args.tools, sorted(args.head_dims, reverse=True), DTYPES, ARCHS))
     failed = False
-    for (tool, head_dim, dtype, arch), process in runs.items():
-        output, _ = process.communicate()
-        clean = process.returncode == 0
-        what = f"{tool}, head dim {head_dim}, {dtype}, {f'sm{arch}' if arch else 'chosen'} kernels"
-        print(f"{what}: {'clean' if clean else f'exit status {process.returncode}'}", flush=True)
-        if not clean:
-            print("\n".join(output.splitlines()[:40]), flush=True)
-            failed = True
+    with ThreadPoolExecutor(min(len(runs), os.cpu_count() or 1)) as pool:
+        results = pool.map(lambda problems: run(*problems), runs)
+        for (tool, head_dim, dtype, arch), result in zip(runs, results, strict=True):
+            clean = result.returncode == 0
+            what = f"{tool}, head dim {head_dim}, {dtype}, {f'sm{arch}' if arch else 'chosen'} kernels"
+            print(f"{what}: {'clean' if clean else f'exit status {result.returncode}'}", flush=True)
+            if not clean:
+                print("\n".join(result.stdout.splitlines()[:40]), flush=True)
+                failed = True
     return 1 if failed else 0
 
 

@@ -102,8 +102,9 @@ typedef struct {
 PT_API int pt_power_scale(const pt_problem* problem, const pt_power_scale_params* params, void* stream);
 
 /* fp16's second rescue, before the backward pass: y does not depend on the length of a query, so each is multiplied by a power of two near
- * d^(-3/8), in [2^-6, 2^7]. That leaves d, and so dn', a quarter of its range in powers of two. Where so many rows would be lengthened that the
- * state's gradient could overflow, the upper end is lower, down to 2^2. Gradients of q are multiplied by row_scale after. */
+ * d^(-3/8), in [2^-6, 2^7]. That leaves d, and so dn', a quarter of its range in powers of two. The upper end is lower where |q_i| would add up to
+ * more than 128, and (q . k)^2 to more than 2^14; and for a whole head, down to 2, where so many rows would be lengthened that the state's gradient
+ * could overflow. Gradients of q are multiplied by row_scale after. */
 typedef struct {
   const void* packed_q;
   const float* normalizer;  /* (B, Hq, T) as pt_chunk_scan wrote it */

@@ -64,8 +64,8 @@ pt_dtype kernel_dtype(const Tensor& x) {
   return x.scalar_type() == at::kHalf ? PT_FP16 : PT_BF16;
 }
 
-// fp16: |phi| and |v'| are at most 1 in packed units and a state sums at most T of them; its gradient T Hq / Hk, with queries lengthened
-// where weights are small (pt_row_scale: by more than 4 only where the sum stays within a quarter of this bound). Twice that off the diagonal; half of the largest
+// fp16: |phi| and |v'| are at most 1 in packed units and a state sums at most T of them; its gradient T Hq / Hk, with queries lengthened where
+// weights are small (pt_row_scale: by more than 2 only where the sum stays within a quarter of this bound). Twice that off the diagonal; half of the largest
 // number is left as headroom.
 float state_scale(pt_dtype dtype, int64_t tokens, int64_t group) {
   if (dtype != PT_FP16) return 1;

@@ -470,6 +470,33 @@ def test_large_scores_stay_accurate(dtype: torch.dtype) -> None:
     assert relative_error(small, exact) < 0.1  # the scale cancels up to the rounding of the inputs
 
 
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("d", [0.01, 0.04, 1.0])
+def test_gradients_of_states_stay_within_fp16(d: float, group: int) -> None:
+    # All queries are alike and meet one key: what they give to a state's gradient adds up, and all ask to be
+    # lengthened. Features of different blocks are doubled in states.
+    T = 4096 // group
+    q = torch.zeros(1, T, group, SMALL, dtype=FP16, device=DEVICE)
+    k = torch.zeros(1, T, 1, SMALL, dtype=FP16, device=DEVICE)
+    q[..., 0] = q[..., 8] = 1
+    k[:, 0, :, 0], k[:, 0, :, 2] = math.sqrt(d), 1
+    tensors = {"Q": q, "K": k, "V": torch.ones_like(k)}
+    results, _ = evaluate(power_retention, tensors, [torch.ones_like(q)], chunk_size=256, impl="cuda")
+    for name, value in results.items():
+        assert torch.isfinite(value).all(), name
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+def test_a_lengthened_query_meets_keys_of_any_weight(head_dim: int) -> None:
+    # Token 200 remembers the keys before it faintly, and is lengthened; its score with them is the largest there is.
+    q, k = (torch.zeros(1, 300, 1, head_dim, dtype=FP16, device=DEVICE) for _ in range(2))
+    q[:, :64], k[:, :64], q[:, 200] = 1, 1, 1
+    tensors = {"Q": q, "K": k, "V": torch.ones_like(k), "log_G": torch.full((1, 300, 1), -0.2, device=DEVICE)}
+    results, _ = evaluate(power_retention, tensors, [torch.ones_like(q)], chunk_size=512, impl="cuda")
+    for name, value in results.items():
+        assert torch.isfinite(value).all(), name
+
+
 @pytest.mark.parametrize("chunk_size", [128, 1024])
 def test_a_small_normalizer_does_not_take_the_range_of_fp16(chunk_size: int) -> None:
     case = Case(T=1000, Hq=1, Hk=1, D=SMALL, dtype=FP16, chunk_size=chunk_size, gate=1e-3)

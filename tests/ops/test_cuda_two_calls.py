@@ -82,7 +82,9 @@ def test_two_calls_are_as_accurate_as_the_formula(name: str, head_dim: int) -> N
     # States are rounded once more. The gates' gradient is a difference of sums: what a rounding is of it shows in a
     # plain evaluation's error.
     for result, value in ours.items():
-        allowed = max(torch.finfo(BF16).eps / 2, errors[result][1])
+        allowed = torch.finfo(BF16).eps / 2
+        if result == "grad_log_G":
+            allowed = max(allowed, errors[result][1])
         assert relative_error(value, whole[result]) <= allowed, result
 
 

@@ -288,9 +288,10 @@ int finish_scales(float* scale, int count, cudaStream_t stream) {
   return check_cuda(cudaGetLastError(), "maxima_to_scales");
 }
 
-// Exponents of the powers of two that rows are multiplied by (powertrain_kernels.h): the least, the largest that rows of every kind may have, and
-// the largest of all.
-constexpr int kLeastRowScale = -6, kCommonRowScale = 2, kLargestRowScale = 7;
+// Exponents of the powers of two that rows are multiplied by (powertrain_kernels.h): the least, the largest that all rows may have (4 T of |phi| then
+// fit beside what enters from outside), and the largest of all.
+constexpr int kLeastRowScale = -6, kCommonRowScale = 1, kLargestRowScale = 7;
+constexpr float kLongestRow = 128.f;  // sum of |q_i|: (q . k)^2 <= 2^14, as |k_i| <= 1
 __device__ __forceinline__ float row_exponent(float d) {
   return d >= kSmallestNormalizer ? fmaxf(kLeastRowScale, rintf(-0.375f * log2f(d))) : 0.f;
 }
@@ -334,21 +335,32 @@ __global__ void __launch_bounds__(kLimitThreads) limit_rows(const float* normali
 template <typename T, int D>
 __global__ void __launch_bounds__(kThreads) scale_rows(const T* packed, const float* normalizer, const float* limit, int64_t seq_len, int64_t blocks,
                                                        T* scaled_q, float* scaled_normalizer, float* row_scale) {
-  __shared__ float scales[kBlock];
-  const int64_t head = blockIdx.x / blocks, first = blockIdx.x % blocks * kBlock;
+  constexpr int kParts = kThreads / kBlock;
+  __shared__ float scales[kBlock], lengths[kParts][kBlock];
+  const int64_t head = blockIdx.x / blocks, first = blockIdx.x % blocks * kBlock, at = (int64_t)blockIdx.x * feature_block_elements(D);
+  {
+    const int token = threadIdx.x % kBlock, part = threadIdx.x / kBlock;
+    float length = 0.f;
+#pragma unroll 4
+    for (int f = part; f < D; f += kParts) length += fabsf(Numeric<T>::to_float(packed[at + f / 8 * 512 + token / 8 * 64 + f % 8 * 8 + token % 8]));
+    lengths[part][token] = length;
+  }
+  __syncthreads();
   if (threadIdx.x < kBlock) {
     const int64_t token = first + threadIdx.x;
     float scale = 1.f;
     if (token < seq_len) {
       const float d = normalizer[head * seq_len + token];
-      scale = exp2f(fminf(limit[head], row_exponent(d)));
+      float length = 0.f;
+#pragma unroll
+      for (int part = 0; part < kParts; part++) length += lengths[part][threadIdx.x];
+      scale = exp2f(fminf(fminf(limit[head], row_exponent(d)), floorf(log2f(kLongestRow / fmaxf(length, 1e-20f)))));
       scaled_normalizer[head * seq_len + token] = d * scale * scale;
       row_scale[head * seq_len + token] = scale;
     }
     scales[threadIdx.x] = scale;
   }
   __syncthreads();
-  const int64_t at = (int64_t)blockIdx.x * feature_block_elements(D);
   for (int e = threadIdx.x; e < kBlock * D / 8; e += kThreads) {  // eight tokens of one feature
     uint4 v = *(const uint4*)(packed + at + e * 8);
     const float* s = scales + e / 8 % 8 * 8;

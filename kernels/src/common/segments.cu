@@ -62,10 +62,10 @@ __global__ void __launch_bounds__(kThreads) join_kernel(const JoinParams p) {
     float carried = segment == 0 && !kCarryIn ? 0.f : 1.f;
     int64_t l = begin;
     // What the segment adds by itself is under way while its states are.
-    float4 own[2];
+    alignas(16) float own[8];
     if constexpr (!kCarryIn) {
       const float4* const local = (const float4*)(p.locals + segment * p.boundary_stride + boundary_at);
-      own[0] = local[0], own[1] = local[1];
+      ((float4*)own)[0] = local[0], ((float4*)own)[1] = local[1];
     }
     if (states)
       for (; l < end && carried > kNegligibleDecay; l += kAhead) {
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kThreads) join_kernel(const JoinParams p) {
     if constexpr (!kCarryIn) {
       for (; l < end && carried > 0.f; l++) carried *= decay[physical(l)];
 #pragma unroll
-      for (int c = 0; c < 8; c++) incoming[c] = carried * incoming[c] + (&own[c / 4].x)[c % 4];
+      for (int c = 0; c < 8; c++) incoming[c] = carried * incoming[c] + own[c];
     }
   }
   if (p.final_state)

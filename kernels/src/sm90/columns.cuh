@@ -138,9 +138,9 @@ template <bool kApart, bool kUnderWay, bool kAhead>
 struct ColumnWalk {
   static_assert(kApart || !kUnderWay);
 
-  // `meet(m, diagonal, x, between)` for each block of columns at x and the m-th of the `blocks` of the row tile that this warpgroup takes, where
-  // something is left of the decay across the blocks between; it ends its products. `meet_apart(m, x, between, read_previous)` may leave products under
-  // way if kUnderWay, and calls read_previous() when those of the block before are done.
+  // `meet(m, diagonal, columns, between)` for each block of columns and the m-th of the `blocks` of the row tile that this warpgroup takes, where
+  // something is left of the decay across the blocks between; it ends its products. `meet_apart(m, columns, between, read_previous)` may leave products
+  // under way if kUnderWay, and calls read_previous() when those of the block before are done.
   template <int kHeadDim, int kM, int kRowBlocks, class Tile, class StageRing, class Meet, class MeetApart>
   __device__ static __forceinline__ void walk(const ScanParams& p, const Tile& tile, const int (&blocks)[kM], StageRing& ring, uint32_t stages, int stage_bytes,
                                               float first_across, Meet meet, MeetApart meet_apart) {
