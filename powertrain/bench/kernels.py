@@ -93,33 +93,23 @@ PROBLEMS = (
 
 @dataclass(frozen=True)
 class Timing:
-    """Medians of one contender on one problem, in milliseconds; `peak_gib` is its peak memory, inputs included.
-
-    `share` is the time that the algorithmic FLOPs of power retention, forward and backward, take at the matrix rate,
-    over the time it took; None for peers.
-    """
+    """Medians of one contender on one problem, in milliseconds; `peak_gib` is its peak memory, inputs included."""
 
     problem: str
     contender: str
     forward_ms: float
     forward_backward_ms: float
     peak_gib: float
-    share: float | None
 
 
 @dataclass(frozen=True)
 class StageTiming:
-    """Median of one stage of our path; the floor counts its algorithmic FLOPs, or its bytes where those take longer."""
+    """Median of one stage of our path."""
 
     problem: str
     contender: str
     stage: str
     milliseconds: float
-    floor_ms: float | None
-
-    @property
-    def share(self) -> float | None:
-        return None if self.floor_ms is None else self.floor_ms / self.milliseconds
 
 
 def main(argv: list[str]) -> int:
@@ -143,21 +133,20 @@ def main(argv: list[str]) -> int:
             f"{problem.name}: {measured['matrix_tflops']:.0f} TFLOP/s bf16 matrix product, "
             f"{measured['copy_tbps']:.2f} TB/s copy"
         )
-        _measure(problem, args, measured, timings, stages, skipped, console)
+        _measure(problem, args, timings, stages, skipped, console)
         # After each problem: a run that is cut short has measured something.
         record = {
             **_environment(argv),
             "rates": rates,
             "host_us": host,
             "problems": [{**asdict(p), "chunk_size": p.resolved_chunk_size, "flops": asdict(p.flops)} for p in chosen],
-            "timings": [asdict(timing) for timing in timings],
-            "stages": [{**asdict(stage), "share": stage.share} for stage in stages],
+            **shares(chosen, rates, timings, stages),
             "skipped": skipped,
             "complete": problem is chosen[-1],
             "kernels": _kernel_attributes(),
         }
         path.write_text(json.dumps(record, indent=1) + "\n")
-    console.print(_table(timings, stages))
+    console.print(_table(record))
     console.print(f"Written to {path}")
     return _draw(path)
 
@@ -206,7 +195,8 @@ def measure_rates() -> dict[str, float]:
     """Return the rates of an 8192^3 bf16 matrix product (TFLOP/s) and of a 4 GiB copy, read and written (TB/s).
 
     Before each problem anew: a GPU at its power limit lowers its clock, for products and kernels alike, so a rate taken
-    from a cool GPU is no floor for a busy one. The products take as long together as the passes of a large problem.
+    from a cool GPU is no floor for a busy one (`shares`). The products take as long together as a large problem's
+    passes.
     """
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     matrix = 2 * 8192**3 / median_ms(lambda: a @ b, _PRODUCTS) / 1e9
@@ -243,7 +233,6 @@ def measure_host(calls: int = 20, repeats: int = 10) -> dict[str, float]:
 def _measure(
     problem: Problem,
     args: argparse.Namespace,
-    rates: dict[str, float],
     timings: list[Timing],
     stages: list[StageTiming],
     skipped: list[dict[str, str]],
@@ -275,9 +264,7 @@ def _measure(
             with torch.no_grad():
                 forward_ms = median_ms(forward, args.repeats)
             both_ms = median_ms(both, args.repeats)
-            floor_ms = (p.flops.forward.total + p.flops.backward.total) / rates["matrix_tflops"] / 1e9
-            share = floor_ms / both_ms if contender.startswith("powertrain") else None
-            timings.append(Timing(p.name, contender, forward_ms, both_ms, peak, share))
+            timings.append(Timing(p.name, contender, forward_ms, both_ms, peak))
         # A compiler's errors are of any class, and must not cost the other contenders' times.
         except Exception as error:
             skip(contender, f"{type(error).__name__}: {error}".splitlines()[0])
@@ -294,7 +281,7 @@ def _measure(
     for contender, arch in (("powertrain", 0), ("powertrain sm80", 80)):
         with cuda.force_arch(arch):
             record(contender, ours, leaves, grad)
-            stages += _stage_timings(p, contender, lambda: torch.autograd.grad(ours(), leaves, grad), args, rates)
+            stages += _stage_timings(p, contender, lambda: torch.autograd.grad(ours(), leaves, grad), args)
     if args.no_peers or not p.peers:
         return
     # The peers' own layout, contiguous (B, H, T, D): they pay for no copy.
@@ -348,7 +335,7 @@ def stages_of(kernels: list[str]) -> list[str | None]:
 
 
 def _stage_timings(
-    problem: Problem, contender: str, step: Callable[[], object], args: argparse.Namespace, rates: dict[str, float]
+    problem: Problem, contender: str, step: Callable[[], object], args: argparse.Namespace
 ) -> list[StageTiming]:
     for _ in range(WARM_UP):
         step()
@@ -365,11 +352,47 @@ def _stage_timings(
                 sums[stage] += event.time_range.elapsed_us() / 1e3
         for stage, milliseconds in sums.items():
             times[stage].append(milliseconds)
-    floors = stage_floors(problem, rates)
-    return [
-        StageTiming(problem.name, contender, name, statistics.median(values), floors.get(name))
-        for name, values in times.items()
-    ]
+    return [StageTiming(problem.name, contender, name, statistics.median(values)) for name, values in times.items()]
+
+
+def shares(
+    problems: list[Problem], rates: dict[str, dict[str, float]], timings: list[Timing], stages: list[StageTiming]
+) -> dict[str, Any]:
+    """Return timings and stages as records, ours with their share of the floor at the run's median rates.
+
+    A pass's floor is the time that the algorithmic FLOPs of power retention take at the matrix rate, a stage's as
+    `stage_floors` has it. Rates taken before a problem and its own passes meet different temperatures: one rate alone
+    would move a share by several points.
+    """
+    of_run = {key: statistics.median(x[key] for x in rates.values()) for key in next(iter(rates.values()))}
+    floors = {
+        p.name: {
+            "forward": p.flops.forward.total / of_run["matrix_tflops"] / 1e9,
+            "both": (p.flops.forward.total + p.flops.backward.total) / of_run["matrix_tflops"] / 1e9,
+            **stage_floors(p, of_run),
+        }
+        for p in problems
+    }
+
+    def share(problem: str, what: str, milliseconds: float, ours: bool = True) -> float | None:
+        floor = floors[problem].get(what)
+        return floor / milliseconds if ours and floor is not None else None
+
+    def of_pass(t: Timing) -> dict[str, float | None]:
+        ours = t.contender.startswith("powertrain")
+        return {
+            "forward_share": share(t.problem, "forward", t.forward_ms, ours),
+            "share": share(t.problem, "both", t.forward_backward_ms, ours),
+        }
+
+    def of_stage(s: StageTiming) -> dict[str, float | None]:
+        return {"floor_ms": floors[s.problem].get(s.stage), "share": share(s.problem, s.stage, s.milliseconds)}
+
+    return {
+        "median_rates": of_run,
+        "timings": [{**asdict(timing), **of_pass(timing)} for timing in timings],
+        "stages": [{**asdict(stage), **of_stage(stage)} for stage in stages],
+    }
 
 
 def stage_floors(problem: Problem, rates: dict[str, float]) -> dict[str, float]:
@@ -427,22 +450,26 @@ def _environment(argv: list[str]) -> dict[str, Any]:
     }
 
 
-def _table(timings: list[Timing], stages: list[StageTiming]) -> Table:
-    table = Table(title="ms, medians")
-    for name in ("problem", "contender", "forward", "forward + backward", "peak GiB", "stages (share of floor)"):
+def _table(record: dict[str, Any]) -> Table:
+    table = Table(title="ms, medians; shares of the floor at the run's median rates")
+    for name in ("problem", "contender", "forward", "forward + backward", "peak GiB", "stages"):
         table.add_column(name)
-    for t in timings:
+
+    def of_floor(share: float | None) -> str:
+        return f" ({share:.0%})" if share else ""
+
+    for t in record["timings"]:
         parts = [
-            f"{s.stage} {s.milliseconds:.3f}" + (f" ({s.share:.0%})" if s.share else "")
-            for s in stages
-            if (s.problem, s.contender) == (t.problem, t.contender)
+            f"{s['stage']} {s['milliseconds']:.3f}{of_floor(s['share'])}"
+            for s in record["stages"]
+            if (s["problem"], s["contender"]) == (t["problem"], t["contender"])
         ]
         table.add_row(
-            t.problem,
-            t.contender,
-            f"{t.forward_ms:.3f}",
-            f"{t.forward_backward_ms:.3f}" + (f" ({t.share:.0%} of the floor)" if t.share else ""),
-            f"{t.peak_gib:.2f}",
+            t["problem"],
+            t["contender"],
+            f"{t['forward_ms']:.3f}{of_floor(t['forward_share'])}",
+            f"{t['forward_backward_ms']:.3f}{of_floor(t['share'])}",
+            f"{t['peak_gib']:.2f}",
             ", ".join(parts),
         )
     return table
