@@ -47,9 +47,11 @@ def closest(word: str, known: Iterable[str]) -> list[str]:
 
 
 def _similarity(word: str, known: str) -> float:
-    """Return how similar two words are, at most 1; `batch` is as good as part of `micro_batch_size`."""
+    """Return how similar two words are, at most 1: as much as the same if one is a part of the other, like `batch` of
+    `micro_batch_size`.
+    """
     part_of = set(word.split("_")) <= set(known.split("_"))
-    return max(difflib.SequenceMatcher(None, word, known).ratio(), 0.9 * part_of)
+    return max(difflib.SequenceMatcher(None, word, known).ratio(), float(part_of))
 
 
 def nearest(word: str, known: Iterable[str], *, list_all: bool = False) -> str:

@@ -416,7 +416,7 @@ class CheckpointStore:
             for later in [s for s in self.steps() if s >= save.step]:
                 kept = self._set_aside(later)
                 warnings.warn(
-                    f"{self.path(later)} is not of this attempt of the run; it is kept as {kept}", stacklevel=2
+                    f"{self.path(later)} is not of this attempt of the run; it is set aside as {kept}", stacklevel=2
                 )
             os.rename(temporary, target)
             _fsync_directory(self.directory)
@@ -428,8 +428,11 @@ class CheckpointStore:
         for step in self.steps()[: -self.keep]:
             if step not in best:
                 self._remove(self.path(step))
-        for damaged in self._superseded(save.step):
-            self._remove(damaged)
+        for aside in self._superseded(save.step):
+            try:
+                self._remove(aside)
+            except OSError as error:  # likeliest where a disk damages files, and no reason to end a run
+                warnings.warn(f"{aside} could not be removed: {error}", stacklevel=2)
 
     @staticmethod
     def _check_shared(directory: Path, rank: int, entry: Mapping[str, Any]) -> None:
@@ -565,7 +568,7 @@ class CheckpointStore:
         try:
             for damaged, fault in faults.items():
                 kept = self._set_aside(damaged)
-                message = f"{self._not_usable(damaged, fault)}; it is kept as {kept}; falling back to step {step}"
+                message = f"{self._not_usable(damaged, fault)}; it is set aside as {kept}; falling back to step {step}"
                 warnings.warn(message, stacklevel=3)
             # Also where nothing was passed over: an attempt may have been killed between a rename and its links.
             self._link_to(step)

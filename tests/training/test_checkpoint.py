@@ -216,7 +216,7 @@ def test_a_damaged_later_step_is_replaced_and_never_costs_a_good_one(store):
     assert_holds(store, 3)
     assert store.steps() == [2, 3]
     damage(store.path(3), "no manifest")
-    with pytest.warns(UserWarning, match=r"it is kept as damaged-step-00000003\.2; falling back to step 2"):
+    with pytest.warns(UserWarning, match=r"it is set aside as damaged-step-00000003\.2; falling back to step 2"):
         assert_holds(store, 2)
 
 
@@ -302,7 +302,7 @@ def test_what_another_process_saved_since_is_set_aside_and_not_removed(store):
     assert_holds(store, 1)
     other = CheckpointStore(store.directory)
     save(other, 3)
-    with pytest.warns(UserWarning, match=r"step-00000003 is not of this attempt.*kept as damaged-step-00000003"):
+    with pytest.warns(UserWarning, match=r"step-00000003 is not of this attempt.*set aside as damaged-step-00000003"):
         save(store, 2)
     assert store.steps() == [1, 2]
     assert Checkpoint(store.directory / "damaged-step-00000003").step == 3
