@@ -65,8 +65,9 @@ def measure(name: str, repeats: int) -> dict[str, float | list[float]]:
     out = forward(random)
     projections = []
     for x in (out, *torch.autograd.grad(out, (q, k, v, random), grad)):
+        exact = x.detach().double()
         for _ in range(4):
-            projections.append(float((x.detach().double() * randn(*x.shape)).sum() / x.detach().double().norm()))
+            projections.append(float((exact * randn(*x.shape)).sum() / exact.norm()))
     result["projections"] = projections
     return result
 

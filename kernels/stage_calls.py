@@ -257,6 +257,7 @@ class Run:
 
         block_in, block_out, block = decays(BLOCK)
         chunk_in, chunk_out, chunk = decays(c.chunk)
+        self.chunk_decay = chunk  # (B, Hk, N) float64
         self.decay_in, self.decay_out = (a[..., : c.tokens].permute(0, 2, 1).float() for a in (chunk_in, chunk_out))
         arrays = [log2.unflatten(-1, (-1, BLOCK)).cumsum(-1), block_in, block_out, chunk_in, chunk_out, block, chunk]
         parts = [a.float().flatten() for a in arrays] + [starts.expand(c.batch, -1).flatten().view(torch.float32)]

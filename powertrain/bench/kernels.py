@@ -2,8 +2,8 @@
 
 Peers are PyTorch's SDPA backends (causal softmax attention of the same shape) and the `retention` package where it is
 installed. Times are medians of CUDA-event measurements after warm-up, in one run; rates of a large matrix product and a
-large copy are measured beside each problem and give its floors. Everything is written to one JSON file, and the figures
-are drawn from that file alone.
+large copy are measured before each problem, and their medians give the floors. Everything is written to one JSON file,
+and the figures are drawn from that file alone.
 """
 
 import argparse
@@ -263,8 +263,7 @@ def _measure(
             peak = torch.cuda.max_memory_allocated() / 2**30
             with torch.no_grad():
                 forward_ms = median_ms(forward, args.repeats)
-            both_ms = median_ms(both, args.repeats)
-            timings.append(Timing(p.name, contender, forward_ms, both_ms, peak))
+            timings.append(Timing(p.name, contender, forward_ms, median_ms(both, args.repeats), peak))
         # A compiler's errors are of any class, and must not cost the other contenders' times.
         except Exception as error:
             skip(contender, f"{type(error).__name__}: {error}".splitlines()[0])

@@ -65,8 +65,8 @@ pt_dtype kernel_dtype(const Tensor& x) {
 }
 
 // fp16: |phi| and |v'| are at most 1 in packed units and a state sums at most T of them; its gradient T Hq / Hk, with queries lengthened where
-// weights are small (pt_row_scale: by more than 2 only where the sum stays within a quarter of this bound). Twice that off the diagonal; half of the largest
-// number is left as headroom.
+// weights are small (pt_row_scale: by more than 2 only where the sum stays within a quarter of this bound). Twice that off the diagonal; half of
+// the largest number is left as headroom.
 float state_scale(pt_dtype dtype, int64_t tokens, int64_t group) {
   if (dtype != PT_FP16) return 1;
   return std::ldexp(1.f, -std::max(0, (int)std::ceil(std::log2(8.0 * (double)(tokens * group))) - 15));

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from kernels.stage_calls import BLOCK, DEVICE, Case, Run, tile_pairs, unpack_states
-from tests.ops.test_cuda_pack import library  # noqa: F401
 
 SPAN, SPAN_CHUNKS, FORGOTTEN = 2048, 4, 0.125
 # A span of four chunks, of fewer, one chunk, chunks longer than a span; whole and not.
@@ -54,23 +53,13 @@ def known_ends(case: Case, decays: list[float]) -> list[bool]:
     return known
 
 
-def chunk_decays(run: Run) -> Tensor:
-    """(B, Hk, N), 0 where a document begins within the chunk."""
-    case = run.case
-    log_g = torch.nn.functional.pad(run.log_G.double().permute(0, 2, 1), (0, -case.tokens % case.chunk))
-    decays = log_g.unflatten(-1, (-1, case.chunk)).sum(-1).exp()
-    for start in case.documents:
-        decays[..., start // case.chunk] = 0
-    return decays
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("head_dim", [32, 64])
 @pytest.mark.parametrize("gate", [1e-4, 0.01, 3.0])
 @pytest.mark.parametrize("documents", [(), DOCUMENTS], ids=["", "documents"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_what_crosses_the_ends_of_chunks(
-    library: ctypes.CDLL,  # noqa: F811
+    library: ctypes.CDLL,
     shape: str,
     documents: tuple[int, ...],
     gate: float,
@@ -83,7 +72,7 @@ def test_what_crosses_the_ends_of_chunks(
     for x in (states, grad_states):
         x[:, :, :, -1, :, 2:] = math.nan  # beside the normaliser's hi and lo
     key_dots = dots_of(case, (2, case.batch, case.key_heads), seed=3)
-    decays = chunk_decays(run)
+    decays = run.chunk_decay
     weights = torch.tensor([2.0 if d else 1.0 for *_, d in tile_pairs(head_dim)], device=DEVICE, dtype=torch.float64)
     terms = weights[:, None, None] * unpack_states(states, head_dim) * unpack_states(grad_states, head_dim)
     factor = decays / run.problem.state_scale**2
@@ -106,7 +95,7 @@ def test_what_crosses_the_ends_of_chunks(
 @pytest.mark.parametrize("documents", [(), DOCUMENTS], ids=["", "documents"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gate_gradients_between_known_ends(
-    library: ctypes.CDLL,  # noqa: F811
+    library: ctypes.CDLL,
     shape: str,
     documents: tuple[int, ...],
     initial_state: bool,

@@ -10,21 +10,9 @@ import torch
 from torch import Tensor
 
 from kernels.stage_calls import BLOCK, Case, Run
-from powertrain.native import loader
-from powertrain.native.abi import declare
-from tests.ops.emulation import emulated_library
 
 ON_GPU = torch.cuda.is_available()
 MANY = 40 if ON_GPU else 2  # heads enough for thread blocks of 512 tokens on every multiprocessor
-
-
-@pytest.fixture(scope="module")
-def library() -> ctypes.CDLL:
-    if ON_GPU:
-        return loader.library()
-    emulated = ctypes.CDLL(str(emulated_library(without=("sm90",))))
-    declare(emulated)
-    return emulated
 
 
 SHAPES = {
