@@ -14,7 +14,7 @@ import statistics
 import sys
 
 import torch
-from stage_calls import BLOCK, DEVICE, I32, Case, KernelInfo, Run, synchronize, unpack_states
+from stage_calls import BLOCK, DEVICE, I32, Case, KernelInfo, Run, synchronize, tile_pairs, unpack_states
 from stage_reference import cancelling_terms, exact_states, quadratic
 from torch import Tensor
 
@@ -81,6 +81,8 @@ def check(library: ctypes.CDLL, case: Case, arch: int, stages: int) -> dict:
                 group["query_dots"] = group["query_dots"] + size
         if "dinitial" in out:
             out["dinitial"] = out["dinitial"][..., : case.head_dim + 1]
+        if stages > 3 and run.sizes.key_grads_workspace and not case.boundary:
+            rows |= key_grad_rows(run, forward, reference, exact, plain, out, eps)
         for name in exact:
             if name in terms and exact[name].norm() < 1e-9 * terms[name]:  # T = 1: zero, the sum of terms that cancel
                 wrong = float((out[name].double() - exact[name]).norm()) / terms[name]
@@ -90,6 +92,40 @@ def check(library: ctypes.CDLL, case: Case, arch: int, stages: int) -> dict:
         # The normaliser is not rounded to 16 bits at the end, the operands of its sum are.
         rows["normalizer"] = (rows["normalizer"][0], max(rows["normalizer"][1], eps / 2))
     return {name: {"error": e, "plain": p, "ok": e <= 2 * p} for name, (e, p) in rows.items()}
+
+
+def key_grad_rows(
+    run: Run,
+    forward: dict[str, Tensor],
+    states: Tensor,
+    exact: dict[str, Tensor],
+    plain: dict[str, Tensor],
+    out: dict[str, Tensor],
+    eps: float,
+) -> dict[str, tuple[float, float]]:
+    """What pt_key_grads computes, and what crosses the ends of chunks by its gradients of states."""
+    ours, again = run.key_grads(), run.key_grads()
+    dim, tokens = run.case.head_dim, run.case.tokens
+    flow = run.state_flow(forward["states"], ours["dstates"], None, True)
+    for x in (ours, again):
+        x["dstates"] = unpack_states(x["dstates"], dim)  # beside the normaliser nothing is written
+    rows = {}
+    if any(not torch.equal(ours[name].view(torch.uint8), again[name].view(torch.uint8)) for name in again):
+        rows["key_grads deterministic"] = (math.nan, 0.0)
+    ours["key_dots"] = ours["key_dots"][..., :tokens]
+    for name in ("dv", "dk", "key_dots"):
+        rows[f"key_grads {name}"] = (error(ours[name], exact[name]), error(plain[name], exact[name]))
+    # Of the stages' the former are as exact, and the latter are the same sums in another order.
+    rows["key_grads dstates"] = (error(ours["dstates"], unpack_states(out["dstates"], dim)), 2 * eps)
+    rows["key_grads dinitial"] = (
+        error(ours["dinitial"][..., : dim + 1], out["dinitial"][..., : dim + 1].double()),
+        2.0**-18,
+    )
+    # Every term of <S, E> is wrong by half a spacing of both at most.
+    weights = torch.tensor([2.0 if d else 1.0 for *_, d in tile_pairs(dim)], device=DEVICE)
+    terms = states[:, 1:] * ours["dstates"][:, :-1] * weights[:, None, None]
+    rows["key_grads flow"] = (float((flow.double() - exact["flow"]).norm() / terms.norm()), 2 * eps)
+    return rows
 
 
 def median_ms(call, repeats: int = 10) -> float:
@@ -135,6 +171,7 @@ def cases(head_dim: int, dtype: torch.dtype) -> dict[str, Case]:
         "no gate": Case(gate=0.0, **base),
         "tail": Case(batch=2, tokens=1000, chunk=192, **base),
         "T=1": Case(tokens=1, chunk=64, **base),
+        "odd blocks": Case(batch=2, tokens=1000, query_heads=2, key_heads=1, chunk=384, gate=0.005, **base),
         "chunk beyond T": Case(tokens=300, chunk=1024, **base),
         "grouped heads": Case(query_heads=6, key_heads=2, tokens=700, chunk=128, **base),
         "documents": Case(tokens=1024, chunk=256, documents=(1, 65, 128, 300, 512, 777), gate=0.01, **base),

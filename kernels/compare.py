@@ -23,6 +23,9 @@ import torch
 # batch, tokens, query heads, key heads, head dim, chunk size
 PROBLEMS = {
     "K=32": (1, 65536, 8, 8, 32, None),
+    "K=32, GQA 32:8": (1, 65536, 32, 8, 32, None),
+    "K=32, T=4k": (16, 4096, 8, 8, 32, None),
+    "small K=32": (2, 2048, 8, 8, 32, None),
     "headline": (1, 65536, 8, 8, 64, 1024),
     "GQA 32:8": (1, 65536, 32, 8, 64, None),
     "K=128": (1, 65536, 8, 8, 128, None),

@@ -32,7 +32,8 @@ class Problem(ctypes.Structure):
 class Sizes(ctypes.Structure):
     _fields_ = [
         ("packed_q", I64), ("packed_k", I64), ("packed_v", I64), ("packed_dn", I64), ("gates", I64), ("states", I64),
-        ("boundary", I64), ("dots", I64), ("chunk_state_workspace", I64), ("reserved", I64 * 7),
+        ("boundary", I64), ("dots", I64), ("chunk_state_workspace", I64), ("key_grads_workspace", I64),
+        ("reserved", I64 * 6),
     ]  # fmt: skip
 
 
@@ -61,6 +62,13 @@ class ChunkScanGrad(ctypes.Structure):
     _fields_ = [
         ("reverse", I32), ("has_boundary", I32), ("q", P), ("k", P), ("v", P), ("dn", P), ("gates", P), ("states", P),
         ("out", Strided), ("x_scale", P), ("value_scale", P), ("dn_scale", P), ("row_scale", P), ("dots", P),
+    ]  # fmt: skip
+
+
+class KeyGrads(ctypes.Structure):
+    _fields_ = [
+        ("q", P), ("k", P), ("v", P), ("dn", P), ("decayed_dn", P), ("gates", P), ("dv", Strided), ("dk", Strided), ("dots", P),
+        ("grad_states", P), ("final_state", P), ("workspace", P),
     ]  # fmt: skip
 
 
@@ -310,10 +318,34 @@ class Run:
         )
         self.call("pt_chunk_scan_grad", ctypes.byref(params), self.stream())
 
-    def state_flow(self, states: Tensor, grad_states: Tensor, key_dots: Tensor, every_chunk: bool) -> Tensor:
+    def key_grads(self) -> dict[str, Tensor]:
+        """dv, dk, key_dots (B, Hk, Tp), dstates and dinitial, where pt_key_grads takes the problem."""
+        c = self.case
+        padded = -(-c.tokens // BLOCK) * BLOCK
+        out = {
+            "dv": self.new(*self.v.shape, dtype=c.dtype),
+            "dk": self.new(*self.k.shape, dtype=c.dtype),
+            "key_dots": self.new(c.batch, c.key_heads, padded, dtype=torch.float32),
+            "dstates": self.new(*self.state_shape, dtype=c.dtype),
+            "dinitial": self.new(*self.boundary_shape, dtype=torch.float32),
+        }
+        workspace = self.new(self.sizes.key_grads_workspace // 4, dtype=torch.float32)
+        inputs = [self.packed_q, self.packed_k, self.packed_v, self.packed_dn, self.decayed_dn, self.gates]
+        params = KeyGrads(
+            *(t.data_ptr() for t in inputs),
+            strided(out["dv"]),
+            strided(out["dk"]),
+            *(out[name].data_ptr() for name in ("key_dots", "dstates", "dinitial")),
+            workspace.data_ptr(),
+        )
+        self.call("pt_key_grads", ctypes.byref(params), self.stream())
+        return out
+
+    def state_flow(self, states: Tensor, grad_states: Tensor, key_dots: Tensor | None, every_chunk: bool) -> Tensor:
         """(B, Hk, N)"""
         flow = self.new(self.case.batch, self.case.key_heads, self.state_shape[1], dtype=torch.float32)
-        pointers = [t.data_ptr() for t in (states, grad_states, self.gates, key_dots)]
+        tensors = (states, grad_states, self.gates, key_dots)
+        pointers = [None if t is None else t.data_ptr() for t in tensors]
         self.call("pt_state_flow", ctypes.byref(StateFlow(*pointers, every_chunk, flow.data_ptr())), self.stream())
         synchronize()
         return flow

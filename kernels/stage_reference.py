@@ -51,6 +51,10 @@ def quadratic(run: Run, exact: bool) -> dict[str, Tensor]:
     dq, dk, dv = ds @ k, ds.transpose(-1, -2) @ q, W.transpose(-1, -2) @ dn
     row, column = (W * dW).sum(-1), (W * dW).sum(-2)
     out = {"y": y, "normalizer": d.squeeze(-1)}
+    ends = [min(end, c.tokens) for end in range(c.chunk, c.tokens + c.chunk, c.chunk)]
+    crossing = torch.stack(
+        [(W * dW)[..., end:, :end].sum((-1, -2)) for end in ends], -1
+    )  # without a state from outside
 
     def by_key_head(x: Tensor) -> Tensor:
         return x.unflatten(1, (c.key_heads, group)).sum(2)
@@ -71,6 +75,7 @@ def quadratic(run: Run, exact: bool) -> dict[str, Tensor]:
         ones = torch.cat([vv, torch.ones_like(vv[..., :1])], -1)
         dk_end = phi_vjp(kk, torch.einsum("bhtc,bhgrc->bhtgr", ones, E) * end[..., None] * weights)
     dq, dk, dv, column = rounded(dq), by_key_head(dk), by_key_head(dv), by_key_head(column)
+    out["flow"] = by_key_head(crossing)
     if c.boundary:
         column = column + (dv_end * ones).sum(-1)
         dk, dv = dk + dk_end, dv + dv_end[..., :-1]

@@ -95,6 +95,12 @@ def main() -> int:
                     f'int {s}(const pt_problem&, const pt_{s}_params&, cudaStream_t) {{ return fail(PT_UNSUPPORTED, "left out"); }}\n'
                     for s in ("chunk_state", "chunk_scan", "chunk_scan_grad")
                 )
+                + (
+                    "int64_t key_grads_workspace(const pt_problem&) { return 0; }\n"
+                    'int key_grads(const pt_problem&, const pt_key_grads_params&, cudaStream_t) { return fail(PT_UNSUPPORTED, "left out"); }\n'
+                    if arch == "sm90"
+                    else ""
+                )
                 + "}\n"
             )
         flags = ["-std=c++20", "-O2", "-fPIC", "-w", "-fno-strict-aliasing", "-include", str(emulation / "emulate.h")]

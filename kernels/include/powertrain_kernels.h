@@ -18,6 +18,8 @@
  *     pt_chunk_scan_grad       q, dn', states     -> dq, q . dq     (and reverse: k, v', dstates -> dk, k . dk)
  *     pt_state_flow            states, dstates    -> dlog_G beyond the ends of some chunks
  *     pt_gate_grad             the last three     -> dlog_G
+ * or, where it takes the problem, in place of the reverse stages:
+ *     pt_key_grads             q, k, v', dn'      -> dv, dk, k . dk, gradients of the states leaving each chunk, gradient of the initial state
  * Beside it, the loss of a language model's head:
  *     pt_cross_entropy         logits, labels     -> losses, gradients in place of the logits
  */
@@ -30,7 +32,7 @@
 extern "C" {
 #endif
 
-#define PT_ABI_VERSION 8
+#define PT_ABI_VERSION 9
 #define PT_API __attribute__((visibility("default")))
 
 typedef enum { PT_OK = 0, PT_INVALID = 1, PT_UNSUPPORTED = 2, PT_CUDA_ERROR = 3 } pt_status;
@@ -68,7 +70,8 @@ typedef struct {
   int64_t boundary;              /* one fp32 boundary state (initial, final or their gradients) */
   int64_t dots;                  /* one fp32 number for each (B, Hk, Tp) */
   int64_t chunk_state_workspace; /* may be 0 */
-  int64_t reserved[7];
+  int64_t key_grads_workspace;   /* 0 where pt_key_grads does not take the problem */
+  int64_t reserved[6];
 } pt_sizes;
 
 /* A kernel of the library, for `powertrain kernels info` and for the build's check on spills. */
@@ -152,13 +155,14 @@ typedef struct {
 PT_API int pt_pack_grad(const pt_problem* problem, const pt_pack_grad_params* params, void* stream);
 
 /* dlog_G beyond the end of chunks, the sum of w_ij dW_ij over the pairs on both sides of it, as what passes through the chunk from before it,
- * chunk_decay_n <states_n, grad_states_n>, and what its keys give to later chunks: (B, Hk, N) fp32 in packed units. Infinite where pt_gate_grad is
- * to add it up from the next chunk that is known: at most three chunks further, and not where strong gates lie between. */
+ * chunk_decay_n <states_n, grad_states_n>, and what its keys give to later chunks: (B, Hk, N) fp32 in packed units. Without the latter, after
+ * pt_key_grads, as <states_{n+1}, grad_states_n>, and zero beyond the last chunk. Infinite where pt_gate_grad is to add it up from the next chunk that
+ * is known: at most three chunks further, and not where strong gates lie between. */
 typedef struct {
   const void* states;      /* forward; null: nothing entered the only chunk */
   const void* grad_states; /* reverse */
   const void* gates;
-  const float* key_dots;   /* as pt_chunk_scan_grad reverse wrote it */
+  const float* key_dots;   /* as pt_chunk_scan_grad reverse wrote it; or null: after pt_key_grads */
   int32_t every_chunk;     /* if 1, none is left to be added up: fp16, and states from or to the outside, whose passes hold tighter bounds */
   float* flow;             /* out */
 } pt_state_flow_params;
@@ -247,6 +251,20 @@ typedef struct {
                                over everything after j; then its part from later chunks, decay_out_j phi(k_j) E v'_j. */
 } pt_chunk_scan_grad_params;
 PT_API int pt_chunk_scan_grad(const pt_problem* problem, const pt_chunk_scan_grad_params* params, void* stream);
+
+/* What the reverse stages compute, in one: on Hopper, at head dim 32 in bf16, with chunks of a multiple of 128 tokens, more than one of them, and no
+ * gradient of the final state. */
+typedef struct {
+  const void *q, *k, *v, *dn; /* packed */
+  const void* decayed_dn;     /* packed */
+  const void* gates;
+  pt_tensor dv, dk;           /* (B, T, Hk, K) */
+  float* dots;                /* out, (B, Hk, Tp): (k_j . dk_j) / 2, as in pt_chunk_scan_grad; or null */
+  void* grad_states;          /* out, as pt_chunk_state reverse writes them, but for the padding beside the normaliser; or null */
+  float* final_state;         /* out, boundary state, the gradient of the initial state; or null */
+  void* workspace;            /* pt_sizes.key_grads_workspace bytes */
+} pt_key_grads_params;
+PT_API int pt_key_grads(const pt_problem* problem, const pt_key_grads_params* params, void* stream);
 
 /* --- whole passes: the stages above in order (src/common/passes.cu) ------------------------------------------------------------ */
 

@@ -312,9 +312,11 @@ _STAGES = {
     "pack_inputs": "pack",
     "chunk_state_kernel": "chunk_state",
     "join_kernel": "chunk_state",
+    "enter_kernel": "chunk_state",
     "chunk_scan_kernel": "chunk_scan",
     "pack_grad": "pack_grad",
     "chunk_scan_grad_kernel": "chunk_scan_grad",
+    "key_grads_kernel": "key_grads",
     "state_flow": "state_flow",
     "gate_grad": "gate_grad",
 }
@@ -416,6 +418,11 @@ def stage_floors(problem: Problem, rates: dict[str, float]) -> dict[str, float]:
         "chunk_scan reverse": (flops.backward.state_update / 2 + 2 * product, 2 * q_bytes + 3 * k_bytes + states),
         "chunk_scan_grad": (flops.backward.state_query / 2 + 3 * product, 3 * q_bytes + 2 * k_bytes + states),
         "chunk_scan_grad reverse": (flops.backward.state_update / 2 + 3 * product, 2 * q_bytes + 3 * k_bytes + states),
+        # In place of the reverse stages but the first, whose segments it begins from, if there is more than one.
+        "key_grads": (
+            flops.backward.state_query / 2 + flops.backward.state_update + 4 * product,
+            2 * q_bytes + 4 * k_bytes + states,
+        ),
         "pack": (0, 2 * (q_bytes + 2 * k_bytes)),
         "pack_grad": (0, 3 * q_bytes),
         "state_flow": (0, 2 * states * read // chunks),

@@ -31,6 +31,15 @@ inline void load_matrices(uint32_t (&first)[2], uint32_t (&second)[2], uint32_t 
 }
 inline void load_matrices_transposed(uint32_t (&r)[4], uint32_t address) { emulate::load_matrices(r, 4, address, true); }
 inline void load_matrices_transposed(uint32_t (&r)[2], uint32_t address) { emulate::load_matrices(r, 2, address, true); }
+inline void store_matrices(uint32_t address, const uint32_t (&r)[4]) {
+  const int lane = threadIdx.x % 32;
+  for (int matrix = 0; matrix < 4; matrix++) {
+    const uint32_t row = __shfl_sync(~0u, address, 8 * matrix + lane / 4), to = row + lane % 4 * 4;
+    emulate::shared_at(row, 16);  // checks its alignment
+    *(uint32_t*)emulate::shared_at(to, 4) = r[matrix];
+    emulate::written(to, 4);
+  }
+}
 inline float load_shared_float(uint32_t address) { return *(float*)emulate::shared_at(address, 4); }
 inline float2 load_shared_float2(uint32_t address) { return *(float2*)emulate::shared_at(address, 8); }
 inline void store_shared_float2(uint32_t address, float2 value) { *(float2*)emulate::shared_at(address, 8) = value; }
@@ -39,10 +48,16 @@ inline void store_shared_16(uint32_t address, uint4 value) {
   *(uint4*)emulate::shared_at(address, 16) = value;
   emulate::written(address, 16);
 }
+inline uint32_t load_shared_4(uint32_t address) { return *(uint32_t*)emulate::shared_at(address, 4); }
+inline void store_shared_4(uint32_t address, uint32_t value) {
+  *(uint32_t*)emulate::shared_at(address, 4) = value;
+  emulate::written(address, 4);
+}
 inline void store_shared_2(uint32_t address, uint16_t value) {
   *(uint16_t*)emulate::shared_at(address, 2) = value;
   emulate::written(address, 2);
 }
+inline int opaque(int x) { return x; }
 inline float exp2_fast(float x) { return exp2f(x); }
 
 template <typename T>

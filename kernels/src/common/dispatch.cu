@@ -164,6 +164,7 @@ int pt_sizes_of(const pt_problem* problem, pt_sizes* sizes) {
   int arch;
   PT_TRY(select(p, PT_STAGE_CHUNK_STATE, &arch));
   sizes->chunk_state_workspace = arch == PT_ARCH_SM90 ? sm90::chunk_state_workspace(p) : sm80::chunk_state_workspace(p);
+  sizes->key_grads_workspace = arch == PT_ARCH_SM90 ? sm90::key_grads_workspace(p) : 0;
   return PT_OK;
 }
 
@@ -192,6 +193,18 @@ int pt_chunk_scan_grad(const pt_problem* problem, const pt_chunk_scan_grad_param
   int arch;
   PT_TRY(select(*problem, PT_STAGE_CHUNK_SCAN_GRAD, &arch));
   return (arch == PT_ARCH_SM90 ? sm90::chunk_scan_grad : sm80::chunk_scan_grad)(*problem, *params, (cudaStream_t)stream);
+}
+
+int pt_key_grads(const pt_problem* problem, const pt_key_grads_params* params, void* stream) {
+  PT_TRY(validate(problem));
+  PT_REQUIRE(params && params->q && params->k && params->v && params->dn && params->decayed_dn && params->gates && params->workspace);
+  PT_REQUIRE(params->dv.data && params->dk.data);
+  pt_sizes sizes;
+  PT_TRY(pt_sizes_of(problem, &sizes));
+  if (!sizes.key_grads_workspace)
+    return fail(PT_UNSUPPORTED, "pt_key_grads: on Hopper, head_dim 32 in bf16, chunks of a multiple of 128 and more than one of them; head_dim %d, dtype %d, "
+                "chunk_size %d, seq_len %lld", problem->head_dim, problem->dtype, problem->chunk_size, (long long)problem->seq_len);
+  return sm90::key_grads(*problem, *params, (cudaStream_t)stream);
 }
 
 int pt_kernel_count(int32_t* count) {

@@ -117,6 +117,7 @@ __global__ void __launch_bounds__(kSpan / 4) gate_grad(const __grid_constant__ G
 // the right) wherever the decay from a chunk's start to the last end that is known falls below kForgotten: adding up brings along the rounding of every
 // state in between, whose size does not decay with what they are about. And before a row's last chunk that is not whole: where a final state has a gradient,
 // what passes through few tokens rests on rounded states, what a chunk's keys give on their gradient alone. The rest is infinite: to be added up.
+// Without the keys' sums it is <S_{n+1}, E_n> at the end itself.
 template <typename T, int D>
 __global__ void __launch_bounds__(kThreads) state_flow(const T* states, const T* grad_states, const float* chunk_decay, const float* key_states,
                                                        int64_t seq_len, int chunk_size, uint32_t chunk_count, uint32_t span_chunks, float scale, float* flow) {
@@ -137,10 +138,12 @@ __global__ void __launch_bounds__(kThreads) state_flow(const T* states, const T*
     if (threadIdx.x == 0) flow[blockIdx.x] = INFINITY;
     return;
   }
-  const float decay = states ? chunk_decay[blockIdx.x] : 0.f;
+  const bool at_end = !key_states;
+  const float decay = at_end ? (n + 1 < chunk_count ? 1.f : 0.f) : states ? chunk_decay[blockIdx.x] : 0.f;
   float through = 0.f;
   if (decay > kNegligibleDecay) {
     const int64_t at = (int64_t)blockIdx.x * phi_tiles(D) * state_tile_elements(D);
+    if (at_end) states += phi_tiles(D) * state_tile_elements(D);
     for (int first = threadIdx.x; first < kPieces; first += kAhead * kThreads) {  // eight columns of one row a piece
       uint4 s[kAhead], e[kAhead];
 #pragma unroll
@@ -168,7 +171,7 @@ __global__ void __launch_bounds__(kThreads) state_flow(const T* states, const T*
   const int64_t begin = (int64_t)n * chunk_size, padded = ceil_div(seq_len, kBlock) * kBlock;
   const int count = (int)min((int64_t)chunk_size, padded - begin);  // zero beyond the row
   double sum = (double)(decay * scale) * through;
-  for (int t = threadIdx.x * 4; t < count; t += kThreads * 4) {
+  for (int t = threadIdx.x * 4; t < count && !at_end; t += kThreads * 4) {
     const float4 key = *(const float4*)(key_states + bh * padded + begin + t);
     sum += (double)key.x + key.y + key.z + key.w;
   }
@@ -188,7 +191,7 @@ int run_state_flow(const pt_problem& p, const pt_state_flow_params& a, cudaStrea
   const int64_t padded = padded_blocks(p.seq_len) * kBlock, heads = (int64_t)p.batch * p.key_heads, chunk_count = chunks(p.seq_len, p.chunk_size);
   const uint32_t span_chunks = a.every_chunk ? 1 : chunks_of_span(p);
   state_flow<T, D><<<(unsigned)(heads * chunk_count), kThreads, 0, stream>>>(
-      (const T*)a.states, (const T*)a.grad_states, gates_of(p, a.gates).chunk_decay, a.key_dots + heads * padded, p.seq_len, p.chunk_size,
+      (const T*)a.states, (const T*)a.grad_states, gates_of(p, a.gates).chunk_decay, a.key_dots ? a.key_dots + heads * padded : nullptr, p.seq_len, p.chunk_size,
       (uint32_t)chunk_count, span_chunks, 1.f / (p.state_scale * p.state_scale), a.flow);
   return check_cuda(cudaGetLastError(), "state_flow");
 }
@@ -206,7 +209,7 @@ extern "C" {
 
 int pt_state_flow(const pt_problem* problem, const pt_state_flow_params* params, void* stream) {
   if (int status = validate(problem)) return status;
-  PT_REQUIRE(params && params->grad_states && params->gates && params->key_dots && params->flow);
+  PT_REQUIRE(params && params->grad_states && params->gates && params->flow);
   PT_REQUIRE(params->states || chunks(problem->seq_len, problem->chunk_size) == 1);
   return with_type(*problem, [&](auto element, auto dim) {
     return run_state_flow<decltype(element), dim.value>(*problem, *params, (cudaStream_t)stream);

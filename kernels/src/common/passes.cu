@@ -1,4 +1,6 @@
 // pt_forward and pt_backward: the stages in order, in one call or in two, with everything between them carved from one workspace.
+#include <algorithm>
+
 #include "segments.h"
 #include "stages.h"
 
@@ -63,6 +65,7 @@ struct ForwardBuffers {
 };
 
 struct BackwardBuffers {
+  bool key_grads;  // pt_key_grads in place of the reverse stages
   void *scaled_q, *dn, *decayed_dn, *grad_states, *chunk_state;
   float *scaled_normalizer, *row_scale, *row_limit, *dn_scale, *leaving, *entering, *dots, *flow;
   int64_t bytes, begun_bytes;
@@ -72,12 +75,14 @@ struct BackwardBuffers {
     const bool begins = phase != PT_FINISH, finishes = phase != PT_BEGIN;
     const bool scaled = p.dtype == PT_FP16, states = has_initial || has_final || p.chunk_size < p.seq_len;
     const int64_t rows = (int64_t)p.batch * p.query_heads * p.seq_len * 4, heads = (int64_t)p.batch * p.key_heads;
+    key_grads = sizes.key_grads_workspace && phase == PT_WHOLE && !has_final;
     scaled_q = arena.take(sizes.packed_q, scaled);
     scaled_normalizer = arena.take<float>(rows, scaled), row_scale = arena.take<float>(rows, scaled);
     row_limit = arena.take<float>((int64_t)p.batch * p.query_heads * 4, scaled);
     dn_scale = arena.take<float>(heads * 4, scaled);
     dn = kept.take(sizes.packed_dn), decayed_dn = arena.take(sizes.packed_dn, states && begins);
-    grad_states = kept.take(sizes.states, states), chunk_state = arena.take(sizes.chunk_state_workspace, states && begins);
+    grad_states = kept.take(sizes.states, states);
+    chunk_state = arena.take(std::max(sizes.chunk_state_workspace, key_grads ? sizes.key_grads_workspace : 0), states && begins);
     leaving = arena.take<float>(sizes.boundary, has_final && finishes), entering = arena.take<float>(sizes.boundary, has_initial && begins);
     dots = arena.take<float>(sizes.dots * (p.query_heads / p.key_heads + 2), finishes);
     flow = arena.take<float>(heads * chunks(p.seq_len, p.chunk_size) * 4, states && finishes);
@@ -199,29 +204,36 @@ int pt_backward(const pt_problem* problem, const pt_backward_params* params, voi
                                          saved.k_scale, saved.v_scale, buffers.dn_scale};
     PT_TRY(pt_boundary(problem, &boundary, stream));
   }
+  const pt_boundary_params boundary = {a.dinitial_state, a.dinitial_sum_of_keys, buffers.entering, 0, 1, saved.k_scale, saved.v_scale, buffers.dn_scale};
   void* const states = initial_only && a.phase == PT_WHOLE ? nullptr : buffers.grad_states;
   const pt_chunk_state_params state = {1, q, buffers.decayed_dn, saved.gates, buffers.leaving, states, buffers.entering, buffers.chunk_state};
+  const bool key_grads = buffers.key_grads && !initial_only;
   if (a.phase == PT_FINISH) {
     PT_TRY(carry_in(p, state, (cudaStream_t)stream));
-  } else if (buffers.grad_states) {
+  } else if (buffers.decayed_dn && !key_grads) {
     PT_TRY(pt_chunk_state(problem, &state, stream));
   }
-  const pt_boundary_params boundary = {a.dinitial_state, a.dinitial_sum_of_keys, buffers.entering, 0, 1, saved.k_scale, saved.v_scale, buffers.dn_scale};
   if (initial_only) return pt_boundary(problem, &boundary, stream);
-  const pt_chunk_scan_params scan = {1, has_final, q, saved.k, buffers.dn, saved.gates, buffers.grad_states, a.dv, buffers.dn_scale, nullptr};
-  PT_TRY(pt_chunk_scan(problem, &scan, stream));
   // q . dq of every query head, then k . dk of every key head and its part from later chunks.
   float* const query_dots = a.dlog_G ? buffers.dots : nullptr;
   float* const key_dots = a.dlog_G ? query_dots + sizes.dots / 4 * (p.query_heads / p.key_heads) : nullptr;
   const pt_chunk_scan_grad_params of_q = {0,    has_initial,   q,             saved.k,          saved.v, buffers.dn, saved.gates, saved.states,
                                           a.dq, saved.q_scale, saved.v_scale, buffers.dn_scale, buffers.row_scale,     query_dots};
+  if (key_grads) {
+    const pt_key_grads_params of_k = {q,    saved.k, saved.v,  buffers.dn,                                  buffers.decayed_dn, saved.gates,
+                                      a.dv, a.dk,    key_dots, a.dlog_G ? buffers.grad_states : nullptr, buffers.entering,   buffers.chunk_state};
+    PT_TRY(pt_key_grads(problem, &of_k, stream));
+  } else {
+    const pt_chunk_scan_params scan = {1, has_final, q, saved.k, buffers.dn, saved.gates, buffers.grad_states, a.dv, buffers.dn_scale, nullptr};
+    PT_TRY(pt_chunk_scan(problem, &scan, stream));
+    const pt_chunk_scan_grad_params of_k = {1,    has_final,     q,             saved.k,          saved.v, buffers.dn, saved.gates, buffers.grad_states,
+                                            a.dk, saved.k_scale, saved.v_scale, buffers.dn_scale, nullptr,               key_dots};
+    PT_TRY(pt_chunk_scan_grad(problem, &of_k, stream));
+  }
   PT_TRY(pt_chunk_scan_grad(problem, &of_q, stream));
-  const pt_chunk_scan_grad_params of_k = {1,    has_final,     q,             saved.k,          saved.v, buffers.dn, saved.gates, buffers.grad_states,
-                                          a.dk, saved.k_scale, saved.v_scale, buffers.dn_scale, nullptr,               key_dots};
-  PT_TRY(pt_chunk_scan_grad(problem, &of_k, stream));
   if (a.dlog_G) {
     if (buffers.flow) {
-      const pt_state_flow_params flow = {saved.states, buffers.grad_states, saved.gates, key_dots, has_initial || has_final || p.dtype == PT_FP16, buffers.flow};
+      const pt_state_flow_params flow = {saved.states, buffers.grad_states, saved.gates, key_grads ? nullptr : key_dots, has_initial || has_final || p.dtype == PT_FP16, buffers.flow};
       PT_TRY(pt_state_flow(problem, &flow, stream));
     }
     const pt_gate_grad_params gates = {query_dots, key_dots, buffers.flow, a.has_documents ? saved.gates : nullptr, has_initial, buffers.dn_scale,

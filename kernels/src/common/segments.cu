@@ -95,6 +95,40 @@ __global__ void __launch_bounds__(kThreads) join_kernel(const JoinParams p) {
     for (int c = 0; c < 8; c++) p.final_state[boundary_at + c] = incoming[c];
 }
 
+constexpr int kMostEntered = 256;  // segments
+
+// Grid (boundary elements of a head / (4 kThreads), B * Hk).
+__global__ void __launch_bounds__(kThreads) enter_kernel(float* locals, const float* initial, const float* chunk_decay, float* final_state, int64_t chunks,
+                                                         int64_t head_elements, int64_t boundary_stride, int segments, bool reverse) {
+  __shared__ float across[kMostEntered];
+  for (int segment = threadIdx.x; segment < segments; segment += kThreads) {
+    float decay = 1.f;
+    for (int64_t l = segment_begin(chunks, segments, segment); l < segment_begin(chunks, segments, segment + 1); l++)
+      decay *= chunk_decay[blockIdx.y * chunks + (reverse ? chunks - 1 - l : l)];
+    across[segment] = decay;
+  }
+  __syncthreads();
+  const int64_t element = ((int64_t)blockIdx.x * kThreads + threadIdx.x) * 4, at = blockIdx.y * head_elements + element;
+  if (element >= head_elements) return;
+  float4 entering = initial ? *(const float4*)(initial + at) : make_float4(0.f, 0.f, 0.f, 0.f);
+  constexpr int kAhead = 8;
+  for (int first = 0; first < segments; first += kAhead) {
+    float4 own[kAhead];
+#pragma unroll
+    for (int a = 0; a < kAhead; a++)
+      if (first + a < segments) own[a] = *(const float4*)(locals + (first + a) * boundary_stride + at);
+#pragma unroll
+    for (int a = 0; a < kAhead; a++) {
+      if (first + a >= segments) continue;
+      *(float4*)(locals + (first + a) * boundary_stride + at) = entering;
+      const float decay = across[first + a];
+      entering = make_float4(fmaf(decay, entering.x, own[a].x), fmaf(decay, entering.y, own[a].y), fmaf(decay, entering.z, own[a].z),
+                             fmaf(decay, entering.w, own[a].w));
+    }
+  }
+  if (final_state) *(float4*)(final_state + at) = entering;
+}
+
 template <typename T, int kHeadDim>
 int launch(const pt_problem& problem, const JoinParams& p, cudaStream_t stream) {
   const int pieces = p.tiles * (kHeadDim + kNormColumns) / 8 * kBlock;
@@ -148,6 +182,15 @@ int choose_segments(const pt_problem& problem, int64_t blocks_per_segment) {
 
 int join_segments(const pt_problem& problem, const pt_chunk_state_params& params, int segments, const float* locals, cudaStream_t stream) {
   return join(problem, params, segments, locals, nullptr, stream);
+}
+
+int enter_segments(const pt_problem& problem, const pt_chunk_state_params& params, int segments, float* locals, cudaStream_t stream) {
+  if (segments > kMostEntered) return fail(PT_INVALID, "enter_segments: %d segments, at most %d", segments, kMostEntered);
+  const int64_t heads = (int64_t)problem.batch * problem.key_heads, all = boundary_elements(problem), of_head = all / heads;
+  enter_kernel<<<dim3((unsigned)ceil_div(of_head, 4 * kThreads), (unsigned)heads), kThreads, 0, stream>>>(
+      locals, params.initial, gates_of(problem, params.gates).chunk_decay, params.final_state, chunks(problem.seq_len, problem.chunk_size), of_head, all,
+      segments, params.reverse);
+  return check_cuda(cudaGetLastError(), "enter_segments");
 }
 
 int carry_in(const pt_problem& problem, const pt_chunk_state_params& params, cudaStream_t stream) {

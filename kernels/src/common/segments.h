@@ -18,6 +18,10 @@ int join_segments(const pt_problem& problem, const pt_chunk_state_params& params
 // Adds what `initial` brings to 16-bit states that pt_chunk_state scanned from zero. Of params, reverse, gates, initial and states count.
 int carry_in(const pt_problem& problem, const pt_chunk_state_params& params, cudaStream_t stream);
 
+// Where nobody reads 16-bit states: turns `locals` into what enters each segment, and writes the final state. Of params, reverse, gates, initial and
+// final_state count.
+int enter_segments(const pt_problem& problem, const pt_chunk_state_params& params, int segments, float* locals, cudaStream_t stream);
+
 int64_t boundary_elements(const pt_problem& problem);  // of all (b, h)
 
 }  // namespace powertrain

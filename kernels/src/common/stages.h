@@ -40,6 +40,11 @@ struct RegisterKernel {
   int chunk_scan(const pt_problem& problem, const pt_chunk_scan_params& params, cudaStream_t stream);   \
   int chunk_scan_grad(const pt_problem& problem, const pt_chunk_scan_grad_params& params, cudaStream_t stream); \
   }
+// What only Hopper has.
+namespace sm90 {
+int64_t key_grads_workspace(const pt_problem& problem);  // 0 where pt_key_grads does not take the problem
+int key_grads(const pt_problem& problem, const pt_key_grads_params& params, cudaStream_t stream);
+}  // namespace sm90
 PT_DECLARE_ARCH(sm80)
 PT_DECLARE_ARCH(sm90)
 #undef PT_DECLARE_ARCH

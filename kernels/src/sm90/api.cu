@@ -1,5 +1,5 @@
 // What is compiled for Hopper, and the way from a problem to its instantiation.
-#include "../common/stages.h"
+#include "../common/segments.h"
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -29,6 +29,19 @@ int launch_chunk_scan_grad(const pt_problem& problem, const pt_chunk_scan_grad_p
 bool supports(const pt_problem& problem, int stage) {
   return (problem.head_dim == 32 || problem.head_dim == 64 || problem.head_dim == 128) && (problem.dtype == PT_BF16 || problem.dtype == PT_FP16) &&
          stage >= PT_STAGE_CHUNK_STATE && stage <= PT_STAGE_CHUNK_SCAN_GRAD;
+}
+
+template <typename T>
+int launch_key_grads(const pt_problem& problem, const pt_key_grads_params& params, cudaStream_t stream);
+int key_grads_segments(const pt_problem& problem);
+
+int64_t key_grads_workspace(const pt_problem& problem) {
+  if (problem.head_dim != 32 || problem.dtype != PT_BF16 || problem.chunk_size % (2 * kBlock) || problem.chunk_size >= problem.seq_len) return 0;
+  return key_grads_segments(problem) * boundary_elements(problem) * 4;
+}
+
+int key_grads(const pt_problem& problem, const pt_key_grads_params& params, cudaStream_t stream) {
+  return launch_key_grads<__nv_bfloat16>(problem, params, stream);
 }
 
 int64_t chunk_state_workspace(const pt_problem& problem) {

@@ -285,8 +285,9 @@ int64_t chunk_state_workspace_of(const pt_problem& problem) {
   return segments > 1 ? segments * boundary_elements(problem) * 4 : 0;
 }
 
+// Each segment by itself: `locals`, or states and final_state of the only one.
 template <int kHeadDim, typename T>
-int launch_chunk_state(const pt_problem& problem, const pt_chunk_state_params& params, cudaStream_t stream) {
+int scan_segments(const pt_problem& problem, const pt_chunk_state_params& params, int segments, float* locals, cudaStream_t stream) {
   using Kernel = ChunkState<kHeadDim, T>;
   const Gates gates = gates_of(problem, params.gates);
   const int64_t heads = (int64_t)problem.batch * problem.key_heads;
@@ -302,16 +303,23 @@ int launch_chunk_state(const pt_problem& problem, const pt_chunk_state_params& p
   p.chunks = chunks(problem.seq_len, problem.chunk_size);
   p.blocks_per_chunk = problem.chunk_size / kBlock;
   p.group = params.reverse ? problem.query_heads / problem.key_heads : 1;
-  p.segments = choose_segments(problem, kStateBlocks<kHeadDim> * heads);
-  p.locals = (float*)params.workspace;
+  p.segments = segments;
+  p.locals = locals;
   p.reverse = params.reverse;
   p.wants_final = params.final_state != nullptr;
   p.state_scale = problem.state_scale;
   auto* kernel = chunk_state_kernel<kHeadDim, T>;
   if (int status = allow_shared_memory((const void*)kernel, Kernel::kSharedBytes)) return status;
   kernel<<<dim3(kStateBlocks<kHeadDim>, p.segments, (unsigned)heads), Kernel::kThreads, Kernel::kSharedBytes, stream>>>(p);
-  if (int status = check_cuda(cudaGetLastError(), "chunk_state")) return status;
-  return p.segments > 1 ? join_segments(problem, params, p.segments, p.locals, stream) : PT_OK;
+  return check_cuda(cudaGetLastError(), "chunk_state");
+}
+
+template <int kHeadDim, typename T>
+int launch_chunk_state(const pt_problem& problem, const pt_chunk_state_params& params, cudaStream_t stream) {
+  const int segments = choose_segments(problem, (int64_t)kStateBlocks<kHeadDim> * problem.batch * problem.key_heads);
+  float* const locals = (float*)params.workspace;
+  if (int status = scan_segments<kHeadDim, T>(problem, params, segments, locals, stream)) return status;
+  return segments > 1 ? join_segments(problem, params, segments, locals, stream) : PT_OK;
 }
 
 }  // namespace powertrain::sm90

@@ -1,0 +1,118 @@
+"""Backward passes whose dk and dv come from `pt_key_grads`: head dim 32 in bf16 on Hopper, with more than one chunk and
+no gradient of a final state. On a GPU its own kernels, else the Hopper ones emulated.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from powertrain import native
+from powertrain.ops import cuda, cuda_plan, power_retention
+from tests.ops.emulation import emulated_library
+from tests.ops.test_cuda import (
+    BF16,
+    FACTOR,
+    ON_GPU,
+    Case,
+    _forget_library,
+    _poisoned_memory,  # noqa: F401
+    assert_accurate,
+    assert_small,
+    errors_of,
+    evaluate,
+)
+
+pytestmark = pytest.mark.skipif(
+    ON_GPU and torch.cuda.get_device_capability()[0] != 9, reason="the kernel is for Hopper (compute capability 9.0)"
+)
+BASE = Case(D=32, dtype=BF16, Hq=1, Hk=1)
+CASES = {
+    "chunks": replace(BASE, T=520, Hq=2, Hk=2),
+    "batch": replace(BASE, B=3, T=200),
+    "odd_blocks": replace(BASE, B=2, T=517, chunk_size=256),
+    "chunk_of_odd_steps": replace(BASE, T=700, chunk_size=384),
+    "gqa": replace(BASE, Hq=3, T=330),
+    "ungated": replace(BASE, T=400, gate=None),
+    "strong_gates": replace(BASE, T=400, gate=3.0),
+    "documents": replace(BASE, T=400, documents=True),
+    "gqa_documents": replace(BASE, B=2, T=250, Hq=2, documents=(1, 64, 100, 130)),
+    # Four chunks make a span, at whose end alone the gates' gradient starts from states.
+    "spans": replace(BASE, T=1100, gate=2e-3),
+    "spans_forgotten": replace(BASE, T=900, gate=0.01),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _library() -> Iterator[None]:
+    if ON_GPU:
+        native.load_kernels()
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("POWERTRAIN_KERNELS_LIBRARY", str(emulated_library(without=("sm80",))))
+        patch.setattr(cuda_plan, "DEVICE_TYPES", ["cpu"])
+        _forget_library()
+        native.load_kernels()
+        yield
+    _forget_library()
+
+
+@pytest.fixture(autouse=True)
+def _arch() -> Iterator[None]:
+    with cuda.force_arch(90):
+        yield
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_output_and_gradients_are_as_accurate_as_the_formula(name: str) -> None:
+    assert_accurate(CASES[name])
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_gate_gradients_of_few_steps(seed: int) -> None:
+    # dk takes steps of 128 tokens where dq takes the chunk: what one adds to a gate's gradient the other takes away.
+    case = replace(BASE, T=1024, chunk_size=512, gate=0.1)
+    assert_accurate(case, seed)
+
+
+def test_initial_state_whose_end_nobody_reads() -> None:
+    case = replace(BASE, T=400, Hq=2, state=True)
+    tensors = case.tensors()
+
+    def out_alone(**arguments: Tensor) -> Tensor:
+        return power_retention(**arguments, chunk_size=case.chunk_size, impl="cuda")
+
+    results, cotangents = evaluate(out_alone, tensors, None)
+    assert_small(case, errors_of(replace(case, state=False), tensors, results, cotangents))
+
+
+def test_two_runs_give_the_same_bits() -> None:
+    case = replace(BASE, T=600, Hq=2, documents=True)
+    runs = []
+    for _ in range(2):
+        keywords = {"chunk_size": case.chunk_size, "impl": "cuda", **case.keywords()}
+        runs.append(evaluate(power_retention, case.tensors(), None, **keywords)[0])
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+
+
+def test_same_gradients_as_by_the_stages() -> None:
+    """A gradient of the final state, all zero, takes the stages instead: the same numbers up to rounding."""
+    case = replace(BASE, T=700, Hq=2)
+    tensors = case.tensors()
+    keywords = {"chunk_size": case.chunk_size, "impl": "cuda"}
+    ours, cotangents = evaluate(power_retention, tensors, None, **keywords)
+
+    def with_state(**arguments: Tensor) -> tuple[Tensor, ...]:
+        return power_retention(**arguments, return_final_state=True, **keywords)
+
+    _, state, total = with_state(**tensors)
+    stages, _ = evaluate(with_state, tensors, [*cotangents, torch.zeros_like(state), torch.zeros_like(total)])
+    errors = errors_of(case, tensors, ours, cotangents)
+    for name, (_, plain) in errors.items():
+        difference = (ours[name].double() - stages[name].double()).norm() / stages[name].double().norm()
+        assert difference <= FACTOR * plain, name
+        # Where they are the same kernels the bits are the same, and only there.
+        assert torch.equal(ours[name], stages[name]) == (name in ("out0", "grad_Q")), name
