@@ -78,8 +78,9 @@ class StateFlow(ctypes.Structure):
 
 class GateGrad(ctypes.Structure):
     _fields_ = [
-        ("query_dots", P), ("key_dots", P), ("flow", P), ("gates", P), ("has_initial_state", I32), ("dn_scale", P), ("value_scale", P),
-        ("dlog_G", P), ("dlog_G_stride_b", I64), ("dlog_G_stride_t", I64), ("dlog_G_stride_h", I64),
+        ("query_dots", P), ("key_dots", P), ("flow", P), ("step_dots", P), ("gates", P), ("has_documents", I32),
+        ("has_initial_state", I32), ("dn_scale", P), ("value_scale", P), ("dlog_G", P), ("dlog_G_stride_b", I64),
+        ("dlog_G_stride_t", I64), ("dlog_G_stride_h", I64),
     ]  # fmt: skip
 
 
@@ -319,13 +320,13 @@ class Run:
         self.call("pt_chunk_scan_grad", ctypes.byref(params), self.stream())
 
     def key_grads(self) -> dict[str, Tensor]:
-        """dv, dk, key_dots (B, Hk, Tp), dstates and dinitial, where pt_key_grads takes the problem."""
+        """dv, dk, key_dots (2, B, Hk, Tp), dstates and dinitial, where pt_key_grads takes the problem."""
         c = self.case
         padded = -(-c.tokens // BLOCK) * BLOCK
         out = {
             "dv": self.new(*self.v.shape, dtype=c.dtype),
             "dk": self.new(*self.k.shape, dtype=c.dtype),
-            "key_dots": self.new(c.batch, c.key_heads, padded, dtype=torch.float32),
+            "key_dots": self.new(2, c.batch, c.key_heads, padded, dtype=torch.float32),
             "dstates": self.new(*self.state_shape, dtype=c.dtype),
             "dinitial": self.new(*self.boundary_shape, dtype=torch.float32),
         }
@@ -351,14 +352,20 @@ class Run:
         return flow
 
     def gate_grad(
-        self, query_dots: Tensor, key_dots: Tensor, flow: Tensor | None, scales: tuple[Tensor, Tensor] | None
+        self,
+        query_dots: Tensor,
+        key_dots: Tensor,
+        flow: Tensor | None,
+        scales: tuple[Tensor, Tensor] | None,
+        step_dots: Tensor | None = None,
     ) -> Tensor:
         """(B, T, Hk); `scales` are dn_scale and value_scale."""
-        gates = self.gates if self.case.documents else None
         out = self.new(*self.log_G.shape, dtype=torch.float32)
-        pointers = [None if t is None else t.data_ptr() for t in (query_dots, key_dots, flow, gates)]
+        tensors = (query_dots, key_dots, flow, step_dots, self.gates)
+        pointers = [None if t is None else t.data_ptr() for t in tensors]
         optional = (None, None) if scales is None else [t.data_ptr() for t in scales]
-        params = GateGrad(*pointers, self.case.boundary, *optional, out.data_ptr(), *out.stride())
+        of_case = (bool(self.case.documents), self.case.boundary)
+        params = GateGrad(*pointers, *of_case, *optional, out.data_ptr(), *out.stride())
         self.call("pt_gate_grad", ctypes.byref(params), self.stream())
         synchronize()
         return out

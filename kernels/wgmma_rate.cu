@@ -1,77 +1,87 @@
-// Cycles that one wgmma m64nNk16 with A in registers takes a multiprocessor, by the warpgroups that issue it and the products of a commit group:
+// How fast m64nNk16 with A from registers goes while other instructions form A: cycles of a wgmma by N, packed products a wgmma, and warpgroups, one
+// JSON object a line. What kernels here may hope for (docs/kernels.md, "What limits K = 32").
 //
-//     nvcc -std=c++17 -O3 -Isrc --expt-relaxed-constexpr -gencode arch=compute_90a,code=sm_90a -o wgmma_rate wgmma_rate.cu && ./wgmma_rate
-//
-// Every warpgroup has one accumulator and two sets of fragments: one group runs while the next one is issued. `formed`: fragments are formed
-// anew for each group from an ldmatrix, as the kernels do.
+//     nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -Ikernels/src -Ikernels/include kernels/wgmma_rate.cu -o build/wgmma_rate && build/wgmma_rate
 #include <cstdio>
+#include <cuda_runtime.h>
 
 #include "sm90/wgmma.cuh"
 
 using namespace powertrain::sm90;
 
-constexpr int kSharedBytes = 40960, kIterations = 500, kGroupsOfIteration = 4;
+constexpr int kThreads = 512, kGroup = 4, kTurns = 16, kLoops = 2000, kSharedBytes = 65536, kMultiprocessors = 132;
 
-template <int kN, int kGroup, bool kFormed>
-__global__ void __launch_bounds__(512, 1) wgmma_rate(long long* cycles) {
-  extern __shared__ __align__(1024) uint8_t memory[];
-  for (int i = threadIdx.x; i < kSharedBytes / 4; i += blockDim.x) ((uint32_t*)memory)[i] = 0;
-  const uint32_t at = shared_address(memory), row = at + kSharedBytes / 2 + threadIdx.x % 32 * 16;
-  const CoreMatrices columns(at, 128, 1024);
-  float sum[kN / 2] = {};
-  uint32_t a[2][kGroup][4];
-#pragma unroll
-  for (int i = 0; i < 2 * kGroup * 4; i++) a[i / (4 * kGroup)][i / 4 % kGroup][i % 4] = threadIdx.x == 1000;  // unknown to the compiler
+// Groups of four wgmmas into one accumulator, kProducts packed products for each of them; the operands of one group are formed while the one before runs.
+template <int kN, int kProducts>
+__global__ void __launch_bounds__(kThreads, 1) multiply(float* out, long long* cycles) {
+  extern __shared__ __align__(1024) unsigned char memory[];
+  for (int i = threadIdx.x; i < kSharedBytes / 4; i += blockDim.x) ((unsigned*)memory)[i] = 0x3c003c00 + i % 7;
   __syncthreads();
+  fence_async_shared();
+  __syncthreads();
+  const uint32_t b = shared_address(memory);
+  float acc[kN / 2] = {};
+  uint32_t a[2][kGroup][4], x[4], y[8];
+  for (int r = 0; r < 4; r++) x[r] = 0x3c003c00 + threadIdx.x % 5 + r;
+  for (int r = 0; r < 8; r++) y[r] = 0x3c003c00 + threadIdx.x % 3 + r;
+  for (auto& operands : a)
+    for (auto& operand : operands)
+      for (int r = 0; r < 4; r++) operand[r] = x[r];
   const long long begin = clock64();
 #pragma unroll 1
-  for (int i = 0; i < kIterations; i++) {
+  for (int loop = 0; loop < kLoops; loop++) {
 #pragma unroll
-    for (int s = 0; s < kGroupsOfIteration; s++) {
+    for (int turn = 0; turn < kTurns; turn++) {
       wgmma_wait<1>();
-      if constexpr (kFormed) {
-        uint32_t x[4];
-        load_matrices(x, row + s * 512);
 #pragma unroll
-        for (int g = 0; g < kGroup; g++)
+      for (int g = 0; g < kGroup; g++)
 #pragma unroll
-          for (int r = 0; r < 4; r++) a[s % 2][g][r] = Pair<__nv_bfloat16>::multiply(x[r], x[(r + g) % 4]);
-      }
+        for (int r = 0; r < kProducts; r++)
+          a[turn % 2][g][r % 4] = Pair<__nv_bfloat16>::multiply(r < 4 ? x[r] : a[turn % 2][g][r % 4], y[(g + turn + r) % 8]);
       wgmma_fence();
 #pragma unroll
-      for (int g = 0; g < kGroup; g++) wgmma<__nv_bfloat16, true>(sum, a[s % 2][g], columns.at(s * 256), true);
+      for (int g = 0; g < kGroup; g++) wgmma<__nv_bfloat16, true>(acc, a[turn % 2][g], CoreMatrices(b, 128, 1024).at(g * 256), true);
       wgmma_commit();
     }
+    wgmma_wait<0>();
+    for (int r = 0; r < 8; r++) y[r] ^= loop & 1;
   }
-  wgmma_wait<0>();
   const long long end = clock64();
+  float sum = 0;
+  for (int c = 0; c < kN / 2; c++) sum += acc[c];
+  out[blockIdx.x * blockDim.x + threadIdx.x] = sum;
   if (threadIdx.x == 0 && blockIdx.x == 0) *cycles = end - begin;
-#pragma unroll
-  for (int c = 0; c < kN / 2; c += 2) store_shared_float2(at + threadIdx.x * 8, make_float2(sum[c], sum[c + 1]));
 }
 
-template <int kN, int kGroup, bool kFormed>
-void measure(long long* cycles, int blocks) {
-  auto* kernel = wgmma_rate<kN, kGroup, kFormed>;
-  printf("N=%d, groups of %d%s, ideal %d:", kN, kGroup, kFormed ? ", formed" : "", kN / 2);
-  for (int warpgroups = 1; warpgroups <= 4; warpgroups++) {
-    for (int run = 0; run < 2; run++) kernel<<<blocks, 128 * warpgroups, kSharedBytes>>>(cycles);  // the second one counts
-    if (cudaDeviceSynchronize() != cudaSuccess) printf(" %s", cudaGetErrorString(cudaGetLastError()));
-    printf(" %.1f", (double)*cycles / (kIterations * kGroupsOfIteration * kGroup * warpgroups));
+template <int kN, int kProducts>
+void measure(int warpgroups) {
+  float* out;
+  long long* cycles;
+  cudaMalloc(&out, kMultiprocessors * kThreads * sizeof(float));
+  cudaMallocManaged(&cycles, sizeof *cycles);
+  cudaFuncSetAttribute(multiply<kN, kProducts>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  for (int i = 0; i < 2; i++) multiply<kN, kProducts><<<kMultiprocessors, warpgroups * 128, kSharedBytes>>>(out, cycles);
+  const cudaError_t error = cudaDeviceSynchronize();
+  const double of_one = (double)*cycles / ((double)kLoops * kTurns * kGroup * warpgroups);
+  printf("{\"n\": %d, \"products\": %d, \"warpgroups\": %d, \"cycles\": %.2f, \"of_the_tensor_rate\": %.3f, \"error\": \"%s\"}\n", kN, kProducts, warpgroups, of_one,
+         kN / 2. / of_one, error ? cudaGetErrorString(error) : "");
+  cudaFree(out);
+  cudaFree(cycles);
+}
+
+template <int kN>
+void measure_all() {
+  for (int warpgroups = 1; warpgroups <= (kN > 64 ? 2 : 3); warpgroups++) {
+    measure<kN, 0>(warpgroups);
+    measure<kN, 4>(warpgroups);
+    measure<kN, 8>(warpgroups);
   }
-  printf("\n");
 }
 
 int main() {
-  long long* cycles;
-  int blocks;
-  if (cudaDeviceGetAttribute(&blocks, cudaDevAttrMultiProcessorCount, 0) != cudaSuccess || cudaMallocManaged(&cycles, sizeof *cycles) != cudaSuccess) {
-    fprintf(stderr, "wgmma_rate needs a Hopper GPU\n");
-    return 1;
-  }
-  printf("cycles per product with 1, 2, 3 and 4 warpgroups\n");
-  measure<40, 1, false>(cycles, blocks);
-  measure<40, 1, true>(cycles, blocks), measure<40, 2, true>(cycles, blocks), measure<40, 4, true>(cycles, blocks);
-  measure<72, 1, true>(cycles, blocks), measure<72, 4, true>(cycles, blocks);
-  return 0;
+  measure_all<32>();
+  measure_all<40>();
+  measure_all<64>();
+  measure_all<72>();
+  measure_all<128>();
 }

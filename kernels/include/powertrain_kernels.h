@@ -175,7 +175,10 @@ typedef struct {
   const float* query_dots;   /* as pt_chunk_scan_grad wrote it */
   const float* key_dots;     /* as pt_chunk_scan_grad reverse wrote it */
   const float* flow;         /* as pt_state_flow wrote it, or null: nothing goes on beyond the only chunk */
-  const void* gates;         /* as pt_pack wrote them, for the documents; or null: none */
+  const float* step_dots;    /* the part from later steps, as pt_key_grads wrote it after key_dots; or null: after pt_chunk_scan_grad. Where less than
+                                2^-8 is left of the decay across a step, its sum is dlog_G beyond the step's end */
+  const void* gates;         /* as pt_pack wrote them; may be null with neither step_dots nor has_documents */
+  int32_t has_documents;
   int32_t has_initial_state; /* if 0, nothing passes the gate of a row's first token, and its gradient is zero exactly */
   const float* dn_scale;     /* (B, Hk) divided out, or null */
   const float* value_scale;  /* (B, Hk) divided out, or null */
@@ -252,15 +255,16 @@ typedef struct {
 } pt_chunk_scan_grad_params;
 PT_API int pt_chunk_scan_grad(const pt_problem* problem, const pt_chunk_scan_grad_params* params, void* stream);
 
-/* What the reverse stages compute, in one: on Hopper, at head dim 32 in bf16, with chunks of a multiple of 128 tokens, more than one of them, and no
+/* What the reverse stages compute, in one: on Hopper, at head dim 32 in bf16, with chunks of 128, 256, 384 or 512 tokens, more than one of them, and no
  * gradient of the final state. */
 typedef struct {
   const void *q, *k, *v, *dn; /* packed */
   const void* decayed_dn;     /* packed */
   const void* gates;
   pt_tensor dv, dk;           /* (B, T, Hk, K) */
-  float* dots;                /* out, (B, Hk, Tp): (k_j . dk_j) / 2, as in pt_chunk_scan_grad; or null */
-  void* grad_states;          /* out, as pt_chunk_state reverse writes them, but for the padding beside the normaliser; or null */
+  float* dots;                /* out, (2, B, Hk, Tp): (k_j . dk_j) / 2, as in pt_chunk_scan_grad, then its part from later steps, each of 128 tokens from
+                                 the start of the row on; or null */
+  void* grad_states;          /* out, as pt_chunk_state reverse writes them; or null */
   float* final_state;         /* out, boundary state, the gradient of the initial state; or null */
   void* workspace;            /* pt_sizes.key_grads_workspace bytes */
 } pt_key_grads_params;

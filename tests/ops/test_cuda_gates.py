@@ -90,6 +90,30 @@ def test_what_crosses_the_ends_of_chunks(
                 assert (error <= 2**-21 * (size[b, h] + exact[b, h].abs() + 1)[known]).all()
 
 
+@pytest.mark.parametrize("head_dim", [32, 64])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_crosses_the_ends_of_chunks_without_the_sums_of_keys(
+    library: ctypes.CDLL, shape: str, head_dim: int
+) -> None:
+    """As after pt_key_grads: the states on both sides of an end meet, and nothing goes on beyond the last."""
+    case = replace(SHAPES[shape], head_dim=head_dim, gate=0.01)
+    run = Run(library, case, 80)
+    states, grad_states = (random(*run.state_shape, seed=seed).to(case.dtype) for seed in (1, 2))
+    weights = torch.tensor([2.0 if d else 1.0 for *_, d in tile_pairs(head_dim)], device=DEVICE, dtype=torch.float64)
+    entering, leaving = unpack_states(states, head_dim)[:, 1:], unpack_states(grad_states, head_dim)[:, :-1]
+    terms = (weights[:, None, None] * entering * leaving).unflatten(0, (case.batch, case.key_heads))
+    exact, size = (torch.nn.functional.pad(x.sum((3, 4, 5)), (0, 1)) for x in (terms, terms.abs()))
+    for every_chunk in (False, True):
+        flow = run.state_flow(states, grad_states, None, every_chunk)
+        known = torch.tensor(
+            [[known_ends(case, row.tolist()) for row in rows] for rows in run.chunk_decay], device=DEVICE
+        )
+        assert torch.equal(flow.isfinite(), known | every_chunk)
+        error = (flow.double() - exact)[known | every_chunk].abs()
+        assert (error <= 2**-21 * (size + exact.abs() + 1)[known | every_chunk]).all()
+        assert not flow[..., -1].any()
+
+
 @pytest.mark.parametrize("scaled", [False, True], ids=["", "scaled"])
 @pytest.mark.parametrize("initial_state", [False, True], ids=["", "initial_state"])
 @pytest.mark.parametrize("documents", [(), DOCUMENTS], ids=["", "documents"])
@@ -132,3 +156,50 @@ def test_gate_gradients_between_known_ends(
     # Sums are fp64; a group of query heads is added up there, too, and the result is rounded to fp32.
     torch.testing.assert_close(ours.double(), exact, rtol=2**-23, atol=1e-10)
     assert all(not ours[:, t].any() for t in closed)
+
+
+STEP, FORGOTTEN_STEP = 128, 2.0**-8
+
+
+@pytest.mark.parametrize("gate", [0.02, 0.06, 1.0])  # few steps let less than 2^-8 pass, most of them, all
+@pytest.mark.parametrize("documents", [(), (1, 200, 384, 500)], ids=["", "documents"])
+@pytest.mark.parametrize(("tokens", "chunk"), [(1536, 128), (1500, 384), (2113, 1024), (5000, 2560)])
+def test_gate_gradients_between_steps_that_are_forgotten(
+    library: ctypes.CDLL, tokens: int, chunk: int, documents: tuple[int, ...], gate: float
+) -> None:
+    """As after pt_key_grads: a step's keys say what crosses its end, where nothing else does."""
+    case = Case(
+        batch=2, tokens=tokens, query_heads=2, key_heads=1, head_dim=32, chunk=chunk, gate=gate, documents=documents
+    )
+    run = Run(library, case, 80)
+    count, span = run.state_shape[1], chunks_of_span(case)
+    query_dots = dots_of(case, (case.batch, case.query_heads), seed=1)
+    key_dots = dots_of(case, (2, case.batch, case.key_heads), seed=2)
+    flow = 30 * random(case.batch, case.key_heads, count, seed=3)
+    last_of_span = torch.tensor([n % span == span - 1 or n == count - 1 for n in range(count)], device=DEVICE)
+    flow[(random(*flow.shape, seed=4) > 0) & ~last_of_span] = math.inf
+    ours = run.gate_grad(query_dots, key_dots, flow, None, key_dots[1])
+
+    gained = query_dots.double().sum(1) - key_dots[0, :, 0].double()
+    log2 = run.log_G[..., 0].double() / math.log(2)
+    exact = torch.zeros_like(ours, dtype=torch.float64)
+    closed = {0, *documents}
+    forgotten = 0
+    for b in range(case.batch):
+        sum_, terms = 0.0, gained[b].tolist()
+        for t in range(tokens - 1, -1, -1):
+            if (t + 1) % chunk == 0 or t == tokens - 1:
+                known = float(flow[b, 0, t // chunk])
+                sum_ = known if math.isfinite(known) else sum_
+            start = t + 1 - STEP
+            passes = 2.0 ** float(log2[b, max(start, 0) : t + 1].sum())
+            if any(start <= at <= t for at in documents):
+                passes = 0.0
+            if (t + 1) % STEP == 0 and t + 1 < tokens and passes < FORGOTTEN_STEP:
+                sum_ = float(key_dots[1, b, 0, start : t + 1].double().sum())
+                forgotten += 1
+            sum_ = 0.0 if t in closed else sum_ + terms[t]
+            exact[b, t, 0] = sum_
+    assert forgotten > 0 or gate < 0.06
+    # The sum of a step is in fp32.
+    torch.testing.assert_close(ours.double(), exact, rtol=2**-20, atol=2**-18)

@@ -23,6 +23,8 @@ from tests.ops.test_cuda import (
     assert_small,
     errors_of,
     evaluate,
+    in_one_call,
+    measure,
 )
 
 pytestmark = pytest.mark.skipif(
@@ -71,11 +73,35 @@ def test_output_and_gradients_are_as_accurate_as_the_formula(name: str) -> None:
     assert_accurate(CASES[name])
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_gate_gradients_of_few_steps(seed: int) -> None:
-    # dk takes steps of 128 tokens where dq takes the chunk: what one adds to a gate's gradient the other takes away.
-    case = replace(BASE, T=1024, chunk_size=512, gate=0.1)
-    assert_accurate(case, seed)
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize(("T", "chunk_size", "gate"), [(400, 128, 3.0), (900, 512, 1.0), (900, 512, 0.06)])
+def test_gate_gradients_are_not_left_with_what_strong_gates_forget(
+    T: int, chunk_size: int, gate: float, seed: int
+) -> None:
+    # dk takes steps of 128 tokens where dq takes the chunk. What one side of a pair rounds otherwise than the other
+    # would stay in the sum down to the chunk's start, eight times the plain formula's error.
+    error, plain = measure(replace(BASE, T=T, chunk_size=chunk_size, gate=gate), seed)["grad_log_G"]
+    assert error <= plain
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_gate_gradients_where_steps_remember(seed: int) -> None:
+    assert_accurate(replace(BASE, T=1100, chunk_size=512, gate=0.035), seed)
+
+
+@pytest.mark.skipif(ON_GPU, reason="the GPU has its own number of multiprocessors")
+@pytest.mark.parametrize("count", [1, 3])
+def test_segments_of_several_chunks(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setenv("PT_EMULATED_MULTIPROCESSORS", str(count))
+    assert_accurate(replace(BASE, T=900, Hq=2, Hk=1, documents=(300, 600)))
+
+
+def test_weights_that_one_key_takes() -> None:
+    """Where y is nearly one value, dn' . v and the normaliser's part of dW cancel."""
+    case = replace(BASE, T=400)
+    tensors = case.tensors()
+    tensors["K"][:, 3] *= 30
+    assert_small(case, errors_of(case, tensors, *in_one_call(case, tensors)))
 
 
 def test_initial_state_whose_end_nobody_reads() -> None:

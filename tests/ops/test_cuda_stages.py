@@ -14,7 +14,7 @@ from tests.ops.emulation import KERNELS, emulated_library
 
 LONG = ["long chunk", "long chunk, documents"]  # more columns than a row tile has rows
 CASES = {
-    32: ["two chunks", "tail", "T=1", "grouped heads", "documents", "boundary", *LONG],
+    32: ["two chunks", "odd blocks", "tail", "T=1", "grouped heads", "documents", "boundary", *LONG],
     64: ["two chunks", "grouped heads", "documents", *LONG],
     128: ["two chunks"],
 }

@@ -202,7 +202,7 @@ int pt_key_grads(const pt_problem* problem, const pt_key_grads_params* params, v
   pt_sizes sizes;
   PT_TRY(pt_sizes_of(problem, &sizes));
   if (!sizes.key_grads_workspace)
-    return fail(PT_UNSUPPORTED, "pt_key_grads: on Hopper, head_dim 32 in bf16, chunks of a multiple of 128 and more than one of them; head_dim %d, dtype %d, "
+    return fail(PT_UNSUPPORTED, "pt_key_grads: on Hopper, head_dim 32 in bf16, chunks of 128, 256, 384 or 512 and more than one of them; head_dim %d, dtype %d, "
                 "chunk_size %d, seq_len %lld", problem->head_dim, problem->dtype, problem->chunk_size, (long long)problem->seq_len);
   return sm90::key_grads(*problem, *params, (cudaStream_t)stream);
 }

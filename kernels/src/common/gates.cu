@@ -50,8 +50,11 @@ constexpr int kSpan = 2048, kSpanChunks = 4;
 constexpr float kForgotten = 0.125f;  // a decay; see state_flow
 int chunks_of_span(const pt_problem& p) { return p.chunk_size < kSpan ? std::min(kSpan / p.chunk_size, kSpanChunks) : 1; }
 
+constexpr int kStep = 128;                  // tokens of a step of pt_key_grads, and of a warp of gate_grad
+constexpr float kForgottenStep = 0x1p-8f;  // a decay; see gate_grad
+
 struct GateGradArguments {
-  const float *query_dots, *key_dots, *flow, *dn_scale, *value_scale;
+  const float *query_dots, *key_dots, *step_dots, *block_decay, *flow, *dn_scale, *value_scale;
   const int32_t* document_start;
   float* out;
   int64_t stride_b, stride_t, stride_h, seq_len, padded;
@@ -60,7 +63,9 @@ struct GateGradArguments {
 
 // dlog_G_t = dlog_G_{t+1} + q_t.dq_t / 2 - k_t.dk_t / 2: what token t receives and what it gives cross its gate, or not. From the right, a span of
 // chunks for each thread block and four tokens a thread, begun anew with what state_flow knows at the ends of chunks and, with zero, where a
-// document begins (or the row, from nothing): nothing passes its gate, whose gradient is zero.
+// document begins (or the row, from nothing): nothing passes its gate, whose gradient is zero. With step_dots also at the ends of steps, where pairs
+// on both sides are rounded in one way by their queries and in another by their keys, wherever the step's keys alone say what crosses its end: gates
+// are strong there, and what is added up from further right would be mostly error.
 __global__ void __launch_bounds__(kSpan / 4) gate_grad(const __grid_constant__ GateGradArguments a) {
   constexpr int kTokens = 4;
   __shared__ Segment warps[kSpan / kTokens / 32];
@@ -71,8 +76,23 @@ __global__ void __launch_bounds__(kSpan / 4) gate_grad(const __grid_constant__ G
   const int32_t* starts = a.document_start + (int64_t)b * a.padded + begin;
   float* out = a.out + b * a.stride_b + h * a.stride_h + begin * a.stride_t;
   double carried = 0.;
-  for (int done = 0; done < count; done += blockDim.x * kTokens) {
-    const int end = count - done - (int)threadIdx.x * kTokens, first = end - kTokens;
+  const int rounded = a.step_dots ? (count + kStep - 1) / kStep * kStep : count;  // a warp's tokens are a step
+  for (int done = 0; done < rounded; done += blockDim.x * kTokens) {
+    const int end = rounded - done - (int)threadIdx.x * kTokens, first = end <= count ? end - kTokens : -1;
+    float given = 0.f;
+    bool of_step = false;
+    if (a.step_dots) {
+      if (first >= 0) {
+        const float4 part = *(const float4*)(a.step_dots + (int64_t)bh * a.padded + begin + first);
+        given = (part.x + part.y) + (part.z + part.w);
+      }
+#pragma unroll
+      for (int step = 1; step < 32; step *= 2) given += __shfl_xor_sync(~0u, given, step);
+      if (threadIdx.x % 32 == 0 && first >= 0 && begin + end < a.padded) {
+        const float* const decay = a.block_decay + ((int64_t)bh * a.padded + begin + end - kStep) / kBlock;
+        of_step = decay[0] * decay[1] < kForgottenStep;
+      }
+    }
     bool begins = false;
     float known = 0.f;
     double value[kTokens] = {};
@@ -92,6 +112,7 @@ __global__ void __launch_bounds__(kSpan / 4) gate_grad(const __grid_constant__ G
       }
       value[0] -= key.x, value[1] -= key.y, value[2] -= key.z, value[3] -= key.w;
       const int of_token[kTokens] = {start.x, start.y, start.z, start.w};
+      if (of_step) known = given, begins = true;
       if (begins) mine = {known, 1};
 #pragma unroll
       for (int i = kTokens - 1; i >= 0; i--) {
@@ -219,12 +240,15 @@ int pt_state_flow(const pt_problem* problem, const pt_state_flow_params* params,
 int pt_gate_grad(const pt_problem* problem, const pt_gate_grad_params* params, void* stream) {
   if (int status = validate(problem)) return status;
   PT_REQUIRE(params && params->query_dots && params->key_dots && params->dlog_G);
+  PT_REQUIRE(params->gates || !(params->step_dots || params->has_documents));
+  PT_REQUIRE(!params->step_dots || problem->chunk_size % kStep == 0);
   PT_REQUIRE(params->flow || chunks(problem->seq_len, problem->chunk_size) == 1);
   const pt_problem& p = *problem;
   const pt_gate_grad_params& a = *params;
   GateGradArguments k;
-  k.query_dots = a.query_dots, k.key_dots = a.key_dots, k.flow = a.flow, k.dn_scale = a.dn_scale, k.value_scale = a.value_scale;
-  k.document_start = a.gates ? gates_of(p, a.gates).document_start : nullptr;
+  k.query_dots = a.query_dots, k.key_dots = a.key_dots, k.step_dots = a.step_dots, k.flow = a.flow, k.dn_scale = a.dn_scale, k.value_scale = a.value_scale;
+  k.block_decay = gates_of(p, a.gates).block_decay;
+  k.document_start = a.has_documents ? gates_of(p, a.gates).document_start : nullptr;
   k.out = a.dlog_G, k.stride_b = a.dlog_G_stride_b, k.stride_t = a.dlog_G_stride_t, k.stride_h = a.dlog_G_stride_h;
   k.seq_len = p.seq_len, k.padded = padded_blocks(p.seq_len) * kBlock;
   k.heads = p.key_heads, k.group = p.query_heads / p.key_heads, k.chunk_size = p.chunk_size, k.chunk_count = (int)chunks(p.seq_len, p.chunk_size);

@@ -236,8 +236,10 @@ int pt_backward(const pt_problem* problem, const pt_backward_params* params, voi
       const pt_state_flow_params flow = {saved.states, buffers.grad_states, saved.gates, key_grads ? nullptr : key_dots, has_initial || has_final || p.dtype == PT_FP16, buffers.flow};
       PT_TRY(pt_state_flow(problem, &flow, stream));
     }
-    const pt_gate_grad_params gates = {query_dots, key_dots, buffers.flow, a.has_documents ? saved.gates : nullptr, has_initial, buffers.dn_scale,
-                                       saved.v_scale, a.dlog_G, a.dlog_G_stride_b, a.dlog_G_stride_t, a.dlog_G_stride_h};
+    const pt_gate_grad_params gates = {query_dots,       key_dots,    buffers.flow,     key_grads ? key_dots + sizes.dots / 4 : nullptr,
+                                       saved.gates,      a.has_documents, has_initial,  buffers.dn_scale,
+                                       saved.v_scale,    a.dlog_G,    a.dlog_G_stride_b, a.dlog_G_stride_t,
+                                       a.dlog_G_stride_h};
     PT_TRY(pt_gate_grad(problem, &gates, stream));
   }
   return buffers.entering ? pt_boundary(problem, &boundary, stream) : PT_OK;

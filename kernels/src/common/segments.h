@@ -18,8 +18,9 @@ int join_segments(const pt_problem& problem, const pt_chunk_state_params& params
 // Adds what `initial` brings to 16-bit states that pt_chunk_state scanned from zero. Of params, reverse, gates, initial and states count.
 int carry_in(const pt_problem& problem, const pt_chunk_state_params& params, cudaStream_t stream);
 
-// Where nobody reads 16-bit states: turns `locals` into what enters each segment, and writes the final state. Of params, reverse, gates, initial and
-// final_state count.
+// Where nobody reads the 16-bit states of a reverse scan: turns `locals` into what enters each segment from zero, and writes the final state. Of params,
+// gates and final_state count.
+constexpr int kMostEntered = 128;  // segments
 int enter_segments(const pt_problem& problem, const pt_chunk_state_params& params, int segments, float* locals, cudaStream_t stream);
 
 int64_t boundary_elements(const pt_problem& problem);  // of all (b, h)

@@ -17,6 +17,22 @@ struct GradShape {
   static constexpr int kRowBytes = kRowBlocks * (kXBytes + kUBytes);
 };
 
+// A packed block's rows as A operands: x, whose tiles are transposed, and the columns of u without the normaliser's.
+template <int kHeadDim>
+using RowOperands = uint32_t[kHeadDim / 16][4];
+template <int kHeadDim>
+__device__ __forceinline__ void load_features(RowOperands<kHeadDim>& x, uint32_t block, int warp, int lane) {
+#pragma unroll
+  for (int k = 0; k < kHeadDim / 16; k++)
+    load_matrices_transposed(x[k], block + (((2 * k + (lane >> 4)) * 8 + 2 * warp + (lane >> 3 & 1)) * 64 + (lane & 7) * 8) * 2);
+}
+template <int kHeadDim>
+__device__ __forceinline__ void load_values(RowOperands<kHeadDim>& u, uint32_t block, int warp, int lane) {
+#pragma unroll
+  for (int step = 0; step < kHeadDim / 16; step++)
+    load_matrices(u[step], block + ((2 * warp + (lane >> 3 & 1)) * 64 + (lane & 7) * 8) * 2 + (2 * step + (lane >> 4)) * 1024);
+}
+
 template <int kHeadDim, typename T>
 struct GradRows : GradShape<kHeadDim> {
   using Shape = GradShape<kHeadDim>;
@@ -39,12 +55,8 @@ struct GradRows : GradShape<kHeadDim> {
   __device__ __forceinline__ uint32_t u_at(int m) const { return rows_u + m * block_stride * kUBytes; }
 
   // x of rows block m as A operands.
-  using XOperands = uint32_t[kHeadDim / 16][4];
-  __device__ __forceinline__ void load_x(XOperands& x, int m) const {
-#pragma unroll
-    for (int k = 0; k < kHeadDim / 16; k++)
-      load_matrices_transposed(x[k], x_at(m) + (((2 * k + (lane >> 4)) * 8 + 2 * warp + (lane >> 3 & 1)) * 64 + (lane & 7) * 8) * 2);
-  }
+  using XOperands = RowOperands<kHeadDim>;
+  __device__ __forceinline__ void load_x(XOperands& x, int m) const { load_features<kHeadDim>(x, x_at(m), warp, lane); }
   // x_i of block I for every thread of a row, in pairs (2 s, 2 s + 1): matrix s of the ldmatrix repeats the rows of features 2 s and 2 s + 1 four times.
   __device__ __forceinline__ void load_pairs(uint32_t (&pairs)[4], int m, int half, int i_block) const {
     load_matrices_transposed(pairs, x_at(m) + ((i_block * 8 + 2 * warp + half) * 64 + (2 * (lane >> 3) + (lane & 1)) * 8) * 2);
@@ -66,10 +78,7 @@ struct GradRows : GradShape<kHeadDim> {
 
   // u of rows block m as A operands: its columns without the normaliser's ...
   __device__ __forceinline__ uint32_t u_matrices(int m) const { return u_at(m) + ((2 * warp + (lane >> 3 & 1)) * 64 + (lane & 7) * 8) * 2; }
-  __device__ __forceinline__ void load_values(uint32_t (&u)[kHeadDim / 16][4], int m) const {
-#pragma unroll
-    for (int step = 0; step < kHeadDim / 16; step++) load_matrices(u[step], u_matrices(m) + (2 * step + (lane >> 4)) * 1024);
-  }
+  __device__ __forceinline__ void load_values(RowOperands<kHeadDim>& u, int m) const { sm90::load_values<kHeadDim>(u, u_at(m), warp, lane); }
   // ... and with them. The last operand meets the columns' (hi, lo) twice, with u's hi and then with its lo.
   using UOperands = uint32_t[kSteps][4];
   __device__ __forceinline__ void load_u(UOperands& u, int m) const {

@@ -24,7 +24,7 @@ struct KeyGradsParams {
   const float* entering;  // (segments, boundary): E at the end of each, or null: one segment, zero
   void *dv, *dk, *grad_states;  // the last one, or null: E at the ends of chunks
   int64_t dv_stride_b, dv_stride_t, dv_stride_h, dk_stride_b, dk_stride_t, dk_stride_h;
-  float* dots;  // (B, Hk, Tp), or null
+  float *dots, *step_dots;  // (B, Hk, Tp), or null
   int64_t seq_len, boundary_stride;
   int blocks, chunks, blocks_per_chunk, segments, group, key_heads;
 };
@@ -303,7 +303,8 @@ struct KeyGrads {
         for_each_norm([&](int e, int row, bool apart, bool swapped) {
           if (swapped) return;
           const float total = apart ? z[e] : 0.5f * z[e], high = round_to<T>(total);
-          *(uint32_t*)(state + row / kBlock * state_tile_elements(kHeadDim) + state_index(row % kBlock, kHeadDim)) = Pair<T>::pack(high, total - high);
+          uint4* const to = (uint4*)(state + row / kBlock * state_tile_elements(kHeadDim) + state_index(row % kBlock, kHeadDim));
+          *to = make_uint4(Pair<T>::pack(high, total - high), 0, 0, 0);
         });
     }
 
@@ -383,7 +384,6 @@ struct KeyGrads {
   };
 
   struct Scanner {
-    using Rows = GradRows<kHeadDim, T>;
     const KeyGradsParams& p;
     const Layout& at;
     const int lane, warp, scanner;
@@ -397,19 +397,9 @@ struct KeyGrads {
           columns(at.column_barriers) {}
 
     // A block's k and v as A operands.
-    using Operands = uint32_t[kHeadDim / 16][4];
-    __device__ __forceinline__ void load_keys(Operands& x, uint32_t k_at) const {
-      const int lane = opaque(this->lane);
-#pragma unroll
-      for (int k = 0; k < kHeadDim / 16; k++)
-        load_matrices_transposed(x[k], k_at + (((2 * k + (lane >> 4)) * 8 + 2 * warp + (lane >> 3 & 1)) * 64 + (lane & 7) * 8) * 2);
-    }
-    __device__ __forceinline__ void load_values(Operands& u, uint32_t k_at) const {
-      const int lane = opaque(this->lane);
-#pragma unroll
-      for (int k = 0; k < kHeadDim / 16; k++)
-        load_matrices(u[k], k_at + kXBytes + ((2 * warp + (lane >> 3 & 1)) * 64 + (lane & 7) * 8) * 2 + (2 * k + (lane >> 4)) * 1024);
-    }
+    using Operands = RowOperands<kHeadDim>;
+    __device__ __forceinline__ void load_keys(Operands& x, uint32_t k_at) const { load_features<kHeadDim>(x, k_at, warp, opaque(lane)); }
+    __device__ __forceinline__ void load_values(Operands& u, uint32_t k_at) const { sm90::load_values<kHeadDim>(u, k_at + kXBytes, warp, opaque(lane)); }
 
     // The rows' decays to the end of their block.
     __device__ __forceinline__ void load_decays(float (&decay)[2], int block) const {
@@ -542,7 +532,7 @@ struct KeyGrads {
       wgmma_commit();
       wgmma_wait<0>();
     }
-    // s^2 and 2 s dW times the decays, where t is s times them, as A operands.
+    // s^2 and 2 s dW times the decays, where t is s times them, as A operands; what weigh and weigh_diagonal (columns.cuh) make of two products each.
     __device__ static __forceinline__ void weigh_both(Weights& weights, Weights& ds, int c, const float (&t)[4], const float (&s)[kBlock / 2],
                                                       const float (&dw)[kBlock / 2]) {
 #pragma unroll
@@ -552,23 +542,37 @@ struct KeyGrads {
       }
     }
 
-    __device__ __forceinline__ void store(int block, uint32_t k_at) const {
+    // This thread's terms of x . dk of its two rows, from dk as it is.
+    __device__ __forceinline__ void add_dots(float (&dot)[2], const Operands& x) const {
+#pragma unroll
+      for (int c = 0; c < kFeatureBlocks; c++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          const float2 k = Pair<T>::unpack(x[c / 2][c % 2 * 2 + half]);
+          dot[half] = fmaf(k.x, dk[4 * c + 2 * half], fmaf(k.y, dk[4 * c + 2 * half + 1], dot[half]));
+        }
+    }
+
+    __device__ __forceinline__ void store(int block, uint32_t k_at, const float (&before)[2]) const {
       Operands x;
       load_keys(x, k_at);
       const int lane = opaque(this->lane), of_all = opaque(blockIdx.y), batch = of_all / p.key_heads, head = of_all % p.key_heads;
+      float dot[2] = {};
+      add_dots(dot, x);
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         const int row = 16 * warp + lane / 4 + half * 8;
         const int64_t token = (int64_t)block * kBlock + row;
-        float dot = 0.f;
+        float of_state = dot[half] - before[half];
 #pragma unroll
-        for (int c = 0; c < kFeatureBlocks; c++) {
-          const float2 k = Pair<T>::unpack(x[c / 2][c % 2 * 2 + half]);
-          dot = fmaf(k.x, dk[4 * c + 2 * half], fmaf(k.y, dk[4 * c + 2 * half + 1], dot));
+        for (int step = 1; step < 4; step *= 2) {
+          dot[half] += __shfl_xor_sync(0xffffffffu, dot[half], step);
+          of_state += __shfl_xor_sync(0xffffffffu, of_state, step);
         }
-        dot += __shfl_xor_sync(0xffffffffu, dot, 1);
-        dot += __shfl_xor_sync(0xffffffffu, dot, 2);
-        if (p.dots && lane % 4 == 0) p.dots[((int64_t)of_all * p.blocks + block) * kBlock + row] = 0.5f * dot;
+        if (p.dots && lane % 4 == 0) {
+          const int64_t at = ((int64_t)of_all * p.blocks + block) * kBlock + row;
+          p.dots[at] = 0.5f * dot[half], p.step_dots[at] = 0.5f * of_state;
+        }
         T* const to_dk = (T*)p.dk + batch * p.dk_stride_b + token * p.dk_stride_t + head * p.dk_stride_h;
         T* const to_dv = (T*)p.dv + batch * p.dv_stride_b + token * p.dv_stride_t + head * p.dv_stride_h;
 #pragma unroll
@@ -617,11 +621,17 @@ struct KeyGrads {
         const uint32_t k_at = at.rows + (rows.stage() * kStep + m) * kRowsBytes;
         rows.wait_full();
         scan_columns(step, m, k_at);
+        float before[2] = {};
+        if (mine) {
+          Operands x;
+          load_keys(x, k_at);
+          add_dots(before, x);
+        }
         states.wait_full();
         if (mine) scan_state(k_at, at.states + states.stage() * kStateBytes, block, m + 1 < step.count);
         states.release(states.stage());
         states.advance();
-        if (mine) store(block, k_at);
+        if (mine) store(block, k_at, before);
         rows.release(rows.stage());
         rows.advance();
       });
@@ -663,12 +673,11 @@ __global__ void __launch_bounds__(KeyGrads<T>::kThreads, 1) key_grads_kernel(con
 // The fewest segments that let the multiprocessors finish first; what a segment's gradient by itself costs, which it takes to begin in the middle, is a
 // third of the rest.
 int key_grads_segments(const pt_problem& problem) {
-  constexpr int kMost = 128;  // bounds the workspace
   constexpr double kOwn = 0.33, kWorthwhile = 0.97;
   const int64_t count = chunks(problem.seq_len, problem.chunk_size), heads = (int64_t)problem.batch * problem.key_heads;
   int best = 1;
   double best_cost = 0;
-  for (int s = 1; s <= std::min<int64_t>(kMost, count); s++) {
+  for (int s = 1; s <= std::min<int64_t>(kMostEntered, count); s++) {
     const double cost = (double)ceil_div(heads * s, multiprocessors()) * ceil_div(count, s) * (s > 1 ? 1 + kOwn : 1);
     if (s == 1 || cost < best_cost * kWorthwhile) best = s, best_cost = cost;
   }
@@ -681,6 +690,7 @@ int launch_key_grads(const pt_problem& problem, const pt_key_grads_params& param
   const Gates gates = gates_of(problem, params.gates);
   const int segments = key_grads_segments(problem);
   float* const entering = (float*)params.workspace;
+  // With one segment, for the gradient of the initial state alone: the updating warpgroup stops a step before it has that.
   if (segments > 1 || params.final_state) {
     const pt_chunk_state_params own = {1, params.q, params.decayed_dn, params.gates, nullptr, nullptr, params.final_state, nullptr};
     if (int status = scan_segments<32, T>(problem, own, segments, entering, stream)) return status;
@@ -696,6 +706,7 @@ int launch_key_grads(const pt_problem& problem, const pt_key_grads_params& param
   p.dv_stride_b = params.dv.stride_b, p.dv_stride_t = params.dv.stride_t, p.dv_stride_h = params.dv.stride_h;
   p.dk_stride_b = params.dk.stride_b, p.dk_stride_t = params.dk.stride_t, p.dk_stride_h = params.dk.stride_h;
   p.grad_states = params.grad_states, p.dots = params.dots;
+  p.step_dots = params.dots ? params.dots + (int64_t)problem.batch * problem.key_heads * padded_blocks(problem.seq_len) * kBlock : nullptr;
   p.seq_len = problem.seq_len, p.boundary_stride = boundary_elements(problem);
   p.blocks = (int)padded_blocks(problem.seq_len), p.chunks = (int)chunks(problem.seq_len, problem.chunk_size);
   p.blocks_per_chunk = problem.chunk_size / kBlock, p.segments = segments;
