@@ -155,8 +155,8 @@ typedef struct {
 PT_API int pt_pack_grad(const pt_problem* problem, const pt_pack_grad_params* params, void* stream);
 
 /* dlog_G beyond the end of chunks, the sum of w_ij dW_ij over the pairs on both sides of it, as what passes through the chunk from before it,
- * chunk_decay_n <states_n, grad_states_n>, and what its keys give to later chunks: (B, Hk, N) fp32 in packed units. Without the latter, after
- * pt_key_grads, as <states_{n+1}, grad_states_n>, and zero beyond the last chunk. Infinite where pt_gate_grad is to add it up from the next chunk that
+ * chunk_decay_n <states_n, grad_states_n>, and what its keys give to later chunks: (B, Hk, N) fp32 in packed units. Where key_dots is null,
+ * after pt_key_grads, it is <states_{n+1}, grad_states_n>, and zero beyond the last chunk. Infinite where pt_gate_grad is to add it up from the next chunk that
  * is known: at most three chunks further, and not where strong gates lie between. */
 typedef struct {
   const void* states;      /* forward; null: nothing entered the only chunk */

@@ -418,7 +418,9 @@ def stage_floors(problem: Problem, rates: dict[str, float]) -> dict[str, float]:
         "chunk_scan reverse": (flops.backward.state_update / 2 + 2 * product, 2 * q_bytes + 3 * k_bytes + states),
         "chunk_scan_grad": (flops.backward.state_query / 2 + 3 * product, 3 * q_bytes + 2 * k_bytes + states),
         "chunk_scan_grad reverse": (flops.backward.state_update / 2 + 3 * product, 2 * q_bytes + 3 * k_bytes + states),
-        # In place of the reverse stages but the first, whose segments it begins from, if there is more than one.
+        # dk and dv in one. Pairs are counted by chunk as for the other stages, though it scores them within steps of
+        # 128 tokens alone: a share of what was asked for, not of its own work. `chunk_state reverse` beside it is the
+        # segments' own gradients, without states.
         "key_grads": (
             flops.backward.state_query / 2 + flops.backward.state_update + 4 * product,
             2 * q_bytes + 4 * k_bytes + states,

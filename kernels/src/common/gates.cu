@@ -50,8 +50,8 @@ constexpr int kSpan = 2048, kSpanChunks = 4;
 constexpr float kForgotten = 0.125f;  // a decay; see state_flow
 int chunks_of_span(const pt_problem& p) { return p.chunk_size < kSpan ? std::min(kSpan / p.chunk_size, kSpanChunks) : 1; }
 
-constexpr int kStep = 128;                  // tokens of a step of pt_key_grads, and of a warp of gate_grad
-constexpr float kForgottenStep = 0x1p-8f;  // a decay; see gate_grad
+constexpr int kStep = kStepBlocks * kBlock;  // tokens of a step, and of a warp of gate_grad
+constexpr float kForgottenStep = 0x1p-8f;    // a decay; see gate_grad
 
 struct GateGradArguments {
   const float *query_dots, *key_dots, *step_dots, *block_decay, *flow, *dn_scale, *value_scale;
@@ -63,9 +63,9 @@ struct GateGradArguments {
 
 // dlog_G_t = dlog_G_{t+1} + q_t.dq_t / 2 - k_t.dk_t / 2: what token t receives and what it gives cross its gate, or not. From the right, a span of
 // chunks for each thread block and four tokens a thread, begun anew with what state_flow knows at the ends of chunks and, with zero, where a
-// document begins (or the row, from nothing): nothing passes its gate, whose gradient is zero. With step_dots also at the ends of steps, where pairs
-// on both sides are rounded in one way by their queries and in another by their keys, wherever the step's keys alone say what crosses its end: gates
-// are strong there, and what is added up from further right would be mostly error.
+// document begins (or the row, from nothing): nothing passes its gate, whose gradient is zero. With step_dots also begun anew at the end of a step
+// across which less than kForgottenStep of the decay is left, with what the step's own keys give to later steps: hardly anything older crosses it. Pairs
+// between steps are rounded in one way by their queries and in another by their keys, and what is left of them must not go on further than that.
 __global__ void __launch_bounds__(kSpan / 4) gate_grad(const __grid_constant__ GateGradArguments a) {
   constexpr int kTokens = 4;
   __shared__ Segment warps[kSpan / kTokens / 32];
@@ -87,9 +87,10 @@ __global__ void __launch_bounds__(kSpan / 4) gate_grad(const __grid_constant__ G
         given = (part.x + part.y) + (part.z + part.w);
       }
 #pragma unroll
-      for (int step = 1; step < 32; step *= 2) given += __shfl_xor_sync(~0u, given, step);
+      for (int lanes = 1; lanes < 32; lanes *= 2) given += __shfl_xor_sync(~0u, given, lanes);
       if (threadIdx.x % 32 == 0 && first >= 0 && begin + end < a.padded) {
         const float* const decay = a.block_decay + ((int64_t)bh * a.padded + begin + end - kStep) / kBlock;
+        static_assert(kStepBlocks == 2 && kStep == 32 * kTokens);
         of_step = decay[0] * decay[1] < kForgottenStep;
       }
     }
@@ -160,9 +161,9 @@ __global__ void __launch_bounds__(kThreads) state_flow(const T* states, const T*
     return;
   }
   const bool at_end = !key_states;
-  const float decay = at_end ? (n + 1 < chunk_count ? 1.f : 0.f) : states ? chunk_decay[blockIdx.x] : 0.f;
+  const float factor = at_end ? (n + 1 < chunk_count ? 1.f : 0.f) : states ? chunk_decay[blockIdx.x] : 0.f;
   float through = 0.f;
-  if (decay > kNegligibleDecay) {
+  if (factor > kNegligibleDecay) {
     const int64_t at = (int64_t)blockIdx.x * phi_tiles(D) * state_tile_elements(D);
     if (at_end) states += phi_tiles(D) * state_tile_elements(D);
     for (int first = threadIdx.x; first < kPieces; first += kAhead * kThreads) {  // eight columns of one row a piece
@@ -191,7 +192,7 @@ __global__ void __launch_bounds__(kThreads) state_flow(const T* states, const T*
   }
   const int64_t begin = (int64_t)n * chunk_size, padded = ceil_div(seq_len, kBlock) * kBlock;
   const int count = (int)min((int64_t)chunk_size, padded - begin);  // zero beyond the row
-  double sum = (double)(decay * scale) * through;
+  double sum = (double)(factor * scale) * through;
   for (int t = threadIdx.x * 4; t < count && !at_end; t += kThreads * 4) {
     const float4 key = *(const float4*)(key_states + bh * padded + begin + t);
     sum += (double)key.x + key.y + key.z + key.w;

@@ -41,6 +41,7 @@ namespace powertrain {
 
 constexpr int kBlock = 64;       // tokens of a block, rows of a phi tile
 constexpr int kNormColumns = 8;  // columns that the normaliser occupies
+constexpr int kStepBlocks = 2;   // blocks of a step of key_grads
 
 PT_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -18,8 +18,8 @@ int join_segments(const pt_problem& problem, const pt_chunk_state_params& params
 // Adds what `initial` brings to 16-bit states that pt_chunk_state scanned from zero. Of params, reverse, gates, initial and states count.
 int carry_in(const pt_problem& problem, const pt_chunk_state_params& params, cudaStream_t stream);
 
-// Where nobody reads the 16-bit states of a reverse scan: turns `locals` into what enters each segment from zero, and writes the final state. Of params,
-// gates and final_state count.
+// Where nobody reads the 16-bit states of a reverse scan: in place of each segment's own state in `locals`, what enters the segment; zero enters the
+// first. Of params, gates and final_state (or null) count.
 constexpr int kMostEntered = 128;  // segments
 int enter_segments(const pt_problem& problem, const pt_chunk_state_params& params, int segments, float* locals, cudaStream_t stream);
 

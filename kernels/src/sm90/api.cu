@@ -37,7 +37,7 @@ int key_grads_segments(const pt_problem& problem);
 
 int64_t key_grads_workspace(const pt_problem& problem) {
   // Between the steps within a chunk the gates' gradient collects rounding: four are what was measured (docs/kernels.md, section 3).
-  constexpr int kStep = 2 * kBlock, kMostSteps = 4;
+  constexpr int kStep = kStepBlocks * kBlock, kMostSteps = 4;
   const bool steps = problem.chunk_size % kStep == 0 && problem.chunk_size <= kMostSteps * kStep;
   if (problem.head_dim != 32 || problem.dtype != PT_BF16 || problem.state_scale != 1.f || !steps || problem.chunk_size >= problem.seq_len) return 0;
   return key_grads_segments(problem) * boundary_elements(problem) * 4;

@@ -285,7 +285,7 @@ int64_t chunk_state_workspace_of(const pt_problem& problem) {
   return segments > 1 ? segments * boundary_elements(problem) * 4 : 0;
 }
 
-// Each segment by itself: `locals`, or states and final_state of the only one.
+// Each segment from zero (the first one from `initial`): states where they are wanted, and the last one to `locals`, or of the only segment to final_state.
 template <int kHeadDim, typename T>
 int scan_segments(const pt_problem& problem, const pt_chunk_state_params& params, int segments, float* locals, cudaStream_t stream) {
   using Kernel = ChunkState<kHeadDim, T>;

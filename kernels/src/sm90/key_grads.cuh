@@ -3,8 +3,8 @@
 // chunk_scan reverse and chunk_scan_grad reverse in one kernel, with steps of 128 tokens in place of chunks.
 //
 // One warpgroup, the updating one, keeps the gradient E in fp32 accumulators, adds phi(q)^T dn' of a step, and leaves it in shared memory in 16 bits.
-// From there two scanning warpgroups take it, for one of the 64-token blocks of the step before each: dk by outer products (state_outer.cuh), dv from
-// phi(k) E, then what attention within the step adds. Both products read one layout, E_abc for every ordered pair (a, b) of features: a slot for each b,
+// Two scanning warpgroups, one for each 64-token block of the next step to the left, first form what attention within that step gives (dk is parked in
+// shared memory between columns), then add what comes from E: dk by outer products (state_outer.cuh), dv from phi(k) E. Both products read one layout, E_abc for every ordered pair (a, b) of features: a slot for each b,
 // with core matrices of eight a and eight columns c, which run along N for the outer products and along K for phi(k) E. The normaliser's column of E is
 // a matrix of its own, Z = sum of decay n_i q_i q_i^T with n_i the last component of dn', kept twice as large.
 // Of the producing warpgroup one thread copies for the scanning ones and one for the updating one; two warps multiply dn' by its decay on its way there.
@@ -33,7 +33,7 @@ template <typename T>
 struct KeyGrads {
   static constexpr int kHeadDim = 32, kFeatureBlocks = feature_blocks(kHeadDim), kPhiTiles = phi_tiles(kHeadDim), kHalf = kFeatureBlocks / 2;
   static constexpr int kColumns = kHeadDim + kNormColumns, kColumnGroups = kHeadDim / 8;
-  static constexpr int kStep = 2;  // blocks, one for each scanning warpgroup
+  static constexpr int kStep = kStepBlocks;  // one for each scanning warpgroup
   static constexpr int kScanners = kStep, kAssistants = 2, kThreads = (kScanners + 2) * 128;
   // Registers: at most 4 * 128, the cap of a block of 512 threads.
   static constexpr int kProducing = 40, kScanning = 128, kUpdating = 216;
@@ -565,9 +565,9 @@ struct KeyGrads {
         const int64_t token = (int64_t)block * kBlock + row;
         float of_state = dot[half] - before[half];
 #pragma unroll
-        for (int step = 1; step < 4; step *= 2) {
-          dot[half] += __shfl_xor_sync(0xffffffffu, dot[half], step);
-          of_state += __shfl_xor_sync(0xffffffffu, of_state, step);
+        for (int lanes = 1; lanes < 4; lanes *= 2) {
+          dot[half] += __shfl_xor_sync(0xffffffffu, dot[half], lanes);
+          of_state += __shfl_xor_sync(0xffffffffu, of_state, lanes);
         }
         if (p.dots && lane % 4 == 0) {
           const int64_t at = ((int64_t)of_all * p.blocks + block) * kBlock + row;
