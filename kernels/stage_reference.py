@@ -51,10 +51,9 @@ def quadratic(run: Run, exact: bool) -> dict[str, Tensor]:
     dq, dk, dv = ds @ k, ds.transpose(-1, -2) @ q, W.transpose(-1, -2) @ dn
     row, column = (W * dW).sum(-1), (W * dW).sum(-2)
     out = {"y": y, "normalizer": d.squeeze(-1)}
+    # What crosses the ends of chunks, without a state from outside.
     ends = [min(end, c.tokens) for end in range(c.chunk, c.tokens + c.chunk, c.chunk)]
-    crossing = torch.stack(
-        [(W * dW)[..., end:, :end].sum((-1, -2)) for end in ends], -1
-    )  # without a state from outside
+    crossing = torch.stack([(W * dW)[..., end:, :end].sum((-1, -2)) for end in ends], -1)
 
     def by_key_head(x: Tensor) -> Tensor:
         return x.unflatten(1, (c.key_heads, group)).sum(2)

@@ -9,6 +9,7 @@ the sm80 ones; without one, the sm80 kernels run emulated, on fewer and smaller 
 import ctypes
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,19 +52,26 @@ def _poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _library() -> Iterator[None]:
+@contextmanager
+def loaded_kernels(*, without: tuple[str, ...]) -> Iterator[None]:
+    """On a GPU the real library, else the emulated one without some architectures' kernels."""
     if ON_GPU:
         native.load_kernels()
         yield
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("POWERTRAIN_KERNELS_LIBRARY", str(emulated_library(without=("sm90",))))
+        patch.setenv("POWERTRAIN_KERNELS_LIBRARY", str(emulated_library(without=without)))
         patch.setattr(cuda_plan, "DEVICE_TYPES", ["cpu"])
         _forget_library()
         native.load_kernels()
         yield
     _forget_library()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _library() -> Iterator[None]:
+    with loaded_kernels(without=("sm90",)):
+        yield
 
 
 def _forget_library() -> None:

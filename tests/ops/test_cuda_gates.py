@@ -53,6 +53,17 @@ def known_ends(case: Case, decays: list[float]) -> list[bool]:
     return known
 
 
+def random_sums(run: Run) -> tuple[Tensor, Tensor, Tensor]:
+    """Dots of queries (B, Hq, Tp) and keys (2, B, Hk, Tp), what crosses ends of chunks (B, Hk, N), some unknown."""
+    case, span, count = run.case, chunks_of_span(run.case), run.state_shape[1]
+    query_dots = dots_of(case, (case.batch, case.query_heads), seed=1)
+    key_dots = dots_of(case, (2, case.batch, case.key_heads), seed=2)
+    flow = 30 * random(case.batch, case.key_heads, count, seed=3)
+    last_of_span = torch.tensor([n % span == span - 1 or n == count - 1 for n in range(count)], device=DEVICE)
+    flow[(random(*flow.shape, seed=4) > 0) & ~last_of_span] = math.inf
+    return query_dots, key_dots, flow
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("head_dim", [32, 64])
 @pytest.mark.parametrize("gate", [1e-4, 0.01, 3.0])
@@ -127,12 +138,8 @@ def test_gate_gradients_between_known_ends(
 ) -> None:
     case = replace(SHAPES[shape], head_dim=32, documents=documents, boundary=initial_state)
     run = Run(library, case, 80)
-    count, span = run.state_shape[1], chunks_of_span(case)
-    query_dots = dots_of(case, (case.batch, case.query_heads), seed=1)
-    key_dots = dots_of(case, (2, case.batch, case.key_heads), seed=2)
-    flow = 30 * random(case.batch, case.key_heads, count, seed=3)
-    last_of_span = torch.tensor([n % span == span - 1 or n == count - 1 for n in range(count)], device=DEVICE)
-    flow[(random(*flow.shape, seed=4) > 0) & ~last_of_span] = math.inf
+    query_dots, key_dots, flow = random_sums(run)
+    count = flow.shape[-1]
     scales = None
     if scaled:
         scales = tuple(2.0 ** torch.randint(-9, 9, flow.shape[:2], device=DEVICE) for _ in range(2))
@@ -172,12 +179,7 @@ def test_gate_gradients_between_steps_that_are_forgotten(
         batch=2, tokens=tokens, query_heads=2, key_heads=1, head_dim=32, chunk=chunk, gate=gate, documents=documents
     )
     run = Run(library, case, 80)
-    count, span = run.state_shape[1], chunks_of_span(case)
-    query_dots = dots_of(case, (case.batch, case.query_heads), seed=1)
-    key_dots = dots_of(case, (2, case.batch, case.key_heads), seed=2)
-    flow = 30 * random(case.batch, case.key_heads, count, seed=3)
-    last_of_span = torch.tensor([n % span == span - 1 or n == count - 1 for n in range(count)], device=DEVICE)
-    flow[(random(*flow.shape, seed=4) > 0) & ~last_of_span] = math.inf
+    query_dots, key_dots, flow = random_sums(run)
     ours = run.gate_grad(query_dots, key_dots, flow, None, key_dots[1])
 
     gained = query_dots.double().sum(1) - key_dots[0, :, 0].double()

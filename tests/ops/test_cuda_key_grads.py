@@ -9,21 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from powertrain import native
-from powertrain.ops import cuda, cuda_plan, power_retention
-from tests.ops.emulation import emulated_library
+from powertrain.ops import cuda, power_retention
 from tests.ops.test_cuda import (
     BF16,
     FACTOR,
     ON_GPU,
     Case,
-    _forget_library,
     _poisoned_memory,  # noqa: F401
     assert_accurate,
     assert_small,
     errors_of,
     evaluate,
     in_one_call,
+    loaded_kernels,
     measure,
 )
 
@@ -49,17 +47,8 @@ CASES = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _library() -> Iterator[None]:
-    if ON_GPU:
-        native.load_kernels()
+    with loaded_kernels(without=("sm80",)):
         yield
-        return
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("POWERTRAIN_KERNELS_LIBRARY", str(emulated_library(without=("sm80",))))
-        patch.setattr(cuda_plan, "DEVICE_TYPES", ["cpu"])
-        _forget_library()
-        native.load_kernels()
-        yield
-    _forget_library()
 
 
 @pytest.fixture(autouse=True)

@@ -153,6 +153,17 @@ int join(const pt_problem& problem, const pt_chunk_state_params& params, int seg
   return with_type(problem, [&](auto element, auto dim) { return launch<decltype(element), dim.value>(problem, p, stream); });
 }
 
+// The number of segments of least cost, the fewest among those that differ by little.
+template <typename Cost>
+int cheapest_segments(int64_t most, Cost cost) {
+  constexpr double kWorthwhile = 0.97;
+  int best = 1;
+  double best_cost = cost(1);
+  for (int s = 2; s <= most; s++)
+    if (const double of_s = cost(s); of_s < best_cost * kWorthwhile) best = s, best_cost = of_s;
+  return best;
+}
+
 }  // namespace
 
 int64_t boundary_elements(const pt_problem& problem) {
@@ -164,18 +175,21 @@ int choose_segments(const pt_problem& problem, int64_t blocks_per_segment) {
   // In units of the time that a thread block takes for 1024 tokens, estimated from bytes (docs/kernels.md): the pass over the states, per thread
   // block and chunk of the device, and writing and reading one thread block's part of a segment's final state.
   constexpr double kJoinCost = 0.15, kLocalCost = 0.007;
-  constexpr double kWorthwhile = 0.97;
   const int64_t count = chunks(problem.seq_len, problem.chunk_size);
   const int64_t device = multiprocessors();
-  int best = 1;
-  double best_cost = 0;
-  for (int s = 1; s <= std::min<int64_t>(kMost, count); s++) {
+  return cheapest_segments(std::min<int64_t>(kMost, count), [&](int s) {
     // In chunks that the busiest multiprocessor walks through, one thread block at a time.
-    const double cost = (double)ceil_div(blocks_per_segment * s, device) * ceil_div(count, s) +
-                        (s > 1 ? (kJoinCost * count / device + kLocalCost * s * 1024.0 / problem.chunk_size) * blocks_per_segment : 0.0);
-    if (s == 1 || cost < best_cost * kWorthwhile) best = s, best_cost = cost;
-  }
-  return best;
+    return (double)ceil_div(blocks_per_segment * s, device) * ceil_div(count, s) +
+           (s > 1 ? (kJoinCost * count / device + kLocalCost * s * 1024.0 / problem.chunk_size) * blocks_per_segment : 0.0);
+  });
+}
+
+int choose_entered_segments(const pt_problem& problem) {
+  constexpr double kOwn = 0.33;  // of the rest: a segment's gradient by itself
+  const int64_t count = chunks(problem.seq_len, problem.chunk_size), heads = (int64_t)problem.batch * problem.key_heads;
+  return cheapest_segments(std::min<int64_t>(kMostEntered, count), [&](int s) {
+    return (double)ceil_div(heads * s, multiprocessors()) * ceil_div(count, s) * (s > 1 ? 1 + kOwn : 1);
+  });
 }
 
 int join_segments(const pt_problem& problem, const pt_chunk_state_params& params, int segments, const float* locals, cudaStream_t stream) {

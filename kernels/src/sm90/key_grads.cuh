@@ -9,8 +9,6 @@
 // a matrix of its own, Z = sum of decay n_i q_i q_i^T with n_i the last component of dn', kept twice as large.
 // Of the producing warpgroup one thread copies for the scanning ones and one for the updating one; two warps multiply dn' by its decay on its way there.
 #pragma once
-#include <algorithm>
-
 #include "chunk_state.cuh"
 #include "columns.cuh"
 #include "grad_rows.cuh"
@@ -90,6 +88,12 @@ struct KeyGrads {
     }
   }
 
+  // A block of q and then dn', which both readers have one after the other.
+  __device__ static __forceinline__ void load_queries(const KeyGradsParams& p, uint32_t to, int64_t block, uint32_t barrier) {
+    bulk_load(to, (const T*)p.q + block * feature_block_elements(kHeadDim), kXBytes, barrier);
+    bulk_load(to + kXBytes, (const T*)p.dn + block * value_block_elements(kHeadDim), kUBytes, barrier);
+  }
+
   // What the scanning warpgroups read.
   __device__ static void produce(const KeyGradsParams& p, const Layout& at) {
     Ring<kRowBuffers> rows(at.row_barriers);
@@ -115,8 +119,7 @@ struct KeyGrads {
           columns.wait_empty();
           const uint32_t full = columns.full_barrier();
           barrier_expect(full, Columns::kBytes);
-          bulk_load(to.x, (const T*)p.q + from * feature_block_elements(kHeadDim), kXBytes, full);
-          bulk_load(to.u(), (const T*)p.dn + from * value_block_elements(kHeadDim), kUBytes, full);
+          load_queries(p, to.x, from, full);
           bulk_load(to.decays(), p.block_in + token, Columns::kVectorBytes, full);
           bulk_load(to.log2_decays(), p.log2_decay + token, Columns::kVectorBytes, full);
           bulk_load(to.documents(), p.document_start + (document_at + block) * kBlock, Columns::kVectorBytes, full);
@@ -139,8 +142,7 @@ struct KeyGrads {
           const uint32_t to = at.queries + queries.stage() * kQueryBytes, loaded = at.loaded_barriers + 8 * queries.stage();
           queries.wait_empty();
           barrier_expect(loaded, kQueryBytes);
-          bulk_load(to, (const T*)p.q + from * feature_block_elements(kHeadDim), kXBytes, loaded);
-          bulk_load(to + kXBytes, (const T*)p.dn + from * value_block_elements(kHeadDim), kUBytes, loaded);
+          load_queries(p, to, from, loaded);
           bulk_load(to + kXBytes + kUBytes, p.block_in + (head * p.blocks + block) * kBlock, kBlock * 4, loaded);
           queries.advance();
         }
@@ -670,25 +672,11 @@ __global__ void __launch_bounds__(KeyGrads<T>::kThreads, 1) key_grads_kernel(con
   }
 }
 
-// The fewest segments that let the multiprocessors finish first; what a segment's gradient by itself costs, which it takes to begin in the middle, is a
-// third of the rest.
-int key_grads_segments(const pt_problem& problem) {
-  constexpr double kOwn = 0.33, kWorthwhile = 0.97;
-  const int64_t count = chunks(problem.seq_len, problem.chunk_size), heads = (int64_t)problem.batch * problem.key_heads;
-  int best = 1;
-  double best_cost = 0;
-  for (int s = 1; s <= std::min<int64_t>(kMostEntered, count); s++) {
-    const double cost = (double)ceil_div(heads * s, multiprocessors()) * ceil_div(count, s) * (s > 1 ? 1 + kOwn : 1);
-    if (s == 1 || cost < best_cost * kWorthwhile) best = s, best_cost = cost;
-  }
-  return best;
-}
-
 template <typename T>
 int launch_key_grads(const pt_problem& problem, const pt_key_grads_params& params, cudaStream_t stream) {
   using Kernel = KeyGrads<T>;
   const Gates gates = gates_of(problem, params.gates);
-  const int segments = key_grads_segments(problem);
+  const int segments = choose_entered_segments(problem);
   float* const entering = (float*)params.workspace;
   // With one segment, for the gradient of the initial state alone: the updating warpgroup stops a step before it has that.
   if (segments > 1 || params.final_state) {
