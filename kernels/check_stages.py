@@ -81,7 +81,9 @@ def check(library: ctypes.CDLL, case: Case, arch: int, stages: int) -> dict:
                 group["query_dots"] = group["query_dots"] + size
         if "dinitial" in out:
             out["dinitial"] = out["dinitial"][..., : case.head_dim + 1]
-        if stages > 3 and run.sizes.key_grads_workspace and not case.boundary:
+        if run.sizes.steps_workspace:
+            rows |= query_scan_rows(run, exact, plain, forward, reference, eps)
+        if stages > 3 and run.sizes.steps_workspace and not case.boundary:
             rows |= key_grad_rows(run, forward, reference, exact, plain, out, eps)
         for name in exact:
             if name in terms and exact[name].norm() < 1e-9 * terms[name]:  # T = 1: zero, the sum of terms that cancel
@@ -92,6 +94,24 @@ def check(library: ctypes.CDLL, case: Case, arch: int, stages: int) -> dict:
         # The normaliser is not rounded to 16 bits at the end, the operands of its sum are.
         rows["normalizer"] = (rows["normalizer"][0], max(rows["normalizer"][1], eps / 2))
     return {name: {"error": e, "plain": p, "ok": e <= 2 * p} for name, (e, p) in rows.items()}
+
+
+def query_scan_rows(
+    run: Run, exact: dict[str, Tensor], plain: dict[str, Tensor], forward: dict[str, Tensor], states: Tensor, eps: float
+) -> dict[str, tuple[float, float]]:
+    """What pt_query_scan computes."""
+    ours, again = run.query_scan(), run.query_scan()
+    dim = run.case.head_dim
+    rows = {}
+    if any(not torch.equal(ours[name].view(torch.uint8), again[name].view(torch.uint8)) for name in again):
+        rows["query_scan deterministic"] = (math.nan, 0.0)
+    for name in ("y", "normalizer"):
+        rows[f"query_scan {name}"] = (error(ours[name], exact[name]), error(plain[name], exact[name]))
+    rows["query_scan normalizer"] = (rows["query_scan normalizer"][0], max(rows["query_scan normalizer"][1], eps / 2))
+    rows["query_scan states"] = (error(unpack_states(ours["states"], dim), states), 2 * eps)
+    final = (x["final"][..., : dim + 1] for x in (ours, forward))
+    rows["query_scan final"] = (error(next(final), next(final).double()), 2.0**-18)
+    return rows
 
 
 def key_grad_rows(

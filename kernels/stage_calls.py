@@ -32,7 +32,7 @@ class Problem(ctypes.Structure):
 class Sizes(ctypes.Structure):
     _fields_ = [
         ("packed_q", I64), ("packed_k", I64), ("packed_v", I64), ("packed_dn", I64), ("gates", I64), ("states", I64),
-        ("boundary", I64), ("dots", I64), ("chunk_state_workspace", I64), ("key_grads_workspace", I64),
+        ("boundary", I64), ("dots", I64), ("chunk_state_workspace", I64), ("steps_workspace", I64),
         ("reserved", I64 * 6),
     ]  # fmt: skip
 
@@ -62,6 +62,13 @@ class ChunkScanGrad(ctypes.Structure):
     _fields_ = [
         ("reverse", I32), ("has_boundary", I32), ("q", P), ("k", P), ("v", P), ("dn", P), ("gates", P), ("states", P),
         ("out", Strided), ("x_scale", P), ("value_scale", P), ("dn_scale", P), ("row_scale", P), ("dots", P),
+    ]  # fmt: skip
+
+
+class QueryScan(ctypes.Structure):
+    _fields_ = [
+        ("q", P), ("k", P), ("v", P), ("decayed_v", P), ("gates", P), ("initial", P), ("out", Strided), ("normalizer", P), ("states", P),
+        ("final_state", P), ("workspace", P),
     ]  # fmt: skip
 
 
@@ -319,6 +326,26 @@ class Run:
         )
         self.call("pt_chunk_scan_grad", ctypes.byref(params), self.stream())
 
+    def query_scan(self) -> dict[str, Tensor]:
+        """y, normalizer, states and final, where pt_query_scan takes the problem."""
+        c = self.case
+        out = {
+            "y": self.new(*self.q.shape, dtype=c.dtype),
+            "normalizer": self.new(c.batch, c.query_heads, c.tokens, dtype=torch.float32),
+            "states": self.new(*self.state_shape, dtype=c.dtype),
+            "final": self.new(*self.boundary_shape, dtype=torch.float32),
+        }
+        workspace = self.new(self.sizes.steps_workspace // 4, dtype=torch.float32)
+        inputs = (self.packed_q, self.packed_k, self.packed_v, self.decayed_v, self.gates, self.initial)
+        params = QueryScan(
+            *(None if t is None else t.data_ptr() for t in inputs),
+            strided(out["y"]),
+            *(out[name].data_ptr() for name in ("normalizer", "states", "final")),
+            workspace.data_ptr(),
+        )
+        self.call("pt_query_scan", ctypes.byref(params), self.stream())
+        return out
+
     def key_grads(self) -> dict[str, Tensor]:
         """dv, dk, key_dots (2, B, Hk, Tp), dstates and dinitial, where pt_key_grads takes the problem."""
         c = self.case
@@ -330,7 +357,7 @@ class Run:
             "dstates": self.new(*self.state_shape, dtype=c.dtype),
             "dinitial": self.new(*self.boundary_shape, dtype=torch.float32),
         }
-        workspace = self.new(self.sizes.key_grads_workspace // 4, dtype=torch.float32)
+        workspace = self.new(self.sizes.steps_workspace // 4, dtype=torch.float32)
         inputs = [self.packed_q, self.packed_k, self.packed_v, self.packed_dn, self.decayed_dn, self.gates]
         params = KeyGrads(
             *(t.data_ptr() for t in inputs),

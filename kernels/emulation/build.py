@@ -96,8 +96,11 @@ def main() -> int:
                     for s in ("chunk_state", "chunk_scan", "chunk_scan_grad")
                 )
                 + (
-                    "int64_t key_grads_workspace(const pt_problem&) { return 0; }\n"
-                    'int key_grads(const pt_problem&, const pt_key_grads_params&, cudaStream_t) { return fail(PT_UNSUPPORTED, "left out"); }\n'
+                    "int64_t steps_workspace(const pt_problem&) { return 0; }\n"
+                    + "".join(
+                        f'int {s}(const pt_problem&, const pt_{s}_params&, cudaStream_t) {{ return fail(PT_UNSUPPORTED, "left out"); }}\n'
+                        for s in ("query_scan", "key_grads")
+                    )
                     if arch == "sm90"
                     else ""
                 )

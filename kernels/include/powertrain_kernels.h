@@ -18,7 +18,8 @@
  *     pt_chunk_scan_grad       q, dn', states     -> dq, q . dq     (and reverse: k, v', dstates -> dk, k . dk)
  *     pt_state_flow            states, dstates    -> dlog_G beyond the ends of some chunks
  *     pt_gate_grad             the last three     -> dlog_G
- * or, where it takes the problem, in place of the reverse stages:
+ * or, where they take the problem, in place of the first two and of the reverse stages:
+ *     pt_query_scan            q, k, v'           -> y, normalizer, states entering each chunk, final state
  *     pt_key_grads             q, k, v', dn'      -> dv, dk, k . dk, gradients of the states leaving each chunk, gradient of the initial state
  * Beside it, the loss of a language model's head:
  *     pt_cross_entropy         logits, labels     -> losses, gradients in place of the logits
@@ -32,7 +33,7 @@
 extern "C" {
 #endif
 
-#define PT_ABI_VERSION 9
+#define PT_ABI_VERSION 10
 #define PT_API __attribute__((visibility("default")))
 
 typedef enum { PT_OK = 0, PT_INVALID = 1, PT_UNSUPPORTED = 2, PT_CUDA_ERROR = 3 } pt_status;
@@ -70,7 +71,7 @@ typedef struct {
   int64_t boundary;              /* one fp32 boundary state (initial, final or their gradients) */
   int64_t dots;                  /* one fp32 number for each (B, Hk, Tp) */
   int64_t chunk_state_workspace; /* may be 0 */
-  int64_t key_grads_workspace;   /* 0 where pt_key_grads does not take the problem */
+  int64_t steps_workspace;       /* of pt_query_scan and pt_key_grads; 0 where they do not take the problem */
   int64_t reserved[6];
 } pt_sizes;
 
@@ -255,18 +256,31 @@ typedef struct {
 } pt_chunk_scan_grad_params;
 PT_API int pt_chunk_scan_grad(const pt_problem* problem, const pt_chunk_scan_grad_params* params, void* stream);
 
-/* What the reverse stages compute, in one: on Hopper, at head dim 32 in bf16, with chunks of 128, 256, 384 or 512 tokens, more than one of them, and no
- * gradient of the final state. */
+/* What pt_chunk_state and pt_chunk_scan compute, in one, in steps of 128 tokens from the start of the row on: on Hopper, at head dim 32 in bf16, with
+ * chunks of 128, 256, 384 or 512 tokens, more than one of them. */
+typedef struct {
+  const void *q, *k, *v;  /* packed */
+  const void* decayed_v;  /* packed */
+  const void* gates;
+  const float* initial;   /* boundary state, or null: zero */
+  pt_tensor out;          /* y (B, T, Hq, V) */
+  float* normalizer;      /* (B, Hq, T) out */
+  void* states;           /* out, as pt_chunk_state writes them, or null: not wanted */
+  float* final_state;     /* out, boundary state, or null */
+  void* workspace;        /* pt_sizes.steps_workspace bytes */
+} pt_query_scan_params;
+PT_API int pt_query_scan(const pt_problem* problem, const pt_query_scan_params* params, void* stream);
+
+/* What the reverse stages compute, in one: where pt_query_scan takes the problem, and with no gradient of the final state. */
 typedef struct {
   const void *q, *k, *v, *dn; /* packed */
   const void* decayed_dn;     /* packed */
   const void* gates;
   pt_tensor dv, dk;           /* (B, T, Hk, K) */
-  float* dots;                /* out, (2, B, Hk, Tp): (k_j . dk_j) / 2, as in pt_chunk_scan_grad, then its part from later steps, each of 128 tokens from
-                                 the start of the row on; or null */
+  float* dots;                /* out, (2, B, Hk, Tp): (k_j . dk_j) / 2, as in pt_chunk_scan_grad, then its part from later steps; or null */
   void* grad_states;          /* out, as pt_chunk_state reverse writes them; or null */
   float* final_state;         /* out, boundary state, the gradient of the initial state; or null */
-  void* workspace;            /* pt_sizes.key_grads_workspace bytes */
+  void* workspace;            /* pt_sizes.steps_workspace bytes */
 } pt_key_grads_params;
 PT_API int pt_key_grads(const pt_problem* problem, const pt_key_grads_params* params, void* stream);
 

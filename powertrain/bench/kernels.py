@@ -314,6 +314,7 @@ _STAGES = {
     "join_kernel": "chunk_state",
     "enter_kernel": "chunk_state",
     "chunk_scan_kernel": "chunk_scan",
+    "query_scan_kernel": "query_scan",
     "pack_grad": "pack_grad",
     "chunk_scan_grad_kernel": "chunk_scan_grad",
     "key_grads_kernel": "key_grads",
@@ -418,9 +419,13 @@ def stage_floors(problem: Problem, rates: dict[str, float]) -> dict[str, float]:
         "chunk_scan reverse": (flops.backward.state_update / 2 + 2 * product, 2 * q_bytes + 3 * k_bytes + states),
         "chunk_scan_grad": (flops.backward.state_query / 2 + 3 * product, 3 * q_bytes + 2 * k_bytes + states),
         "chunk_scan_grad reverse": (flops.backward.state_update / 2 + 3 * product, 2 * q_bytes + 3 * k_bytes + states),
-        # dk and dv in one. Pairs are counted by chunk as for the other stages, though it scores them within steps of
-        # 128 tokens alone: a share of what was asked for, not of its own work. `chunk_state reverse` beside it is the
-        # segments' own gradients, without states.
+        # Pairs are counted by chunk as for the other stages, though both score them within steps of 128 tokens alone: a
+        # share of what was asked for, not of their own work. `chunk_state` and its reverse beside them are the
+        # segments' own states and gradients, which nobody reads by chunk.
+        "query_scan": (
+            flops.forward.state_update + flops.forward.state_query + 2 * product,
+            2 * q_bytes + 2 * k_bytes + states,
+        ),
         "key_grads": (
             flops.backward.state_query / 2 + flops.backward.state_update + 4 * product,
             2 * q_bytes + 4 * k_bytes + states,

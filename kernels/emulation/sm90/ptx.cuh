@@ -48,6 +48,7 @@ inline void store_shared_16(uint32_t address, uint4 value) {
   *(uint4*)emulate::shared_at(address, 16) = value;
   emulate::written(address, 16);
 }
+inline uint32_t load_shared_2(uint32_t address) { return *(uint16_t*)emulate::shared_at(address, 2); }
 inline uint32_t load_shared_4(uint32_t address) { return *(uint32_t*)emulate::shared_at(address, 4); }
 inline void store_shared_4(uint32_t address, uint32_t value) {
   *(uint32_t*)emulate::shared_at(address, 4) = value;

@@ -164,7 +164,7 @@ int pt_sizes_of(const pt_problem* problem, pt_sizes* sizes) {
   int arch;
   PT_TRY(select(p, PT_STAGE_CHUNK_STATE, &arch));
   sizes->chunk_state_workspace = arch == PT_ARCH_SM90 ? sm90::chunk_state_workspace(p) : sm80::chunk_state_workspace(p);
-  sizes->key_grads_workspace = arch == PT_ARCH_SM90 ? sm90::key_grads_workspace(p) : 0;
+  sizes->steps_workspace = arch == PT_ARCH_SM90 ? sm90::steps_workspace(p) : 0;
   return PT_OK;
 }
 
@@ -195,15 +195,27 @@ int pt_chunk_scan_grad(const pt_problem* problem, const pt_chunk_scan_grad_param
   return (arch == PT_ARCH_SM90 ? sm90::chunk_scan_grad : sm80::chunk_scan_grad)(*problem, *params, (cudaStream_t)stream);
 }
 
+static int require_steps(const pt_problem& p, const char* stage) {
+  pt_sizes sizes;
+  PT_TRY(pt_sizes_of(&p, &sizes));
+  if (sizes.steps_workspace) return PT_OK;
+  return fail(PT_UNSUPPORTED, "%s: on Hopper, head_dim 32 in bf16, chunks of 128, 256, 384 or 512 and more than one of them; head_dim %d, dtype %d, "
+              "chunk_size %d, seq_len %lld", stage, p.head_dim, p.dtype, p.chunk_size, (long long)p.seq_len);
+}
+
+int pt_query_scan(const pt_problem* problem, const pt_query_scan_params* params, void* stream) {
+  PT_TRY(validate(problem));
+  PT_REQUIRE(params && params->q && params->k && params->v && params->decayed_v && params->gates && params->out.data && params->normalizer);
+  PT_REQUIRE(params->workspace);
+  PT_TRY(require_steps(*problem, __func__));
+  return sm90::query_scan(*problem, *params, (cudaStream_t)stream);
+}
+
 int pt_key_grads(const pt_problem* problem, const pt_key_grads_params* params, void* stream) {
   PT_TRY(validate(problem));
   PT_REQUIRE(params && params->q && params->k && params->v && params->dn && params->decayed_dn && params->gates && params->workspace);
   PT_REQUIRE(params->dv.data && params->dk.data);
-  pt_sizes sizes;
-  PT_TRY(pt_sizes_of(problem, &sizes));
-  if (!sizes.key_grads_workspace)
-    return fail(PT_UNSUPPORTED, "pt_key_grads: on Hopper, head_dim 32 in bf16, chunks of 128, 256, 384 or 512 and more than one of them; head_dim %d, dtype %d, "
-                "chunk_size %d, seq_len %lld", problem->head_dim, problem->dtype, problem->chunk_size, (long long)problem->seq_len);
+  PT_TRY(require_steps(*problem, __func__));
   return sm90::key_grads(*problem, *params, (cudaStream_t)stream);
 }
 

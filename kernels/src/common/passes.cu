@@ -51,7 +51,8 @@ struct Saved {
 struct ForwardBuffers {
   void* decayed_v;
   float *initial, *final_state;
-  void* chunk_state;
+  void* scan_workspace;
+  bool steps;  // pt_query_scan in place of the stages
   int64_t bytes;
   ForwardBuffers(const pt_problem& p, const pt_sizes& sizes, int phase, bool has_initial, bool has_final, void* base) {
     Arena arena(base);
@@ -59,7 +60,8 @@ struct ForwardBuffers {
     const bool states = begins && (has_initial || has_final || p.chunk_size < p.seq_len);
     decayed_v = arena.take(sizes.packed_v, states);
     initial = arena.take<float>(sizes.boundary, has_initial && finishes), final_state = arena.take<float>(sizes.boundary, has_final && begins);
-    chunk_state = arena.take(sizes.chunk_state_workspace, states);
+    steps = sizes.steps_workspace && phase == PT_WHOLE;
+    scan_workspace = arena.take(std::max(sizes.chunk_state_workspace, steps ? sizes.steps_workspace : 0), states);
     bytes = arena.used();
   }
 };
@@ -75,14 +77,14 @@ struct BackwardBuffers {
     const bool begins = phase != PT_FINISH, finishes = phase != PT_BEGIN;
     const bool scaled = p.dtype == PT_FP16, states = has_initial || has_final || p.chunk_size < p.seq_len;
     const int64_t rows = (int64_t)p.batch * p.query_heads * p.seq_len * 4, heads = (int64_t)p.batch * p.key_heads;
-    key_grads = sizes.key_grads_workspace && phase == PT_WHOLE && !has_final;
+    key_grads = sizes.steps_workspace && phase == PT_WHOLE && !has_final;
     scaled_q = arena.take(sizes.packed_q, scaled);
     scaled_normalizer = arena.take<float>(rows, scaled), row_scale = arena.take<float>(rows, scaled);
     row_limit = arena.take<float>((int64_t)p.batch * p.query_heads * 4, scaled);
     dn_scale = arena.take<float>(heads * 4, scaled);
     dn = kept.take(sizes.packed_dn), decayed_dn = arena.take(sizes.packed_dn, states && begins);
     grad_states = kept.take(sizes.states, states);
-    scan_workspace = arena.take(std::max(sizes.chunk_state_workspace, key_grads ? sizes.key_grads_workspace : 0), states && begins);
+    scan_workspace = arena.take(std::max(sizes.chunk_state_workspace, key_grads ? sizes.steps_workspace : 0), states && begins);
     leaving = arena.take<float>(sizes.boundary, has_final && finishes), entering = arena.take<float>(sizes.boundary, has_initial && begins);
     dots = arena.take<float>(sizes.dots * (p.query_heads / p.key_heads + 2), finishes);
     flow = arena.take<float>(heads * chunks(p.seq_len, p.chunk_size) * 4, states && finishes);
@@ -152,18 +154,24 @@ int pt_forward(const pt_problem* problem, const pt_forward_params* params, void*
                                          saved.k_scale, saved.v_scale, nullptr};
     PT_TRY(pt_boundary(problem, &boundary, stream));
   }
+  const bool steps = buffers.steps && a.out.data;
   void* const states = a.out.data || a.phase == PT_BEGIN ? saved.states : nullptr;
-  const pt_chunk_state_params state = {0, saved.k, buffers.decayed_v, saved.gates, buffers.initial, states, buffers.final_state, buffers.chunk_state};
+  const pt_chunk_state_params state = {0, saved.k, buffers.decayed_v, saved.gates, buffers.initial, states, buffers.final_state, buffers.scan_workspace};
   if (a.phase == PT_FINISH) {
     PT_TRY(carry_in(p, state, (cudaStream_t)stream));
-  } else if (buffers.decayed_v) {
+  } else if (buffers.decayed_v && !steps) {
     PT_TRY(pt_chunk_state(problem, &state, stream));
+  }
+  if (steps) {
+    const pt_query_scan_params scan = {saved.q, saved.k, saved.v, buffers.decayed_v, saved.gates, buffers.initial, a.out, a.normalizer, states,
+                                       buffers.final_state, buffers.scan_workspace};
+    PT_TRY(pt_query_scan(problem, &scan, stream));
   }
   if (buffers.final_state) {
     const pt_boundary_params boundary = {a.final_state, a.final_sum_of_keys, buffers.final_state, 0, 0, saved.k_scale, saved.v_scale, nullptr};
     PT_TRY(pt_boundary(problem, &boundary, stream));
   }
-  if (!a.out.data) return PT_OK;
+  if (!a.out.data || steps) return PT_OK;
   const pt_chunk_scan_params scan = {0, has_initial, saved.q, saved.k, saved.v, saved.gates, saved.states, a.out, saved.v_scale, a.normalizer};
   return pt_chunk_scan(problem, &scan, stream);
 }

@@ -96,19 +96,19 @@ __global__ void __launch_bounds__(kThreads) join_kernel(const JoinParams p) {
 }
 
 // Grid (boundary elements of a head / (4 kThreads), B * Hk).
-__global__ void __launch_bounds__(kThreads) enter_kernel(float* locals, const float* chunk_decay, float* final_state, int64_t chunks,
-                                                         int64_t head_elements, int64_t boundary_stride, int segments) {
+__global__ void __launch_bounds__(kThreads) enter_kernel(float* locals, const float* chunk_decay, const float* initial, float* final_state,
+                                                         int64_t chunks, int64_t head_elements, int64_t boundary_stride, int segments, bool reverse) {
   __shared__ float across[kMostEntered];
   for (int segment = threadIdx.x; segment < segments; segment += kThreads) {
     float decay = 1.f;
     for (int64_t l = segment_begin(chunks, segments, segment); l < segment_begin(chunks, segments, segment + 1); l++)
-      decay *= chunk_decay[blockIdx.y * chunks + chunks - 1 - l];
+      decay *= chunk_decay[blockIdx.y * chunks + (reverse ? chunks - 1 - l : l)];
     across[segment] = decay;
   }
   __syncthreads();
   const int64_t element = ((int64_t)blockIdx.x * kThreads + threadIdx.x) * 4, at = blockIdx.y * head_elements + element;
   if (element >= head_elements) return;
-  float4 entering = make_float4(0.f, 0.f, 0.f, 0.f);
+  float4 entering = initial ? *(const float4*)(initial + at) : make_float4(0.f, 0.f, 0.f, 0.f);
   constexpr int kAhead = 8;
   for (int first = 0; first < segments; first += kAhead) {
     float4 own[kAhead];
@@ -199,7 +199,8 @@ int join_segments(const pt_problem& problem, const pt_chunk_state_params& params
 int enter_segments(const pt_problem& problem, const pt_chunk_state_params& params, int segments, float* locals, cudaStream_t stream) {
   const int64_t heads = (int64_t)problem.batch * problem.key_heads, all = boundary_elements(problem), of_head = all / heads;
   enter_kernel<<<dim3((unsigned)ceil_div(of_head, 4 * kThreads), (unsigned)heads), kThreads, 0, stream>>>(
-      locals, gates_of(problem, params.gates).chunk_decay, params.final_state, chunks(problem.seq_len, problem.chunk_size), of_head, all, segments);
+      locals, gates_of(problem, params.gates).chunk_decay, params.initial, params.final_state, chunks(problem.seq_len, problem.chunk_size), of_head, all,
+      segments, params.reverse);
   return check_cuda(cudaGetLastError(), "enter_segments");
 }
 

@@ -18,10 +18,10 @@ int join_segments(const pt_problem& problem, const pt_chunk_state_params& params
 // Adds what `initial` brings to 16-bit states that pt_chunk_state scanned from zero. Of params, reverse, gates, initial and states count.
 int carry_in(const pt_problem& problem, const pt_chunk_state_params& params, cudaStream_t stream);
 
-// Where nobody reads the 16-bit states of a reverse scan: in place of each segment's own state in `locals`, what enters the segment; zero enters the
-// first. Of params, gates and final_state (or null) count.
+// Where nobody reads the 16-bit states of a scan: in place of each segment's own state in `locals`, what enters the segment; `initial`, or zero, enters
+// the first. Of params, reverse, gates, initial and final_state (or null) count.
 constexpr int kMostEntered = 128;  // segments
-int choose_entered_segments(const pt_problem& problem);  // the fewest with which key_grads keeps the device busy
+int choose_entered_segments(const pt_problem& problem);  // the fewest with which query_scan and key_grads keep the device busy
 int enter_segments(const pt_problem& problem, const pt_chunk_state_params& params, int segments, float* locals, cudaStream_t stream);
 
 int64_t boundary_elements(const pt_problem& problem);  // of all (b, h)

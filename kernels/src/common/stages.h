@@ -42,7 +42,8 @@ struct RegisterKernel {
   }
 // What only Hopper has.
 namespace sm90 {
-int64_t key_grads_workspace(const pt_problem& problem);  // 0 where pt_key_grads does not take the problem
+int64_t steps_workspace(const pt_problem& problem);  // 0 where pt_query_scan and pt_key_grads do not take the problem
+int query_scan(const pt_problem& problem, const pt_query_scan_params& params, cudaStream_t stream);
 int key_grads(const pt_problem& problem, const pt_key_grads_params& params, cudaStream_t stream);
 }  // namespace sm90
 PT_DECLARE_ARCH(sm80)

@@ -32,14 +32,20 @@ bool supports(const pt_problem& problem, int stage) {
 }
 
 template <typename T>
+int launch_query_scan(const pt_problem& problem, const pt_query_scan_params& params, cudaStream_t stream);
+template <typename T>
 int launch_key_grads(const pt_problem& problem, const pt_key_grads_params& params, cudaStream_t stream);
 
-int64_t key_grads_workspace(const pt_problem& problem) {
+int64_t steps_workspace(const pt_problem& problem) {
   // Between the steps within a chunk the gates' gradient collects rounding: four are what was measured (docs/kernels.md, section 3).
   constexpr int kStep = kStepBlocks * kBlock, kMostSteps = 4;
   const bool steps = problem.chunk_size % kStep == 0 && problem.chunk_size <= kMostSteps * kStep;
   if (problem.head_dim != 32 || problem.dtype != PT_BF16 || problem.state_scale != 1.f || !steps || problem.chunk_size >= problem.seq_len) return 0;
   return choose_entered_segments(problem) * boundary_elements(problem) * 4;
+}
+
+int query_scan(const pt_problem& problem, const pt_query_scan_params& params, cudaStream_t stream) {
+  return launch_query_scan<__nv_bfloat16>(problem, params, stream);
 }
 
 int key_grads(const pt_problem& problem, const pt_key_grads_params& params, cudaStream_t stream) {

@@ -1,98 +1,57 @@
-// key_grads on Hopper, for K = 32 in bf16: dv, dk and k . dk in one pass over a time segment from its end to its beginning. At this head dim the
-// gradient of the state fits a multiprocessor, where it is added up and read without a way through device memory: chunk_state reverse, the join,
-// chunk_scan reverse and chunk_scan_grad reverse in one kernel, with steps of 128 tokens in place of chunks.
+// key_grads on Hopper, for K = 32 in bf16: dv, dk and k . dk in one pass over a time segment from its end to its beginning, with the gradient E of the
+// state beside it (state_steps.cuh): chunk_state reverse, the join, chunk_scan reverse and chunk_scan_grad reverse in one kernel, with steps of 128
+// tokens in place of chunks.
 //
-// One warpgroup, the updating one, keeps the gradient E in fp32 accumulators, adds phi(q)^T dn' of a step, and leaves it in shared memory in 16 bits.
 // Two scanning warpgroups, one for each 64-token block of the next step to the left, first form what attention within that step gives (dk is parked in
-// shared memory between columns), then add what comes from E: dk by outer products (state_outer.cuh), dv from phi(k) E. Both products read one layout, E_abc for every ordered pair (a, b) of features: a slot for each b,
-// with core matrices of eight a and eight columns c, which run along N for the outer products and along K for phi(k) E. The normaliser's column of E is
-// a matrix of its own, Z = sum of decay n_i q_i q_i^T with n_i the last component of dn', kept twice as large.
-// Of the producing warpgroup one thread copies for the scanning ones and one for the updating one; two warps multiply dn' by its decay on its way there.
+// shared memory between columns), then add what comes from E: dk by outer products (state_outer.cuh), dv from phi(k) E. Both products read one layout,
+// E_abc for every ordered pair (a, b), whose core matrices run along N for the outer products and along K for phi(k) E.
 #pragma once
-#include "chunk_state.cuh"
-#include "columns.cuh"
 #include "grad_rows.cuh"
+#include "state_steps.cuh"
 
 namespace powertrain::sm90 {
 
-struct KeyGradsParams {
-  const void *q, *k, *v, *dn;  // packed
-  const float *block_in, *block_out, *log2_decay, *block_decay;
+struct KeyGradsParams : StepsParams {  // x: q, u: dn'
+  const void *k, *v;                   // packed
+  const float *block_out, *log2_decay;
   const int32_t* document_start;
-  const float* entering;  // (segments, boundary): E at the end of each, or null: one segment, zero
-  void *dv, *dk, *grad_states;  // the last one, or null: E at the ends of chunks
+  void *dv, *dk;
   int64_t dv_stride_b, dv_stride_t, dv_stride_h, dk_stride_b, dk_stride_t, dk_stride_h;
   float *dots, *step_dots;  // (B, Hk, Tp), or null
-  int64_t seq_len, boundary_stride;
-  int blocks, chunks, blocks_per_chunk, segments, group, key_heads;
+  int64_t seq_len;
+  int key_heads;
 };
 
 template <typename T>
-struct KeyGrads {
-  static constexpr int kHeadDim = 32, kFeatureBlocks = feature_blocks(kHeadDim), kPhiTiles = phi_tiles(kHeadDim), kHalf = kFeatureBlocks / 2;
-  static constexpr int kColumns = kHeadDim + kNormColumns, kColumnGroups = kHeadDim / 8;
-  static constexpr int kStep = kStepBlocks;  // one for each scanning warpgroup
-  static constexpr int kScanners = kStep, kAssistants = 2, kThreads = (kScanners + 2) * 128;
+struct KeyGrads : StateSteps<T, true> {
+  using Steps = StateSteps<T, true>;
+  using Steps::for_each_step, Steps::j_block_of, Steps::load_block, Steps::multiplied, Steps::slot, Steps::tiles_of;
+  using Steps::kColumnGroups, Steps::kCoreBytes, Steps::kFeatureBlocks, Steps::kGroupBytes, Steps::kHalf, Steps::kHeadDim, Steps::kNormBytes,
+      Steps::kSlotBytes, Steps::kStateBuffers, Steps::kStateBytes, Steps::kStep, Steps::kValueBytes, Steps::kXBytes;
+  using typename Steps::Memory, typename Steps::Step;
+  using Updater = typename Steps::template Updater<true, 1>;
+  static constexpr int kScanners = kStep, kThreads = (kScanners + 2) * 128;
   // Registers: at most 4 * 128, the cap of a block of 512 threads.
   static constexpr int kProducing = 40, kScanning = 128, kUpdating = 216;
   using Columns = ColumnBlock<kHeadDim>;
 
-  // E in shared memory. The 16 bytes that pad a slot put the rows of mirrored pairs, which go to eight slots at once, into different banks.
-  static constexpr int kRowBytes = 16, kCoreBytes = 8 * kRowBytes, kGroupBytes = kFeatureBlocks * kCoreBytes, kSlotBytes = kColumnGroups * kGroupBytes + 16;
-  static constexpr int kNormBytes = kHeadDim * kHeadDim * 2;  // Z, hi and then lo
-  static constexpr int kStateBytes = kHeadDim * kSlotBytes + 2 * kNormBytes, kStateBuffers = 2;
-  // A block of rows: k and v without its ones. A block for the updating warpgroup: q, dn' and its decays; where dn' has its last component, the
-  // assistants leave hi and lo of all tokens.
-  static constexpr int kXBytes = Columns::kXBytes, kUBytes = Columns::kUBytes, kValueBytes = kHeadDim * kBlock * 2;
-  static constexpr int kRowsBytes = kXBytes + kValueBytes, kRowBuffers = 2;
+  static constexpr int kRowsBytes = kXBytes + kValueBytes, kRowBuffers = 2;  // a block of rows: k and v without its ones
   static constexpr int kColumnBuffers = kStep;
-  static constexpr int kQueryBytes = kXBytes + kUBytes + kBlock * 4, kQueryBuffers = 2;
   static constexpr int kParkedBytes = 128 * (kHeadDim / 2) * 4;  // dk of a scanning warpgroup
-  static constexpr int kNormHigh = kXBytes + kValueBytes, kNormLow = kNormHigh + kBlock * 2;  // in a block of queries
 
-  struct Layout {
-    uint32_t states, rows, columns, queries, parked, state_barriers, row_barriers, column_barriers, query_barriers, loaded_barriers, end;
-    __host__ __device__ constexpr Layout(uint32_t start)
-        : states(start),
-          rows(states + kStateBuffers * kStateBytes),
+  struct Layout : Memory {
+    uint32_t rows, columns, parked, row_barriers, column_barriers, end;
+    __host__ __device__ constexpr explicit Layout(uint32_t start)
+        : Memory(start),
+          rows(Memory::end),
           columns(rows + kRowBuffers * kStep * kRowsBytes),
-          queries(columns + kColumnBuffers * Columns::kBytes),
-          parked(queries + kQueryBuffers * kQueryBytes),
-          state_barriers(parked + kScanners * kParkedBytes),
-          row_barriers(state_barriers + 16 * kStateBuffers),
+          parked(columns + kColumnBuffers * Columns::kBytes),
+          row_barriers(parked + kScanners * kParkedBytes),
           column_barriers(row_barriers + 16 * kRowBuffers),
-          query_barriers(column_barriers + 16 * kColumnBuffers),
-          loaded_barriers(query_barriers + 16 * kQueryBuffers),
-          end(loaded_barriers + 8 * kQueryBuffers) {}
+          end(column_barriers + 16 * kColumnBuffers) {}
   };
   static constexpr int kSharedBytes = Layout(0).end;
   static_assert(kSharedBytes <= 227 * 1024 && kProducing + kScanners * kScanning + kUpdating <= 4 * 128);
-
-  // A step of this thread block's segment: `count` blocks from `block` on. Steps run from the end of the sequence to its beginning.
-  struct Step {
-    int block, count;
-    bool last;  // of the segment: the furthest to the left
-    int chunk;  // that ends with the step, or -1
-    // The block of the step that a scanning warpgroup takes, in turns: the first one also meets the second's columns.
-    __device__ int block_of(int scanner) const { return (scanner + block / kStep) % kStep; }
-  };
-  template <typename Body>
-  __device__ static __forceinline__ void for_each_step(const KeyGradsParams& p, Body body) {
-    const int segment = blockIdx.x;
-    const int first = (int)(p.chunks - segment_begin(p.chunks, p.segments, segment + 1)) * p.blocks_per_chunk;
-    const int end = min((int)(p.chunks - segment_begin(p.chunks, p.segments, segment)) * p.blocks_per_chunk, p.blocks);
-#pragma unroll 1
-    for (int block = first + (end - first - 1) / kStep * kStep; block >= first; block -= kStep) {
-      const int count = min(kStep, end - block), after = block + count;
-      body(Step{block, count, block == first, after % p.blocks_per_chunk == 0 || after == p.blocks ? (after - 1) / p.blocks_per_chunk : -1});
-    }
-  }
-
-  // A block of q and then dn', which both readers have one after the other.
-  __device__ static __forceinline__ void load_queries(const KeyGradsParams& p, uint32_t to, int64_t block, uint32_t barrier) {
-    bulk_load(to, (const T*)p.q + block * feature_block_elements(kHeadDim), kXBytes, barrier);
-    bulk_load(to + kXBytes, (const T*)p.dn + block * value_block_elements(kHeadDim), kUBytes, barrier);
-  }
 
   // What the scanning warpgroups read.
   __device__ static void produce(const KeyGradsParams& p, const Layout& at) {
@@ -119,271 +78,14 @@ struct KeyGrads {
           columns.wait_empty();
           const uint32_t full = columns.full_barrier();
           barrier_expect(full, Columns::kBytes);
-          load_queries(p, to.x, from, full);
-          bulk_load(to.decays(), p.block_in + token, Columns::kVectorBytes, full);
+          load_block(p, to.x, from, full);
+          bulk_load(to.decays(), p.decays + token, Columns::kVectorBytes, full);
           bulk_load(to.log2_decays(), p.log2_decay + token, Columns::kVectorBytes, full);
           bulk_load(to.documents(), p.document_start + (document_at + block) * kBlock, Columns::kVectorBytes, full);
           columns.advance();
         }
     });
   }
-
-  // What the updating warpgroup reads, once the assistants have been there.
-  __device__ static void produce_queries(const KeyGradsParams& p, const Layout& at) {
-    Ring<kQueryBuffers> queries(at.query_barriers);
-    const int64_t head = blockIdx.y;
-    for_each_step(p, [&](const Step& step) {
-      if (step.last) return;
-#pragma unroll 1
-      for (int g = 0; g < p.group; g++)
-#pragma unroll 1
-        for (int m = 0; m < step.count; m++) {
-          const int64_t block = step.block + m, from = (head * p.group + g) * p.blocks + block;
-          const uint32_t to = at.queries + queries.stage() * kQueryBytes, loaded = at.loaded_barriers + 8 * queries.stage();
-          queries.wait_empty();
-          barrier_expect(loaded, kQueryBytes);
-          load_queries(p, to, from, loaded);
-          bulk_load(to + kXBytes + kUBytes, p.block_in + (head * p.blocks + block) * kBlock, kBlock * 4, loaded);
-          queries.advance();
-        }
-    });
-  }
-
-  // One of the assistants, the producing warpgroup's last warps: dn' times its decay from the step's start, its last component twice that.
-  __device__ static void assist(const KeyGradsParams& p, const Layout& at) {
-    Ring<kQueryBuffers> queries(at.query_barriers);
-    const int thread = threadIdx.x % 128 - (4 - kAssistants) * 32;
-    const float* const block_decay = p.block_decay + (int64_t)blockIdx.y * p.blocks;
-    for_each_step(p, [&](const Step& step) {
-      if (step.last) return;
-#pragma unroll 1
-      for (int g = 0; g < p.group; g++)
-#pragma unroll 1
-        for (int m = 0; m < step.count; m++) {
-          const float before = m ? block_decay[step.block] : 1.f;
-          barrier_wait(at.loaded_barriers + 8 * queries.stage(), queries.phase());
-          const uint32_t block = at.queries + queries.stage() * kQueryBytes, u = block + kXBytes, decays = u + kUBytes;
-          const uint32_t norm = u + (kColumnGroups * kBlock + 2 * (thread % 32)) * kRowBytes;
-          float2 last[2];
-          if (thread < 32) last[0] = Pair<T>::unpack(load_shared_4(norm)), last[1] = Pair<T>::unpack(load_shared_4(norm + kRowBytes));
-          __syncwarp();
-          if (thread < 32) {  // two tokens
-            const float2 by = load_shared_float2(decays + thread * 8);
-            const float first = 2.f * before * by.x * (last[0].x + last[0].y), second = 2.f * before * by.y * (last[1].x + last[1].y);
-            const float first_high = round_to<T>(first), second_high = round_to<T>(second);
-            store_shared_4(block + kNormHigh + thread * 4, Pair<T>::pack(first_high, second_high));
-            store_shared_4(block + kNormLow + thread * 4, Pair<T>::pack(first - first_high, second - second_high));
-          }
-#pragma unroll 1
-          for (int row = thread; row < kColumnGroups * kBlock; row += kAssistants * 32) {
-            const float by = before * load_shared_float(decays + row % kBlock * 4);
-            uint4 values = load_shared_16(u + row * kRowBytes);
-            values.x = multiplied(values.x, by), values.y = multiplied(values.y, by);
-            values.z = multiplied(values.z, by), values.w = multiplied(values.w, by);
-            store_shared_16(u + row * kRowBytes, values);
-          }
-          fence_async_shared();
-          barrier_arrive(queries.full_barrier());
-          queries.advance();
-        }
-    });
-  }
-  __device__ static __forceinline__ uint32_t multiplied(uint32_t pair, float by) {
-    const float2 both = Pair<T>::unpack(pair);
-    return Pair<T>::pack(both.x * by, both.y * by);
-  }
-
-  __device__ static __forceinline__ uint32_t slot(int block, int feature) { return (8 * block + feature) * kSlotBytes; }
-  // The phi tile of distance < 3 with I = i_block; there are three of i_block < 2, else two.
-  __device__ static constexpr int tiles_of(int i_block) { return i_block < kHalf ? kHalf + 1 : kHalf; }
-  __device__ static constexpr int tile_of(int i_block, int distance) {
-    return distance < kHalf ? i_block * kHalf + distance : kFeatureBlocks * kHalf + i_block;
-  }
-  __device__ static constexpr int j_block_of(int i_block, int distance) { return (i_block + distance) % kFeatureBlocks; }
-
-  struct Updater {
-    const KeyGradsParams& p;
-    const Layout& at;
-    const int lane, warp;
-    Ring<kStateBuffers> states;
-    Ring<kQueryBuffers> queries;
-    // E of the tile of tile_of, and Z: rows are features, so two warps have nothing of it.
-    float acc[kPhiTiles][kHeadDim / 2], z[kHeadDim / 2];
-
-    __device__ Updater(const KeyGradsParams& p, const Layout& at)
-        : p(p), at(at), lane(threadIdx.x % 32), warp(uniform_warp() % 4), states(at.state_barriers), queries(at.query_barriers) {}
-
-    __device__ __forceinline__ bool has_norm() const { return warp < kHeadDim / 16; }
-    // take(element of z, row of a boundary or a state, whether that is of a tile off the diagonal, and whether it stands for (b, a)): of this thread's Z_ab.
-    template <typename F>
-    __device__ __forceinline__ void for_each_norm(F take) const {
-      const int lane = opaque(this->lane), warp = opaque(this->warp);
-#pragma unroll
-      for (int c = 0; c < kColumnGroups; c++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-          const int a_block = 2 * warp + e / 2, a = lane / 4, b = 2 * (lane % 4) + e % 2;
-          bool swapped;
-          const int tile = tile_of_pair(a_block, c, kHeadDim, swapped);
-          take(4 * c + e, tile * kBlock + (swapped ? 8 * b + a : 8 * a + b), a_block != c, swapped);
-        }
-    }
-
-    __device__ __forceinline__ void enter() {
-      const float* const entering = p.entering ? p.entering + blockIdx.x * p.boundary_stride + (int64_t)blockIdx.y * kPhiTiles * kBlock * kColumns : nullptr;
-#pragma unroll
-      for (int t = 0; t < kPhiTiles; t++) {
-        const float* const from = entering + (t * kBlock + 16 * warp + lane / 4) * kColumns + 2 * (lane % 4);
-#pragma unroll
-        for (int c = 0; c < kColumnGroups; c++)
-#pragma unroll
-          for (int half = 0; half < 2; half++) {
-            const float2 value = entering ? *(const float2*)(from + c * 8 + half * 8 * kColumns) : make_float2(0.f, 0.f);
-            acc[t][4 * c + 2 * half] = value.x, acc[t][4 * c + 2 * half + 1] = value.y;
-          }
-      }
-#pragma unroll
-      for (int c = 0; c < kHeadDim / 2; c++) z[c] = 0.f;
-      if (has_norm() && entering) for_each_norm([&](int e, int row, bool, bool) { z[e] = 2.f * entering[row * kColumns + kHeadDim]; });
-    }
-
-    // Leaves E in shared memory, pair (a, b) and pair (b, a), and Z.
-    __device__ __forceinline__ void leave() {
-      states.wait_empty();
-      const uint32_t state = at.states + states.stage() * kStateBytes;
-      const int matrix = lane / 8, row = lane % 8;
-#pragma unroll
-      for (int i_block = 0; i_block < kFeatureBlocks; i_block++)
-#pragma unroll
-        for (int distance = 0; distance < tiles_of(i_block); distance++) {
-          const int t = tile_of(i_block, distance), j_block = j_block_of(i_block, distance);
-#pragma unroll
-          for (int half = 0; half < 2; half++) {  // feature i of block I, all features of block J
-            const int i = 2 * warp + half;
-            uint32_t values[kColumnGroups];
-#pragma unroll
-            for (int c = 0; c < kColumnGroups; c++) values[c] = Pair<T>::pack(acc[t][4 * c + 2 * half], acc[t][4 * c + 2 * half + 1]);
-            store_matrices(state + slot(i_block, i) + matrix * kGroupBytes + j_block * kCoreBytes + row * kRowBytes, values);
-            if (distance) store_matrices(state + slot(j_block, row) + matrix * kGroupBytes + i_block * kCoreBytes + i * kRowBytes, values);
-          }
-        }
-      if (has_norm()) {
-        // Core matrices of eight rows a and eight columns b.
-        const uint32_t norm = state + kHeadDim * kSlotBytes + 2 * warp * kFeatureBlocks * kCoreBytes + lane * 4;
-#pragma unroll
-        for (int c = 0; c < kColumnGroups; c++)
-#pragma unroll
-          for (int half = 0; half < 2; half++) {
-            const float first = z[4 * c + 2 * half], second = z[4 * c + 2 * half + 1], first_high = round_to<T>(first), second_high = round_to<T>(second);
-            const uint32_t to = norm + (half * kFeatureBlocks + c) * kCoreBytes;
-            store_shared_4(to, Pair<T>::pack(first_high, second_high));
-            store_shared_4(to + kNormBytes, Pair<T>::pack(first - first_high, second - second_high));
-          }
-      }
-      fence_async_shared();
-      barrier_arrive(states.full_barrier());
-      states.advance();
-    }
-
-    // E at the end of a chunk, as chunk_state writes it, for state_flow.
-    __device__ __forceinline__ void write_state(int chunk) const {
-      T* const state = (T*)p.grad_states + ((int64_t)blockIdx.y * p.chunks + chunk) * kPhiTiles * state_tile_elements(kHeadDim);
-#pragma unroll
-      for (int i_block = 0; i_block < kFeatureBlocks; i_block++)
-#pragma unroll
-        for (int distance = 0; distance < tiles_of(i_block); distance++) {
-          const int t = tile_of(i_block, distance);
-          const float weight = distance ? 2.f : 1.f;
-          T* const to = state + t * state_tile_elements(kHeadDim) + warp * 128 + lane * 2;
-#pragma unroll
-          for (int c = 0; c < kColumnGroups; c++)
-#pragma unroll
-            for (int half = 0; half < 2; half++)
-              *(uint32_t*)(to + c * 512 + half * 64) = Pair<T>::pack(weight * acc[t][4 * c + 2 * half], weight * acc[t][4 * c + 2 * half + 1]);
-        }
-      if (has_norm())
-        for_each_norm([&](int e, int row, bool apart, bool swapped) {
-          if (swapped) return;
-          const float total = apart ? z[e] : 0.5f * z[e], high = round_to<T>(total);
-          uint4* const to = (uint4*)(state + row / kBlock * state_tile_elements(kHeadDim) + state_index(row % kBlock, kHeadDim));
-          *to = make_uint4(Pair<T>::pack(high, total - high), 0, 0, 0);
-        });
-    }
-
-    // acc += phi(q)^T dn' and Z += (n q) q^T over the blocks of a step.
-    __device__ __forceinline__ void update(int blocks) {
-      // ldmatrix row addresses within a block of q (chunk_state.cuh): x_i of a feature, the same one for all rows, x_j of two blocks of features, and
-      // a warp's rows of Z.
-      const uint32_t i_offset = ((lane >> 4) * 64 + (2 * warp + (lane >> 3 & 1)) * 8) * 2;
-      const uint32_t j_offset = (((lane >> 4) * 8 + (lane >> 3 & 1)) * 64 + (lane & 7) * 8) * 2;
-      const uint32_t z_offset = ((2 * (warp % 2) + (lane >> 3 & 1)) * 512 + (lane >> 4) * 64 + (lane & 7) * 8) * 2;
-#pragma unroll 1
-      for (int block = 0; block < blocks; block++) {
-        queries.wait_full();
-        const uint32_t x = at.queries + queries.stage() * kQueryBytes;
-        const CoreMatrices u(x + kXBytes, 128, 1024), features(x, 128, 1024);
-        // Fragments are loaded while the products before theirs run: registers allow no second set of operands.
-        uint32_t a[kHalf + 1][4], xi[4], xj[kFeatureBlocks][2];
-        const auto load_xj = [&](int k) {
-#pragma unroll
-          for (int j = 0; j < kFeatureBlocks; j += 2) load_matrices(xj[j], xj[j + 1], x + k * 256 + j * 1024 + j_offset);
-        };
-        load_xj(0);
-        load_matrices(xi, x + i_offset);
-#pragma unroll
-        for (int k = 0; k < kBlock / 16; k++)
-#pragma unroll
-          for (int i_block = 0; i_block < kFeatureBlocks; i_block++) {
-            wgmma_wait<0>();  // the products that read these operands are done
-#pragma unroll
-            for (int distance = 0; distance < tiles_of(i_block); distance++)
-#pragma unroll
-              for (int r = 0; r < 4; r++) a[distance][r] = Pair<T>::multiply(xj[j_block_of(i_block, distance)][r / 2], xi[r]);
-            if (i_block >= kHalf) {  // one tile less, and Z: first lo, then hi
-              load_matrices(xi, x + k * 256 + z_offset);
-              const uint32_t norm = x + (i_block == kHalf ? kNormLow : kNormHigh) + (16 * k + 2 * (lane % 4)) * 2;
-#pragma unroll
-              for (int half = 0; half < 2; half++) {
-                const uint32_t pair = load_shared_4(norm + half * 16);
-                a[kHalf][2 * half] = Pair<T>::multiply(xi[2 * half], pair), a[kHalf][2 * half + 1] = Pair<T>::multiply(xi[2 * half + 1], pair);
-              }
-            }
-            const int next = k * kFeatureBlocks + i_block + 1;
-            if (next < kBlock / 16 * kFeatureBlocks) {
-              if (next % kFeatureBlocks == 0) load_xj(k + 1);
-              load_matrices(xi, x + next / kFeatureBlocks * 256 + next % kFeatureBlocks * 1024 + i_offset);
-            }
-            wgmma_fence();
-#pragma unroll
-            for (int distance = 0; distance < tiles_of(i_block); distance++) wgmma<T, true>(acc[tile_of(i_block, distance)], a[distance], u.at(k * 256), true);
-            if (i_block >= kHalf) wgmma<T, false>(z, a[kHalf], features.at(k * 256), true);
-            wgmma_commit();
-          }
-        wgmma_wait<0>();
-        queries.release(queries.stage());
-        queries.advance();
-      }
-    }
-
-    __device__ void run() {
-      const float* const block_decay = p.block_decay + (int64_t)blockIdx.y * p.blocks;
-      enter();
-      leave();
-      for_each_step(p, [&](const Step& step) {
-        if (p.grad_states && step.chunk >= 0) write_state(step.chunk);
-        if (step.last) return;
-        const float across = block_decay[step.block] * (step.count > 1 ? block_decay[step.block + 1] : 1.f);
-#pragma unroll
-        for (int c = 0; c < kHeadDim / 2; c++) {
-          z[c] *= across;
-#pragma unroll
-          for (int t = 0; t < kPhiTiles; t++) acc[t][c] *= across;
-        }
-        update(p.group * step.count);
-        leave();
-      });
-    }
-  };
 
   struct Scanner {
     const KeyGradsParams& p;
@@ -648,11 +350,9 @@ __global__ void __launch_bounds__(KeyGrads<T>::kThreads, 1) key_grads_kernel(con
   extern __shared__ __align__(1024) uint8_t shared_memory[];
   const typename Kernel::Layout at(shared_address(shared_memory));
   if (threadIdx.x == 0) {
-    Ring<Kernel::kStateBuffers>::init(at.state_barriers, Kernel::kScanners * 128, 128);
+    Kernel::init(at, Kernel::kScanners * 128);
     Ring<Kernel::kRowBuffers>::init(at.row_barriers, Kernel::kScanners * 128);
     Ring<Kernel::kColumnBuffers>::init(at.column_barriers, Kernel::kScanners * 128);
-    Ring<Kernel::kQueryBuffers>::init(at.query_barriers, 128, Kernel::kAssistants * 32);
-    for (int i = 0; i < Kernel::kQueryBuffers; i++) barrier_init(at.loaded_barriers + 8 * i, 1);
     barrier_init_fence();
   }
   __syncthreads();
@@ -661,7 +361,7 @@ __global__ void __launch_bounds__(KeyGrads<T>::kThreads, 1) key_grads_kernel(con
     give_registers<Kernel::kProducing>();
     const int warp = uniform_warp() % 4;
     if (threadIdx.x % 128 == 0) Kernel::produce(p, at);
-    else if (threadIdx.x % 128 == 32) Kernel::produce_queries(p, at);
+    else if (threadIdx.x % 128 == 32) Kernel::produce_inputs(p, at);
     else if (warp >= 4 - Kernel::kAssistants) Kernel::assist(p, at);
   } else if (warpgroup == Kernel::kScanners) {
     take_registers<Kernel::kUpdating>();
@@ -677,28 +377,19 @@ int launch_key_grads(const pt_problem& problem, const pt_key_grads_params& param
   using Kernel = KeyGrads<T>;
   const Gates gates = gates_of(problem, params.gates);
   const int segments = choose_entered_segments(problem);
-  float* const entering = (float*)params.workspace;
-  // With one segment, for the gradient of the initial state alone: the updating warpgroup stops a step before it has that.
-  if (segments > 1 || params.final_state) {
-    const pt_chunk_state_params own = {1, params.q, params.decayed_dn, params.gates, nullptr, nullptr, params.final_state, nullptr};
-    if (int status = scan_segments<32, T>(problem, own, segments, entering, stream)) return status;
-    if (segments > 1)
-      if (int status = enter_segments(problem, own, segments, entering, stream)) return status;
-  }
+  const pt_chunk_state_params own = {1, params.q, params.decayed_dn, params.gates, nullptr, nullptr, params.final_state, nullptr};
+  const float* entering;
+  if (int status = find_entering<T>(problem, own, segments, params.workspace, &entering, stream)) return status;
   KeyGradsParams p;
-  p.q = params.q, p.k = params.k, p.v = params.v, p.dn = params.dn;
-  p.block_in = gates.block_in, p.block_out = gates.block_out, p.log2_decay = gates.log2_decay, p.block_decay = gates.block_decay;
-  p.document_start = gates.document_start;
-  p.entering = segments > 1 ? entering : nullptr;
+  set_steps_params(p, problem, gates, segments, entering);
+  p.x = params.q, p.u = params.dn, p.k = params.k, p.v = params.v;
+  p.decays = gates.block_in, p.block_out = gates.block_out, p.log2_decay = gates.log2_decay, p.document_start = gates.document_start;
   p.dv = params.dv.data, p.dk = params.dk.data;
   p.dv_stride_b = params.dv.stride_b, p.dv_stride_t = params.dv.stride_t, p.dv_stride_h = params.dv.stride_h;
   p.dk_stride_b = params.dk.stride_b, p.dk_stride_t = params.dk.stride_t, p.dk_stride_h = params.dk.stride_h;
-  p.grad_states = params.grad_states, p.dots = params.dots;
+  p.states = params.grad_states, p.dots = params.dots;
   p.step_dots = params.dots ? params.dots + (int64_t)problem.batch * problem.key_heads * padded_blocks(problem.seq_len) * kBlock : nullptr;
-  p.seq_len = problem.seq_len, p.boundary_stride = boundary_elements(problem);
-  p.blocks = (int)padded_blocks(problem.seq_len), p.chunks = (int)chunks(problem.seq_len, problem.chunk_size);
-  p.blocks_per_chunk = problem.chunk_size / kBlock, p.segments = segments;
-  p.group = problem.query_heads / problem.key_heads, p.key_heads = problem.key_heads;
+  p.seq_len = problem.seq_len, p.group = problem.query_heads / problem.key_heads, p.key_heads = problem.key_heads;
   auto* kernel = key_grads_kernel<T>;
   if (int status = allow_shared_memory((const void*)kernel, Kernel::kSharedBytes)) return status;
   kernel<<<dim3((unsigned)segments, (unsigned)(problem.batch * problem.key_heads)), Kernel::kThreads, Kernel::kSharedBytes, stream>>>(p);

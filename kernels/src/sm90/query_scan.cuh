@@ -1,0 +1,301 @@
+// query_scan on Hopper, for K = 32 in bf16: y in one pass over a time segment, with the state S beside it (state_steps.cuh): chunk_state, the join and
+// chunk_scan in one kernel, with steps of 128 tokens in place of chunks.
+//
+// Two scanning warpgroups, one for each 64-token block of a step, take phi(q) S and the normaliser's q^T Z q, times the decay from the step's start, and
+// add the attention within the step. Several query heads of a key head take a step one after the other.
+#pragma once
+#include "grad_rows.cuh"
+#include "state_steps.cuh"
+
+namespace powertrain::sm90 {
+
+struct QueryScanParams : StepsParams {  // x: k, u: v'
+  const void* q;                        // packed
+  const float *block_in, *log2_decay;
+  const int32_t* document_start;
+  void* out;
+  int64_t out_stride_b, out_stride_t, out_stride_h, seq_len;
+  float* normalizer;
+  int queries, key_heads;  // query heads of a key head
+};
+
+template <typename T>
+struct QueryScan : StateSteps<T, false> {
+  using Steps = StateSteps<T, false>;
+  using Steps::for_each_step, Steps::j_block_of, Steps::load_block, Steps::slot, Steps::tiles_of;
+  using Steps::kCoreBytes, Steps::kFeatureBlocks, Steps::kGroupBytes, Steps::kHalf, Steps::kHeadDim, Steps::kNormBytes, Steps::kSlotBytes,
+      Steps::kStateBuffers, Steps::kStateBytes, Steps::kStep, Steps::kXBytes;
+  using typename Steps::Memory, typename Steps::Step;
+  using Updater = typename Steps::template Updater<false, 2>;
+  static constexpr int kScanners = kStep, kThreads = (kScanners + 2) * 128;
+  // Registers: at most 4 * 128, the cap of a block of 512 threads.
+  static constexpr int kProducing = 40, kScanning = 112, kUpdating = 248;
+
+  // A block of columns, and behind it its tokens' decays from its start, which rows of the same block have.
+  using Columns = ColumnBlock<kHeadDim>;
+  static constexpr int kColumnBytes = Columns::kBytes + Columns::kVectorBytes;
+  __device__ static __forceinline__ uint32_t row_decays(const Columns& block) { return block.x + Columns::kBytes; }
+  static constexpr int kRowBuffers = 2, kColumnBuffers = 2;  // of the blocks of a step
+
+  struct Layout : Memory {
+    uint32_t rows, columns, row_barriers, column_barriers, end;
+    __host__ __device__ constexpr explicit Layout(uint32_t start)
+        : Memory(start),
+          rows(Memory::end),
+          columns(rows + kRowBuffers * kStep * kXBytes),
+          row_barriers(columns + kColumnBuffers * kStep * kColumnBytes),
+          column_barriers(row_barriers + 16 * kRowBuffers),
+          end(column_barriers + 16 * kColumnBuffers) {}
+  };
+  static constexpr int kSharedBytes = Layout(0).end;
+  static_assert(kSharedBytes <= 227 * 1024 && kProducing + kScanners * kScanning + kUpdating <= 4 * 128);
+
+  // What the scanning warpgroups read.
+  __device__ static void produce(const QueryScanParams& p, const Layout& at) {
+    Ring<kRowBuffers> rows(at.row_barriers);
+    Ring<kColumnBuffers> columns(at.column_barriers);
+    const int64_t head = blockIdx.y, block_at = head * p.blocks, document_at = head / p.key_heads * p.blocks;
+    for_each_step(p, [&](const Step& step) {
+      columns.wait_empty();
+      const uint32_t full = columns.full_barrier();
+      barrier_expect(full, step.count * kColumnBytes);
+#pragma unroll 1
+      for (int m = 0; m < step.count; m++) {
+        const Columns to = {at.columns + (columns.stage() * kStep + m) * kColumnBytes};
+        const int64_t block = block_at + step.block + m;
+        load_block(p, to.x, block, full);
+        bulk_load(to.decays(), p.decays + block * kBlock, Columns::kVectorBytes, full);
+        bulk_load(to.log2_decays(), p.log2_decay + block * kBlock, Columns::kVectorBytes, full);
+        bulk_load(to.documents(), p.document_start + (document_at + step.block + m) * kBlock, Columns::kVectorBytes, full);
+        bulk_load(row_decays(to), p.block_in + block * kBlock, Columns::kVectorBytes, full);
+      }
+      columns.advance();
+#pragma unroll 1
+      for (int g = 0; g < p.queries; g++) {
+        rows.wait_empty();
+        barrier_expect(rows.full_barrier(), step.count * kXBytes);
+        bulk_load(at.rows + rows.stage() * kStep * kXBytes, (const T*)p.q + ((head * p.queries + g) * p.blocks + step.block) * feature_block_elements(kHeadDim),
+                  step.count * kXBytes, rows.full_barrier());
+        rows.advance();
+      }
+    });
+  }
+
+  struct Scanner {
+    const QueryScanParams& p;
+    const Layout& at;
+    const int lane, warp, scanner;
+    Ring<kStateBuffers> states;
+    Ring<kRowBuffers> rows;
+    Ring<kColumnBuffers> columns;
+    float acc[kHeadDim / 2 + 4], norm[2];  // y times d, and d; its part from the state apart, since products go on into acc
+
+    __device__ Scanner(const QueryScanParams& p, const Layout& at, int scanner)
+        : p(p), at(at), lane(threadIdx.x % 32), warp(uniform_warp() % 4), scanner(scanner), states(at.state_barriers), rows(at.row_barriers),
+          columns(at.column_barriers) {}
+
+    using Operands = RowOperands<kHeadDim>;
+
+    // acc = what the state gives the rows at `q_at`, their decays being from the step's start.
+    __device__ __forceinline__ void scan_state(const Operands& x, uint32_t q_at, uint32_t state, int m, const Columns& own, const Columns& first) {
+      float y[kHeadDim / 2], zx[kHeadDim / 2];
+      // x_i and x_{i+1} of a block I in both halves of a register, of both rows: a matrix is the eight tokens of one feature, again and again.
+      uint32_t sets[2][kHalf + 1][4], xi[2][4];
+      const auto load_xi = [&](int turn) {
+        load_matrices_transposed(xi[turn % 2], q_at + ((turn / 4 * 8 + 2 * warp + (lane >> 3 & 1)) * 64 + (turn % 4 * 2 + (lane >> 4)) * 8) * 2);
+      };
+      load_xi(0), load_xi(1);
+#pragma unroll
+      for (int i_block = 0; i_block < kFeatureBlocks; i_block++) {
+        uint32_t xj[kHalf + 1][2];  // twice where one product stands for both (a, b) and (b, a)
+#pragma unroll
+        for (int distance = 0; distance < tiles_of(i_block); distance++)
+#pragma unroll
+          for (int half = 0; half < 2; half++) {
+            const int j_block = j_block_of(i_block, distance);
+            xj[distance][half] = x[j_block / 2][j_block % 2 * 2 + half];
+            if (distance) xj[distance][half] = Pair<T>::add(xj[distance][half], xj[distance][half]);
+          }
+#pragma unroll
+        for (int i = 0; i < 8; i += 2) {
+          const int turn = (8 * i_block + i) / 2;
+          uint32_t(&a)[kHalf + 1][4] = sets[turn % 2];
+          wgmma_wait<1>();  // the products that read these operands are done
+#pragma unroll
+          for (int distance = 0; distance < tiles_of(i_block); distance++)
+#pragma unroll
+            for (int r = 0; r < 4; r++) a[distance][r] = Pair<T>::multiply(xj[distance][r % 2], xi[turn % 2][r]);
+          if (turn + 2 < kHeadDim / 2) load_xi(turn + 2);
+          wgmma_fence();
+#pragma unroll
+          for (int distance = 0; distance < tiles_of(i_block); distance++)
+            wgmma<T, true>(y, a[distance], CoreMatrices(state, kSlotBytes, kGroupBytes).at(slot(i_block, i) + j_block_of(i_block, distance) * kCoreBytes),
+                           turn + distance > 0);
+          wgmma_commit();
+        }
+      }
+      float decay[2];
+      const float before = m ? load_shared_float(row_decays(first) + 4 * (kBlock - 1)) : 1.f;
+#pragma unroll
+      for (int half = 0; half < 2; half++) decay[half] = before * load_shared_float(row_decays(own) + 4 * (16 * warp + lane / 4 + 8 * half));
+      wgmma_fence();
+#pragma unroll
+      for (int low = 0; low < 2; low++)
+#pragma unroll
+        for (int k = 0; k < kHeadDim / 16; k++)
+          wgmma<T, false>(zx, x[k], CoreMatrices(state + kHeadDim * kSlotBytes + low * kNormBytes, kCoreBytes, kFeatureBlocks * kCoreBytes).at(k * 2 * kCoreBytes),
+                          low + k > 0);
+      wgmma_commit();
+      wgmma_wait<0>();
+#pragma unroll
+      for (int c = 0; c < kHeadDim / 2; c++) acc[c] = y[c] * decay[c % 4 / 2];
+#pragma unroll
+      for (int c = kHeadDim / 2; c < kHeadDim / 2 + 4; c++) acc[c] = 0.f;
+      // This lane's terms of d.
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        norm[half] = 0.f;
+#pragma unroll
+        for (int c = 0; c < kFeatureBlocks; c++) {
+          const float2 q = Pair<T>::unpack(x[c / 2][c % 2 * 2 + half]);
+          norm[half] = fmaf(q.x, zx[4 * c + 2 * half], fmaf(q.y, zx[4 * c + 2 * half + 1], norm[half]));
+        }
+        norm[half] *= 0.5f * decay[half];
+      }
+    }
+
+    // The attention to a block of columns.
+    __device__ __forceinline__ void attend(const Operands& x, const Columns& block, const Columns& own, bool diagonal) {
+      float s[kBlock / 2];
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < kHeadDim / 16; k++) wgmma<T, true>(s, x[k], CoreMatrices(block.x, 1024, 128).at(k * 2048), k > 0);
+      wgmma_commit();
+      wgmma_wait<0>();
+      Weights weights;
+      if (diagonal) {
+        weigh_diagonal<T, false, 1>(weights, s, s, block, warp, lane);
+      } else {
+        float row_decay[2];
+#pragma unroll
+        for (int half = 0; half < 2; half++) row_decay[half] = load_shared_float(row_decays(own) + 4 * (16 * warp + lane / 4 + 8 * half));
+        weigh<T>(weights, s, s, row_decay, block.decays() + 8 * (lane % 4));
+      }
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < kBlock / 16; k++) wgmma<T, true>(acc, weights[k], CoreMatrices(block.u(), 128, 1024).at(k * 256), true);
+      wgmma_commit();
+      wgmma_wait<0>();
+    }
+
+    // The rows of block `m` of the step.
+    __device__ __forceinline__ void scan(uint32_t q_at, uint32_t state, int m, const Columns& own, const Columns& first) {
+      Operands x;
+      load_features<kHeadDim>(x, q_at, warp, lane);
+      scan_state(x, q_at, state, m, own, first);
+#pragma unroll 1
+      for (int i = m; i >= 0; i--) attend(x, Columns{i ? own.x : first.x}, own, i == m);
+    }
+
+    __device__ __forceinline__ void store(int block, int g, T* out) const {
+      float d[2];
+#pragma unroll
+      for (int half = 0; half < 2; half++) d[half] = norm[half] + acc[kHeadDim / 2 + 2 * half] + acc[kHeadDim / 2 + 2 * half + 1];
+#pragma unroll
+      for (int lanes = 1; lanes < 4; lanes *= 2)
+#pragma unroll
+        for (int half = 0; half < 2; half++) d[half] += __shfl_xor_sync(0xffffffffu, d[half], lanes);
+      const int64_t token = (int64_t)block * kBlock + 16 * warp + lane / 4;
+      T* to = out + token * p.out_stride_t + g * p.out_stride_h;
+      float* const normalizer = p.normalizer + ((int64_t)blockIdx.y * p.queries + g) * p.seq_len + token;
+#pragma unroll
+      for (int half = 0; half < 2; half++, to += 8 * p.out_stride_t) {
+        const bool exists = token + 8 * half < p.seq_len;
+        const float factor = fabsf(d[half]) < kSmallestNormalizer ? 0.f : __fdividef(1.f, d[half]);
+        if (lane % 4 == 0 && exists) normalizer[8 * half] = d[half];
+#pragma unroll
+        for (int c = 0; c < kFeatureBlocks; c += 2) {
+          const float* from = acc + 4 * c + 2 * half;
+          store_two_groups(to + 8 * c, exists, lane, from[0] * factor, from[1] * factor, from[4] * factor, from[5] * factor);
+        }
+      }
+    }
+
+    __device__ void run() {
+      T* const out = (T*)p.out + blockIdx.y / p.key_heads * p.out_stride_b + blockIdx.y % p.key_heads * p.queries * p.out_stride_h;
+      for_each_step(p, [&](const Step& step) {
+        const int m = step.block_of(scanner);
+        const auto block = [&](int i) { return Columns{at.columns + (columns.stage() * kStep + i) * kColumnBytes}; };
+        columns.wait_full();
+        states.wait_full();
+#pragma unroll 1
+        for (int g = 0; g < p.queries; g++) {
+          rows.wait_full();
+          if (m < step.count) {
+            const uint32_t q_at = at.rows + (rows.stage() * kStep + m) * kXBytes;
+            scan(q_at, at.states + states.stage() * kStateBytes, m, block(m), block(0));
+          }
+          rows.release(rows.stage());
+          rows.advance();
+          if (g + 1 == p.queries) {
+            states.release(states.stage()), columns.release(columns.stage());
+            states.advance(), columns.advance();
+          }
+          if (m < step.count) store(step.block + m, g, out);
+        }
+      });
+    }
+  };
+};
+
+// Grid (segments, B * Hk).
+template <typename T>
+__global__ void __launch_bounds__(QueryScan<T>::kThreads, 1) query_scan_kernel(const __grid_constant__ QueryScanParams p) {
+  using Kernel = QueryScan<T>;
+  extern __shared__ __align__(1024) uint8_t shared_memory[];
+  const typename Kernel::Layout at(shared_address(shared_memory));
+  if (threadIdx.x == 0) {
+    Kernel::init(at, Kernel::kScanners * 128);
+    Ring<Kernel::kRowBuffers>::init(at.row_barriers, Kernel::kScanners * 128);
+    Ring<Kernel::kColumnBuffers>::init(at.column_barriers, Kernel::kScanners * 128);
+    barrier_init_fence();
+  }
+  __syncthreads();
+  const int warpgroup = uniform_warp() / 4;
+  if (warpgroup == Kernel::kScanners + 1) {
+    give_registers<Kernel::kProducing>();
+    const int warp = uniform_warp() % 4;
+    if (threadIdx.x % 128 == 0) Kernel::produce(p, at);
+    else if (threadIdx.x % 128 == 32) Kernel::produce_inputs(p, at);
+    else if (warp >= 4 - Kernel::kAssistants) Kernel::assist(p, at);
+  } else if (warpgroup == Kernel::kScanners) {
+    take_registers<Kernel::kUpdating>();
+    typename Kernel::Updater(p, at).run();
+  } else {
+    give_registers<Kernel::kScanning>();
+    typename Kernel::Scanner(p, at, warpgroup).run();
+  }
+}
+
+template <typename T>
+int launch_query_scan(const pt_problem& problem, const pt_query_scan_params& params, cudaStream_t stream) {
+  using Kernel = QueryScan<T>;
+  const Gates gates = gates_of(problem, params.gates);
+  const int segments = choose_entered_segments(problem);
+  const pt_chunk_state_params own = {0, params.k, params.decayed_v, params.gates, params.initial, nullptr, params.final_state, nullptr};
+  const float* entering;
+  if (int status = find_entering<T>(problem, own, segments, params.workspace, &entering, stream)) return status;
+  QueryScanParams p;
+  set_steps_params(p, problem, gates, segments, entering);
+  p.x = params.k, p.u = params.v, p.q = params.q;
+  p.decays = gates.block_out, p.block_in = gates.block_in, p.log2_decay = gates.log2_decay, p.document_start = gates.document_start;
+  p.out = params.out.data, p.out_stride_b = params.out.stride_b, p.out_stride_t = params.out.stride_t, p.out_stride_h = params.out.stride_h;
+  p.normalizer = params.normalizer, p.states = params.states;
+  p.seq_len = problem.seq_len, p.group = 1, p.queries = problem.query_heads / problem.key_heads, p.key_heads = problem.key_heads;
+  auto* kernel = query_scan_kernel<T>;
+  if (int status = allow_shared_memory((const void*)kernel, Kernel::kSharedBytes)) return status;
+  kernel<<<dim3((unsigned)segments, (unsigned)(problem.batch * problem.key_heads)), Kernel::kThreads, Kernel::kSharedBytes, stream>>>(p);
+  return check_cuda(cudaGetLastError(), "query_scan");
+}
+
+}  // namespace powertrain::sm90
