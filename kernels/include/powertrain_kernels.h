@@ -260,7 +260,7 @@ PT_API int pt_chunk_scan_grad(const pt_problem* problem, const pt_chunk_scan_gra
  * chunks of 128, 256, 384 or 512 tokens, more than one of them. */
 typedef struct {
   const void *q, *k, *v;  /* packed */
-  const void* decayed_v;  /* packed */
+  const void* decayed_v;  /* packed; may be null with one time segment and no final_state */
   const void* gates;
   const float* initial;   /* boundary state, or null: zero */
   pt_tensor out;          /* y (B, T, Hq, V) */
@@ -274,7 +274,7 @@ PT_API int pt_query_scan(const pt_problem* problem, const pt_query_scan_params* 
 /* What the reverse stages compute, in one: where pt_query_scan takes the problem, and with no gradient of the final state. */
 typedef struct {
   const void *q, *k, *v, *dn; /* packed */
-  const void* decayed_dn;     /* packed */
+  const void* decayed_dn;     /* packed; may be null with one time segment and no final_state */
   const void* gates;
   pt_tensor dv, dk;           /* (B, T, Hk, K) */
   float* dots;                /* out, (2, B, Hk, Tp): (k_j . dk_j) / 2, as in pt_chunk_scan_grad, then its part from later steps; or null */

@@ -205,17 +205,18 @@ static int require_steps(const pt_problem& p, const char* stage) {
 
 int pt_query_scan(const pt_problem* problem, const pt_query_scan_params* params, void* stream) {
   PT_TRY(validate(problem));
-  PT_REQUIRE(params && params->q && params->k && params->v && params->decayed_v && params->gates && params->out.data && params->normalizer);
-  PT_REQUIRE(params->workspace);
+  PT_REQUIRE(params && params->q && params->k && params->v && params->gates && params->out.data && params->normalizer && params->workspace);
   PT_TRY(require_steps(*problem, __func__));
+  PT_REQUIRE(params->decayed_v || !scans_segments(*problem, params->final_state));
   return sm90::query_scan(*problem, *params, (cudaStream_t)stream);
 }
 
 int pt_key_grads(const pt_problem* problem, const pt_key_grads_params* params, void* stream) {
   PT_TRY(validate(problem));
-  PT_REQUIRE(params && params->q && params->k && params->v && params->dn && params->decayed_dn && params->gates && params->workspace);
+  PT_REQUIRE(params && params->q && params->k && params->v && params->dn && params->gates && params->workspace);
   PT_REQUIRE(params->dv.data && params->dk.data);
   PT_TRY(require_steps(*problem, __func__));
+  PT_REQUIRE(params->decayed_dn || !scans_segments(*problem, params->final_state));
   return sm90::key_grads(*problem, *params, (cudaStream_t)stream);
 }
 

@@ -58,9 +58,9 @@ struct ForwardBuffers {
     Arena arena(base);
     const bool begins = phase != PT_FINISH, finishes = phase != PT_BEGIN;
     const bool states = begins && (has_initial || has_final || p.chunk_size < p.seq_len);
-    decayed_v = arena.take(sizes.packed_v, states);
-    initial = arena.take<float>(sizes.boundary, has_initial && finishes), final_state = arena.take<float>(sizes.boundary, has_final && begins);
     steps = sizes.steps_workspace && phase == PT_WHOLE;
+    decayed_v = arena.take(sizes.packed_v, states && !(steps && !scans_segments(p, has_final)));
+    initial = arena.take<float>(sizes.boundary, has_initial && finishes), final_state = arena.take<float>(sizes.boundary, has_final && begins);
     scan_workspace = arena.take(std::max(sizes.chunk_state_workspace, steps ? sizes.steps_workspace : 0), states);
     bytes = arena.used();
   }
@@ -82,7 +82,8 @@ struct BackwardBuffers {
     scaled_normalizer = arena.take<float>(rows, scaled), row_scale = arena.take<float>(rows, scaled);
     row_limit = arena.take<float>((int64_t)p.batch * p.query_heads * 4, scaled);
     dn_scale = arena.take<float>(heads * 4, scaled);
-    dn = kept.take(sizes.packed_dn), decayed_dn = arena.take(sizes.packed_dn, states && begins);
+    dn = kept.take(sizes.packed_dn);
+    decayed_dn = arena.take(sizes.packed_dn, states && begins && !(key_grads && !scans_segments(p, has_initial)));
     grad_states = kept.take(sizes.states, states);
     scan_workspace = arena.take(std::max(sizes.chunk_state_workspace, key_grads ? sizes.steps_workspace : 0), states && begins);
     leaving = arena.take<float>(sizes.boundary, has_final && finishes), entering = arena.take<float>(sizes.boundary, has_initial && begins);

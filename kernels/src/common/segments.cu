@@ -187,10 +187,22 @@ int choose_segments(const pt_problem& problem, int64_t blocks_per_segment) {
 int choose_entered_segments(const pt_problem& problem) {
   constexpr double kOwn = 0.33;  // of the rest: a segment's gradient by itself
   const int64_t count = chunks(problem.seq_len, problem.chunk_size), heads = (int64_t)problem.batch * problem.key_heads;
-  return cheapest_segments(std::min<int64_t>(kMostEntered, count), [&](int s) {
-    return (double)ceil_div(heads * s, multiprocessors()) * ceil_div(count, s) * (s > 1 ? 1 + kOwn : 1);
-  });
+  const int64_t device = multiprocessors();
+  // Every call asks several times, nearly always for the same shapes, and the search takes microseconds.
+  static thread_local struct {
+    int64_t count, heads, device;
+    int segments;
+  } last;
+  if (last.count != count || last.heads != heads || last.device != device) {
+    const int best = cheapest_segments(std::min<int64_t>(kMostEntered, count), [&](int s) {
+      return (double)ceil_div(heads * s, device) * ceil_div(count, s) * (s > 1 ? 1 + kOwn : 1);
+    });
+    last = {count, heads, device, best};
+  }
+  return last.segments;
 }
+
+bool scans_segments(const pt_problem& problem, bool wants_final) { return wants_final || choose_entered_segments(problem) > 1; }
 
 int join_segments(const pt_problem& problem, const pt_chunk_state_params& params, int segments, const float* locals, cudaStream_t stream) {
   return join(problem, params, segments, locals, nullptr, stream);

@@ -22,6 +22,8 @@ int carry_in(const pt_problem& problem, const pt_chunk_state_params& params, cud
 // the first. Of params, reverse, gates, initial and final_state (or null) count.
 constexpr int kMostEntered = 128;  // segments
 int choose_entered_segments(const pt_problem& problem);  // the fewest with which query_scan and key_grads keep the device busy
+// Whether they scan the segments' own states first, from decayed values: where there are several, and where somebody wants the state at the end.
+bool scans_segments(const pt_problem& problem, bool wants_final);
 int enter_segments(const pt_problem& problem, const pt_chunk_state_params& params, int segments, float* locals, cudaStream_t stream);
 
 int64_t boundary_elements(const pt_problem& problem);  // of all (b, h)

@@ -1,5 +1,6 @@
-"""Backward passes whose dk and dv come from `pt_key_grads`: head dim 32 in bf16 on Hopper, with more than one chunk and
-no gradient of a final state. On a GPU its own kernels, else the Hopper ones emulated.
+"""Passes that keep the state beside the scan, in steps of 128 tokens: y from `pt_query_scan`, and dk and dv from
+`pt_key_grads` where a final state has no gradient. Head dim 32 in bf16 on Hopper, with more than one chunk. On a GPU its
+own kernels, else the Hopper ones emulated.
 """
 
 from collections.abc import Iterator
@@ -42,6 +43,9 @@ CASES = {
     # Four chunks make a span, at whose end alone the gates' gradient starts from states.
     "spans": replace(BASE, T=1100, gate=2e-3),
     "spans_forgotten": replace(BASE, T=900, gate=0.01),
+    # y by steps alone, as the gradient of the final state takes the stages.
+    "states": replace(BASE, T=400, state=True),
+    "states_gqa_documents": replace(BASE, T=330, Hq=3, documents=True, state=True),
 }
 
 
@@ -80,9 +84,24 @@ def test_gate_gradients_where_steps_remember(seed: int) -> None:
 
 @pytest.mark.skipif(ON_GPU, reason="the GPU has its own number of multiprocessors")
 @pytest.mark.parametrize("count", [1, 3])
-def test_segments_of_several_chunks(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+@pytest.mark.parametrize("state", [False, True])
+def test_segments_of_several_chunks(monkeypatch: pytest.MonkeyPatch, count: int, state: bool) -> None:
     monkeypatch.setenv("PT_EMULATED_MULTIPROCESSORS", str(count))
-    assert_accurate(replace(BASE, T=900, Hq=2, Hk=1, documents=(300, 600)))
+    assert_accurate(replace(BASE, T=900, Hq=2, Hk=1, documents=(300, 600), state=state))
+
+
+@pytest.mark.skipif(ON_GPU, reason="the GPU has its own number of multiprocessors")
+def test_y_is_the_same_for_every_chunk_of_whole_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PT_EMULATED_MULTIPROCESSORS", "1")  # so that there is one time segment
+    tensors = replace(BASE, T=700, Hq=2).tensors()
+
+    def y(chunk_size: int) -> Tensor:
+        with torch.no_grad():
+            return power_retention(**tensors, chunk_size=chunk_size, impl="cuda")
+
+    expected = y(128)
+    assert all(torch.equal(y(chunk_size), expected) for chunk_size in (256, 384, 512))
+    assert not torch.equal(y(640), expected)  # by the stages
 
 
 def test_weights_that_one_key_takes() -> None:
@@ -114,7 +133,7 @@ def test_two_runs_give_the_same_bits() -> None:
 
 
 def test_same_gradients_as_by_the_stages() -> None:
-    """A gradient of the final state, all zero, takes the stages instead: the same numbers up to rounding."""
+    """A gradient of the final state, all zero, takes the stages for dk and dv: the same numbers up to rounding."""
     case = replace(BASE, T=700, Hq=2)
     tensors = case.tensors()
     keywords = {"chunk_size": case.chunk_size, "impl": "cuda"}
