@@ -1,6 +1,6 @@
 """Passes that keep the state beside the scan, in steps of 128 tokens: y from `pt_query_scan`, and dk and dv from
-`pt_key_grads` where a final state has no gradient. Head dim 32 in bf16 on Hopper, with more than one chunk. On a GPU its
-own kernels, else the Hopper ones emulated.
+`pt_key_grads` where a final state has no gradient. Head dim 32 in bf16 on Hopper, with more than one chunk.
+On a GPU its own kernels, else the Hopper ones emulated.
 """
 
 from collections.abc import Iterator
