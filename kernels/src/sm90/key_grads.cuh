@@ -126,9 +126,9 @@ struct KeyGrads : StateSteps<T, true> {
 #pragma unroll
         for (int r = 0; r < 4; r++) x[k][r] = multiplied(x[k][r], decay[r % 2]), u[k][r] = multiplied(u[k][r], 2.f * decay[r % 2]);
       // x_i and x_{i+1} of a block I in both halves of a register, of both rows: a matrix is the eight tokens of one feature, again and again.
-      uint32_t a[2][4][4], xi[4];
-      const auto load_xi = [&](int i) { load_matrices_transposed(xi, k_at + ((i / 8 * 8 + 2 * warp + (lane >> 3 & 1)) * 64 + (i % 8 + (lane >> 4)) * 8) * 2); };
-      load_xi(0);
+      uint32_t a[2][4][4], pairs[2][4];
+      const auto load_xi = [&](int i) { load_matrices_transposed(pairs[i / 2 % 2], k_at + ((i / 8 * 8 + 2 * warp + (lane >> 3 & 1)) * 64 + (i % 8 + (lane >> 4)) * 8) * 2); };
+      load_xi(0), load_xi(2);
 #pragma unroll
       for (int i_block = 0; i_block < kFeatureBlocks; i_block++) {
         uint32_t xj[kHalf + 1][2];  // twice where one product stands for both (a, b) and (b, a)
@@ -142,6 +142,7 @@ struct KeyGrads : StateSteps<T, true> {
           }
 #pragma unroll
         for (int i = 0; i < 8; i += 2) {
+          uint32_t(&xi)[4] = pairs[i / 2 % 2];
           wgmma_wait<1>();  // the products that read a[0] are done
 #pragma unroll
           for (int s = 0; s < 4; s++)
@@ -157,7 +158,7 @@ struct KeyGrads : StateSteps<T, true> {
           for (int distance = 0; distance < tiles_of(i_block); distance++)
 #pragma unroll
             for (int r = 0; r < 4; r++) a[1][distance][r] = Pair<T>::multiply(xj[distance][r % 2], xi[r]);
-          if (8 * i_block + i + 2 < kHeadDim) load_xi(8 * i_block + i + 2);
+          if (8 * i_block + i + 4 < kHeadDim) load_xi(8 * i_block + i + 4);
           wgmma_fence();
 #pragma unroll
           for (int distance = 0; distance < tiles_of(i_block); distance++)
