@@ -105,6 +105,13 @@ def query_scan_rows(
     rows = {}
     if any(not torch.equal(ours[name].view(torch.uint8), again[name].view(torch.uint8)) for name in again):
         rows["query_scan deterministic"] = (math.nan, 0.0)
+    if not all(x.isfinite().all() for x in ours.values()):
+        rows["query_scan written"] = (math.nan, 0.0)
+    # chunk_scan_grad takes both entries of a pair in a tile on the diagonal for one number.
+    diagonal = torch.tensor([d == 0 for *_, d in tile_pairs(dim)], device=DEVICE)
+    norms = ours["states"][:, :, diagonal, -1, :, :2].unflatten(-2, (8, 8))
+    if not torch.equal(norms, norms.transpose(-3, -2)):
+        rows["query_scan symmetric"] = (math.nan, 0.0)
     for name in ("y", "normalizer"):
         rows[f"query_scan {name}"] = (error(ours[name], exact[name]), error(plain[name], exact[name]))
     rows["query_scan normalizer"] = (rows["query_scan normalizer"][0], max(rows["query_scan normalizer"][1], eps / 2))
@@ -197,6 +204,9 @@ def cases(head_dim: int, dtype: torch.dtype) -> dict[str, Case]:
         "grouped heads": Case(query_heads=6, key_heads=2, tokens=700, chunk=128, **base),
         "documents": Case(tokens=1024, chunk=256, documents=(1, 65, 128, 300, 512, 777), gate=0.01, **base),
         "boundary": Case(tokens=600, chunk=256, boundary=True, query_heads=4, key_heads=2, **base),
+        "steps, documents, boundary": Case(
+            tokens=800, chunk=128, query_heads=2, key_heads=1, documents=(200, 640), boundary=True, **base
+        ),
         "strong gate": Case(tokens=512, chunk=512, gate=20.0, **base),
         "long chunk": Case(tokens=1100, chunk=1024, query_heads=2, key_heads=1, gate=0.001, **base),
         "long chunk, documents": Case(

@@ -29,7 +29,7 @@ SHAPES = (
     (1, 300, 1, 1, 512, False, True),
     (1, 600, 2, 1, 1024, False, False),  # more columns than a row tile has rows
     (2, 400, 16, 16, 64, False, True),  # more row tiles than multiprocessors
-    (1, 1100, 2, 1, 512, True, False),  # several steps of key_grads in a time segment
+    (1, 1100, 2, 1, 512, True, False),  # several steps of query_scan and key_grads in a time segment
     (2, 450, 33, 33, 128, False, False),  # and several chunks
 )
 

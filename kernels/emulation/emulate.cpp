@@ -398,14 +398,15 @@ void mma_m16n8k16(float* c, const uint32_t* a, uint32_t b0, uint32_t b1, bool ha
 
 // The little of the CUDA runtime that the library calls. PT_EMULATED_MULTIPROCESSORS makes persistent grids and time segments small or large.
 extern "C" {
+// Each number of them is a device of its own, since the library keeps what it has read of one.
 cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  const char* multiprocessors = getenv("PT_EMULATED_MULTIPROCESSORS");
+  *device = multiprocessors ? atoi(multiprocessors) : 6;
   return cudaSuccess;
 }
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  const char* count = getenv("PT_EMULATED_MULTIPROCESSORS");
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   if (attribute == cudaDevAttrMultiProcessorCount)
-    *value = count ? atoi(count) : 6;
+    *value = device;
   else if (attribute == cudaDevAttrComputeCapabilityMajor)
     *value = 9;
   else

@@ -18,7 +18,7 @@
  *     pt_chunk_scan_grad       q, dn', states     -> dq, q . dq     (and reverse: k, v', dstates -> dk, k . dk)
  *     pt_state_flow            states, dstates    -> dlog_G beyond the ends of some chunks
  *     pt_gate_grad             the last three     -> dlog_G
- * or, where they take the problem, in place of the first two and of the reverse stages:
+ * or, where they take the problem, in place of pt_chunk_state and pt_chunk_scan, and of the three reverse stages:
  *     pt_query_scan            q, k, v'           -> y, normalizer, states entering each chunk, final state
  *     pt_key_grads             q, k, v', dn'      -> dv, dk, k . dk, gradients of the states leaving each chunk, gradient of the initial state
  * Beside it, the loss of a language model's head:
@@ -265,7 +265,7 @@ typedef struct {
   const float* initial;   /* boundary state, or null: zero */
   pt_tensor out;          /* y (B, T, Hq, V) */
   float* normalizer;      /* (B, Hq, T) out */
-  void* states;           /* out, as pt_chunk_state writes them, or null: not wanted */
+  void* states;           /* out, as pt_chunk_state writes them */
   float* final_state;     /* out, boundary state, or null */
   void* workspace;        /* pt_sizes.steps_workspace bytes */
 } pt_query_scan_params;

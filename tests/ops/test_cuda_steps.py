@@ -3,6 +3,7 @@
 On a GPU its own kernels, else the Hopper ones emulated.
 """
 
+import ctypes
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.stage_calls import Problem, Sizes
+from powertrain import native
 from powertrain.ops import cuda, power_retention
 from tests.ops.test_cuda import (
     BF16,
@@ -82,12 +85,32 @@ def test_gate_gradients_where_steps_remember(seed: int) -> None:
     assert_accurate(replace(BASE, T=1100, chunk_size=512, gate=0.035), seed)
 
 
+def segments_of(case: Case) -> int:
+    """Time segments of the steps, from the size of their workspace."""
+    problem = Problem(0, 90, case.B, case.Hq, case.Hk, case.D, case.chunk_size, 1.0, case.T)
+    sizes = Sizes()
+    native.call("pt_sizes_of", ctypes.byref(problem), ctypes.byref(sizes))
+    return sizes.steps_workspace // sizes.boundary
+
+
+SEGMENTS = {1: 1, 3: 3, 6: 4}  # by multiprocessors
+
+
 @pytest.mark.skipif(ON_GPU, reason="the GPU has its own number of multiprocessors")
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("multiprocessors", SEGMENTS)
 @pytest.mark.parametrize("state", [False, True])
-def test_segments_of_several_chunks(monkeypatch: pytest.MonkeyPatch, count: int, state: bool) -> None:
-    monkeypatch.setenv("PT_EMULATED_MULTIPROCESSORS", str(count))
-    assert_accurate(replace(BASE, T=900, Hq=2, Hk=1, documents=(300, 600), state=state))
+def test_segments_of_several_chunks(monkeypatch: pytest.MonkeyPatch, multiprocessors: int, state: bool) -> None:
+    monkeypatch.setenv("PT_EMULATED_MULTIPROCESSORS", str(multiprocessors))
+    case = replace(BASE, T=900, Hq=2, Hk=1, documents=(300, 600), state=state)
+    assert segments_of(case) == SEGMENTS[multiprocessors]
+    assert_accurate(case)
+
+
+def test_segments_of_several_chunks_on_a_gpu() -> None:
+    case = replace(BASE, B=4, T=600, Hq=40, Hk=40) if ON_GPU else replace(BASE, T=600)
+    assert not ON_GPU or segments_of(case) < 5
+    assert_accurate(case)
+    assert_same_bits(case)
 
 
 @pytest.mark.skipif(ON_GPU, reason="the GPU has its own number of multiprocessors")
@@ -123,8 +146,15 @@ def test_initial_state_whose_end_nobody_reads() -> None:
     assert_small(case, errors_of(replace(case, state=False), tensors, results, cotangents))
 
 
-def test_two_runs_give_the_same_bits() -> None:
-    case = replace(BASE, T=600, Hq=2, documents=True)
+@pytest.mark.parametrize("seed", range(1 if ON_GPU else 4))
+def test_two_runs_give_the_same_bits(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    # Warps take turns at random, and a segment has several chunks.
+    monkeypatch.setenv("PT_EMULATED_SEED", str(seed))
+    monkeypatch.setenv("PT_EMULATED_MULTIPROCESSORS", "1")
+    assert_same_bits(replace(BASE, T=600, Hq=2, documents=True))
+
+
+def assert_same_bits(case: Case) -> None:
     runs = []
     for _ in range(2):
         keywords = {"chunk_size": case.chunk_size, "impl": "cuda", **case.keywords()}

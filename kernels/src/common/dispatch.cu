@@ -205,7 +205,8 @@ static int require_steps(const pt_problem& p, const char* stage) {
 
 int pt_query_scan(const pt_problem* problem, const pt_query_scan_params* params, void* stream) {
   PT_TRY(validate(problem));
-  PT_REQUIRE(params && params->q && params->k && params->v && params->gates && params->out.data && params->normalizer && params->workspace);
+  PT_REQUIRE(params && params->q && params->k && params->v && params->gates && params->out.data && params->normalizer && params->states);
+  PT_REQUIRE(params->workspace);
   PT_TRY(require_steps(*problem, __func__));
   PT_REQUIRE(params->decayed_v || !scans_segments(*problem, params->final_state));
   return sm90::query_scan(*problem, *params, (cudaStream_t)stream);

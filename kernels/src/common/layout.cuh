@@ -12,7 +12,8 @@
 //   occurs once; a tile with distance 0 holds both (i, j) and (j, i).
 // states      (B, Hk, N, tiles) of [V/8 + 1 column groups][64 rows][8 columns] in 16 bits: core matrices of 8 rows (fixed i) x 8 columns.
 //   Off-diagonal tiles carry the weight 2 (so that readers need no weights) and everything carries problem.state_scale.
-//   The last column group holds the normaliser as hi in column 0 and lo in column 1; the rest is 0.
+//   The last column group holds the normaliser as hi in column 0 and lo in column 1; the rest is 0. In tiles of distance 0 those of (i, j) and
+//   (j, i) are the same bits.
 // boundary    (B, Hk, tiles, 64 rows, V + 8 columns) in fp32, no weights, no state_scale; column V is the normaliser, the rest is 0.
 //   In tiles of distance 0 the entries (i, j) and (j, i) are equal.
 //
@@ -41,7 +42,7 @@ namespace powertrain {
 
 constexpr int kBlock = 64;       // tokens of a block, rows of a phi tile
 constexpr int kNormColumns = 8;  // columns that the normaliser occupies
-constexpr int kStepBlocks = 2;   // blocks of a step of key_grads
+constexpr int kStepBlocks = 2;   // blocks of a step of query_scan and key_grads
 
 PT_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -185,10 +185,10 @@ int choose_segments(const pt_problem& problem, int64_t blocks_per_segment) {
 }
 
 int choose_entered_segments(const pt_problem& problem) {
-  constexpr double kOwn = 0.33;  // of the rest: a segment's gradient by itself
+  constexpr double kOwn = 0.33;  // of the rest: a segment's state or gradient by itself (measured: 0.29 of key_grads, 0.45 of query_scan)
   const int64_t count = chunks(problem.seq_len, problem.chunk_size), heads = (int64_t)problem.batch * problem.key_heads;
   const int64_t device = multiprocessors();
-  // Every call asks several times, nearly always for the same shapes, and the search takes microseconds.
+  // Every call asks several times, nearly always for the same shapes, and the search takes microseconds. A memo of what follows from the shapes alone.
   static thread_local struct {
     int64_t count, heads, device;
     int segments;

@@ -43,7 +43,7 @@ struct KeyGrads : StateSteps<T, true> {
     uint32_t rows, columns, parked, row_barriers, column_barriers, end;
     __host__ __device__ constexpr explicit Layout(uint32_t start)
         : Memory(start),
-          rows(Memory::end),
+          rows(Memory::end_of_steps),
           columns(rows + kRowBuffers * kStep * kRowsBytes),
           parked(columns + kColumnBuffers * Columns::kBytes),
           row_barriers(parked + kScanners * kParkedBytes),
@@ -51,6 +51,11 @@ struct KeyGrads : StateSteps<T, true> {
           end(column_barriers + 16 * kColumnBuffers) {}
   };
   static constexpr int kSharedBytes = Layout(0).end;
+  __device__ static void init(const Layout& at) {
+    Steps::init(at, kScanners * 128);
+    Ring<kRowBuffers>::init(at.row_barriers, kScanners * 128);
+    Ring<kColumnBuffers>::init(at.column_barriers, kScanners * 128);
+  }
   static_assert(kSharedBytes <= 227 * 1024 && kProducing + kScanners * kScanning + kUpdating <= 4 * 128);
 
   // What the scanning warpgroups read.
@@ -344,33 +349,9 @@ struct KeyGrads : StateSteps<T, true> {
   };
 };
 
-// Grid (segments, B * Hk).
 template <typename T>
 __global__ void __launch_bounds__(KeyGrads<T>::kThreads, 1) key_grads_kernel(const __grid_constant__ KeyGradsParams p) {
-  using Kernel = KeyGrads<T>;
-  extern __shared__ __align__(1024) uint8_t shared_memory[];
-  const typename Kernel::Layout at(shared_address(shared_memory));
-  if (threadIdx.x == 0) {
-    Kernel::init(at, Kernel::kScanners * 128);
-    Ring<Kernel::kRowBuffers>::init(at.row_barriers, Kernel::kScanners * 128);
-    Ring<Kernel::kColumnBuffers>::init(at.column_barriers, Kernel::kScanners * 128);
-    barrier_init_fence();
-  }
-  __syncthreads();
-  const int warpgroup = uniform_warp() / 4;
-  if (warpgroup == Kernel::kScanners + 1) {
-    give_registers<Kernel::kProducing>();
-    const int warp = uniform_warp() % 4;
-    if (threadIdx.x % 128 == 0) Kernel::produce(p, at);
-    else if (threadIdx.x % 128 == 32) Kernel::produce_inputs(p, at);
-    else if (warp >= 4 - Kernel::kAssistants) Kernel::assist(p, at);
-  } else if (warpgroup == Kernel::kScanners) {
-    take_registers<Kernel::kUpdating>();
-    typename Kernel::Updater(p, at).run();
-  } else {
-    give_registers<Kernel::kScanning>();
-    typename Kernel::Scanner(p, at, warpgroup).run();
-  }
+  run_steps<KeyGrads<T>>(p);
 }
 
 template <typename T>

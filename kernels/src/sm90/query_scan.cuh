@@ -41,13 +41,18 @@ struct QueryScan : StateSteps<T, false> {
     uint32_t rows, columns, row_barriers, column_barriers, end;
     __host__ __device__ constexpr explicit Layout(uint32_t start)
         : Memory(start),
-          rows(Memory::end),
+          rows(Memory::end_of_steps),
           columns(rows + kRowBuffers * kStep * kXBytes),
           row_barriers(columns + kColumnBuffers * kStep * kColumnBytes),
           column_barriers(row_barriers + 16 * kRowBuffers),
           end(column_barriers + 16 * kColumnBuffers) {}
   };
   static constexpr int kSharedBytes = Layout(0).end;
+  __device__ static void init(const Layout& at) {
+    Steps::init(at, kScanners * 128);
+    Ring<kRowBuffers>::init(at.row_barriers, kScanners * 128);
+    Ring<kColumnBuffers>::init(at.column_barriers, kScanners * 128);
+  }
   static_assert(kSharedBytes <= 227 * 1024 && kProducing + kScanners * kScanning + kUpdating <= 4 * 128);
 
   // What the scanning warpgroups read.
@@ -211,7 +216,7 @@ struct QueryScan : StateSteps<T, false> {
 #pragma unroll
       for (int half = 0; half < 2; half++, to += 8 * p.out_stride_t) {
         const bool exists = token + 8 * half < p.seq_len;
-        const float factor = fabsf(d[half]) < kSmallestNormalizer ? 0.f : __fdividef(1.f, d[half]);
+        const float factor = fabsf(d[half]) < kSmallestNormalizer ? 0.f : 1.f / d[half];
         if (lane % 4 == 0 && exists) normalizer[8 * half] = d[half];
 #pragma unroll
         for (int c = 0; c < kFeatureBlocks; c += 2) {
@@ -248,33 +253,9 @@ struct QueryScan : StateSteps<T, false> {
   };
 };
 
-// Grid (segments, B * Hk).
 template <typename T>
 __global__ void __launch_bounds__(QueryScan<T>::kThreads, 1) query_scan_kernel(const __grid_constant__ QueryScanParams p) {
-  using Kernel = QueryScan<T>;
-  extern __shared__ __align__(1024) uint8_t shared_memory[];
-  const typename Kernel::Layout at(shared_address(shared_memory));
-  if (threadIdx.x == 0) {
-    Kernel::init(at, Kernel::kScanners * 128);
-    Ring<Kernel::kRowBuffers>::init(at.row_barriers, Kernel::kScanners * 128);
-    Ring<Kernel::kColumnBuffers>::init(at.column_barriers, Kernel::kScanners * 128);
-    barrier_init_fence();
-  }
-  __syncthreads();
-  const int warpgroup = uniform_warp() / 4;
-  if (warpgroup == Kernel::kScanners + 1) {
-    give_registers<Kernel::kProducing>();
-    const int warp = uniform_warp() % 4;
-    if (threadIdx.x % 128 == 0) Kernel::produce(p, at);
-    else if (threadIdx.x % 128 == 32) Kernel::produce_inputs(p, at);
-    else if (warp >= 4 - Kernel::kAssistants) Kernel::assist(p, at);
-  } else if (warpgroup == Kernel::kScanners) {
-    take_registers<Kernel::kUpdating>();
-    typename Kernel::Updater(p, at).run();
-  } else {
-    give_registers<Kernel::kScanning>();
-    typename Kernel::Scanner(p, at, warpgroup).run();
-  }
+  run_steps<QueryScan<T>>(p);
 }
 
 template <typename T>

@@ -39,14 +39,14 @@ struct StateSteps {
 
   // Where all that is in shared memory, with the barriers of the states, of the inputs, and of u as it was loaded.
   struct Memory {
-    uint32_t states, inputs, state_barriers, input_barriers, loaded_barriers, end;
+    uint32_t states, inputs, state_barriers, input_barriers, loaded_barriers, end_of_steps;
     __host__ __device__ constexpr explicit Memory(uint32_t start)
         : states(start),
           inputs(states + kStateBuffers * kStateBytes),
           state_barriers(inputs + kInputBuffers * kInputBytes),
           input_barriers(state_barriers + 16 * kStateBuffers),
           loaded_barriers(input_barriers + 16 * kInputBuffers),
-          end((loaded_barriers + 8 * kInputBuffers + 127) / 128 * 128) {}
+          end_of_steps((loaded_barriers + 8 * kInputBuffers + 127) / 128 * 128) {}
   };
   __device__ static void init(const Memory& at, int scanning_threads) {
     Ring<kStateBuffers>::init(at.state_barriers, scanning_threads + kAssistants * 32, 128);
@@ -144,6 +144,7 @@ struct StateSteps {
           barrier_arrive(inputs.full_barrier());
           inputs.advance();
         }
+      // Their arrivals are no more than a second lock: the updating warpgroup needs their next inputs before it leaves a state here.
       states.wait_full();
       if (p.states && step.chunk >= 0) write_state(p, at.states + states.stage() * kStateBytes, step.chunk, thread);
       states.release(states.stage());
@@ -167,7 +168,9 @@ struct StateSteps {
         *(uint4*)to = make_uint4(Pair<T>::multiply(values.x, twice), Pair<T>::multiply(values.y, twice), Pair<T>::multiply(values.z, twice),
                                  Pair<T>::multiply(values.w, twice));
       }
-      const uint32_t norm = state + kHeadDim * kSlotBytes + (pair.i_block * kFeatureBlocks + pair.j_block) * kCoreBytes + thread / 8 * kRowBytes + thread % 8 * 2;
+      // Z_ab and Z_ba are rounded each in its own way; readers take the two that a tile on the diagonal has for one number.
+      const int i = thread / 8, j = thread % 8, row = pair.distance ? i : max(i, j), column = pair.distance ? j : min(i, j);
+      const uint32_t norm = state + kHeadDim * kSlotBytes + (pair.i_block * kFeatureBlocks + pair.j_block) * kCoreBytes + row * kRowBytes + column * 2;
       const uint32_t high_and_low = load_shared_2(norm) | load_shared_2(norm + kNormBytes) << 16;
       *(uint4*)to = make_uint4(Pair<T>::multiply(high_and_low, pair.distance ? Pair<T>::pack(1.f, 1.f) : Pair<T>::pack(0.5f, 0.5f)), 0, 0, 0);
       to += kBlock * 8;
@@ -338,6 +341,32 @@ struct StateSteps {
     }
   };
 };
+
+// The whole kernel; grid (segments, B * Hk). Scanning warpgroups first, then the updating one and the producing one.
+template <class Kernel, class Params>
+__device__ __forceinline__ void run_steps(const Params& p) {
+  extern __shared__ __align__(1024) uint8_t shared_memory[];
+  const typename Kernel::Layout at(shared_address(shared_memory));
+  if (threadIdx.x == 0) {
+    Kernel::init(at);
+    barrier_init_fence();
+  }
+  __syncthreads();
+  const int warpgroup = uniform_warp() / 4;
+  if (warpgroup == Kernel::kScanners + 1) {
+    give_registers<Kernel::kProducing>();
+    const int warp = uniform_warp() % 4;
+    if (threadIdx.x % 128 == 0) Kernel::produce(p, at);
+    else if (threadIdx.x % 128 == 32) Kernel::produce_inputs(p, at);
+    else if (warp >= 4 - Kernel::kAssistants) Kernel::assist(p, at);
+  } else if (warpgroup == Kernel::kScanners) {
+    take_registers<Kernel::kUpdating>();
+    typename Kernel::Updater(p, at).run();
+  } else {
+    give_registers<Kernel::kScanning>();
+    typename Kernel::Scanner(p, at, warpgroup).run();
+  }
+}
 
 // On the host: what enters each of the segments, in `workspace` (segments, boundary), from what each leaves by itself; and `own.final_state`, which the
 // kernels stop a step before. *entering becomes null where there is nothing.
