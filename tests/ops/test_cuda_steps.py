@@ -107,7 +107,7 @@ def test_segments_of_several_chunks(monkeypatch: pytest.MonkeyPatch, multiproces
 
 
 def test_segments_of_several_chunks_on_a_gpu() -> None:
-    case = replace(BASE, B=4, T=600, Hq=40, Hk=40) if ON_GPU else replace(BASE, T=600)
+    case = replace(BASE, B=3, T=600, Hq=44, Hk=44) if ON_GPU else replace(BASE, T=600)
     assert not ON_GPU or segments_of(case) < 5
     assert_accurate(case)
     assert_same_bits(case)

@@ -154,17 +154,15 @@ struct ChunkState {
     Ring<kStages> ring(barriers);
     // The products of 16 tokens are one or two wgmma groups, with fragments of phi of their own: one group runs while the next one's are formed.
     constexpr int kGroups = kHeadDim == 64 ? 2 : 1, kFirst = kGroups == 1 ? kTiles : (kTiles + 1) / 2;  // products of the first group
-    // Fragments of x of a stage's k-th 16 tokens are loaded before the products that come before theirs are issued; where registers allow it, before
-    // those two before.
-    constexpr int kSteps = kBlock / 16, kAhead = kHeadDim == 32 ? 2 : 1;
-    uint32_t a[3 - kGroups][kTiles][4], xi[kAhead][Group::kI][4], xj[kAhead][Group::kJ][2];
-    const auto load_x = [&](int k, int stage) {
-      const uint32_t x = shared + stage * kStageBytes + k * 256;
+    uint32_t a[3 - kGroups][kTiles][4], xi[Group::kI][4], xj[Group::kJ][2];
+    // Fragments of x of the stage's k-th 16 tokens. They are loaded before the products that come before theirs are issued.
+    const auto load_x = [&](int k) {
+      const uint32_t x = shared + ring.stage() * kStageBytes + k * 256;
 #pragma unroll
-      for (int i = 0; i < Group::kI; i++) load_matrices(xi[k % kAhead][i], x + i_offset[i]);
+      for (int i = 0; i < Group::kI; i++) load_matrices(xi[i], x + i_offset[i]);
 #pragma unroll
-      for (int j = 0; j < kPairs; j++) load_matrices(xj[k % kAhead][2 * j], xj[k % kAhead][2 * j + 1], x + j_offset[j]);
-      if constexpr (Group::kJ % 2) load_matrices(xj[k % kAhead][Group::kJ - 1], x + j_offset[kPairs]);
+      for (int j = 0; j < kPairs; j++) load_matrices(xj[2 * j], xj[2 * j + 1], x + j_offset[j]);
+      if constexpr (Group::kJ % 2) load_matrices(xj[Group::kJ - 1], x + j_offset[kPairs]);
     };
     for_each_chunk(p, [&](int64_t n, int64_t, int count) {
       if (p.states) write_state<Group>(p, acc, group, n, warp, lane);
@@ -177,14 +175,13 @@ struct ChunkState {
       const int steps = count * p.group;
       if (steps > 0) {
         ring.wait_full();
-#pragma unroll
-        for (int k = 0; k < kAhead; k++) load_x(k, ring.stage());
+        load_x(0);
       }
 #pragma unroll 1
       for (int step = 0; step < steps; step++) {
         const CoreMatrices columns(shared + ring.stage() * kStageBytes + kXBytes, 128, 1024);
 #pragma unroll
-        for (int k = 0; k < kSteps; k++) {
+        for (int k = 0; k < kBlock / 16; k++) {
 #pragma unroll
           for (int group = 0; group < kGroups; group++) {
             const int first = group * kFirst, end = group == 0 ? kFirst : kTiles, turn = k * kGroups + group;
@@ -194,14 +191,8 @@ struct ChunkState {
 #pragma unroll
             for (int m = first; m < end; m++)
 #pragma unroll
-              for (int r = 0; r < 4; r++) fragments[m][r] = Pair<T>::multiply(xj[k % kAhead][Group::j_slot(m)][r / 2], xi[k % kAhead][Group::i_slot(m)][r]);
-            if (group == kGroups - 1 && k + kAhead < kSteps) load_x(k + kAhead, ring.stage());
-            if constexpr (kAhead > 1)
-              if (k + kAhead >= kSteps) {  // of the next stage; after the last one whatever, as a branch around these loads would serialise the products
-                const bool more = step + 1 < steps;
-                if (more && k + kAhead == kSteps) ring.wait_next_full();
-                load_x(k + kAhead - kSteps, more ? ring.next() : ring.stage());
-              }
+              for (int r = 0; r < 4; r++) fragments[m][r] = Pair<T>::multiply(xj[Group::j_slot(m)][r / 2], xi[Group::i_slot(m)][r]);
+            if (group == kGroups - 1 && k + 1 < kBlock / 16) load_x(k + 1);
             wgmma_fence();
 #pragma unroll
             for (int m = first; m < end; m++) wgmma<T, true>(acc[m], fragments[m], columns.at(k * 256), true);
@@ -209,9 +200,9 @@ struct ChunkState {
           }
         }
         ring.advance();
-        if (kAhead == 1 && step + 1 < steps) {
+        if (step + 1 < steps) {
           ring.wait_full();
-          load_x(0, ring.stage());
+          load_x(0);
         }
       }
       wgmma_wait<0>();

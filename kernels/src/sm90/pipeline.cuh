@@ -22,11 +22,9 @@ struct Ring {
   }
   __device__ int stage() const { return count % kStages; }
   __device__ int previous() const { return (count - 1) % kStages; }
-  __device__ int next() const { return (count + 1) % kStages; }
   __device__ uint32_t phase() const { return count / kStages & 1; }
   __device__ uint32_t full_barrier() const { return barriers + 8 * stage(); }
   __device__ void wait_full() const { barrier_wait(full_barrier(), phase()); }
-  __device__ void wait_next_full() const { barrier_wait(barriers + 8 * next(), (count + 1) / kStages & 1); }
   __device__ void wait_empty() const { barrier_wait(barriers + 8 * (kStages + stage()), phase() ^ 1); }
   // This lane has read the stage (if `read`: a predicate instead of a branch, for calls amid products). Every lane says so itself: one for its warp,
   // after __syncwarp, would do and is no faster, but compute-sanitizer's racecheck does not follow it.
