@@ -225,7 +225,8 @@ def main() -> int:
         "--stages",
         type=int,
         default=4,
-        help="1 chunk_state, 2 and chunk_scan, 3 and their reverse, 4 and chunk_scan_grad",
+        help="1 chunk_state, 2 and chunk_scan, 3 and their reverse, 4 and chunk_scan_grad; from 2 on query_scan, at 4 key_grads, "
+        "where they take the problem",
     )
     parser.add_argument("--head-dims", type=int, nargs="+", default=[64])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"])

@@ -277,7 +277,8 @@ typedef struct {
   const void* decayed_dn;     /* packed; may be null with one time segment and no final_state */
   const void* gates;
   pt_tensor dv, dk;           /* (B, T, Hk, K) */
-  float* dots;                /* out, (2, B, Hk, Tp): (k_j . dk_j) / 2, as in pt_chunk_scan_grad, then its part from later steps; or null */
+  float* dots;                /* out, (2, B, Hk, Tp): (k_j . dk_j) / 2, as in pt_chunk_scan_grad, then its part from later steps (of 128 tokens, as
+                                 in pt_query_scan); or null */
   void* grad_states;          /* out, as pt_chunk_state reverse writes them; or null */
   float* final_state;         /* out, boundary state, the gradient of the initial state; or null */
   void* workspace;            /* pt_sizes.steps_workspace bytes */

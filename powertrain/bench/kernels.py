@@ -421,7 +421,8 @@ def stage_floors(problem: Problem, rates: dict[str, float]) -> dict[str, float]:
         "chunk_scan_grad reverse": (flops.backward.state_update / 2 + 3 * product, 2 * q_bytes + 3 * k_bytes + states),
         # Pairs are counted by chunk as for the other stages, though both score them within steps of 128 tokens alone: a
         # share of what was asked for, not of their own work. `chunk_state` and its reverse beside them are the
-        # segments' own states and gradients, which nobody reads by chunk.
+        # segments' own states and gradients, without states by chunk, which their floors count: those shares are too
+        # high.
         "query_scan": (
             flops.forward.state_update + flops.forward.state_query + 2 * product,
             2 * q_bytes + 2 * k_bytes + states,

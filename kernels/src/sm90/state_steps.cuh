@@ -16,7 +16,7 @@ struct StepsParams {
   const void *x, *u;       // packed: k and v'; in reverse q and dn'
   const float* decays;     // of tokens, to the end of their block; in reverse from its start
   const float* block_decay;
-  const float* entering;   // (segments, boundary): the state that enters each, or null: one segment, zero
+  const float* entering;   // (segments, boundary): the state that enters each; or null: there is one, and zero enters it
   void* states;            // or null: the state that enters every chunk, from its own end
   int64_t boundary_stride;
   int blocks, chunks, blocks_per_chunk, segments, group;  // group: heads of x and u of a key head
@@ -203,6 +203,7 @@ struct StateSteps {
         : p(p), at(at), lane(threadIdx.x % 32), warp(uniform_warp() % 4), states(at.state_barriers), inputs(at.input_barriers) {}
 
     __device__ __forceinline__ bool has_norm() const { return warp < kHeadDim / 16; }
+
     __device__ __forceinline__ void enter() {
       const float* const entering = p.entering ? p.entering + blockIdx.x * p.boundary_stride + (int64_t)blockIdx.y * kPhiTiles * kBlock * kColumns : nullptr;
 #pragma unroll
@@ -368,8 +369,8 @@ __device__ __forceinline__ void run_steps(const Params& p) {
   }
 }
 
-// On the host: what enters each of the segments, in `workspace` (segments, boundary), from what each leaves by itself; and `own.final_state`, which the
-// kernels stop a step before. *entering becomes null where there is nothing.
+// On the host: what enters each of the segments, in `workspace` (segments, boundary), from what each leaves by itself, as `own` says; and own.final_state,
+// a step before which the kernels stop. *entering is null where nothing enters the only segment.
 template <typename T>
 int find_entering(const pt_problem& problem, pt_chunk_state_params own, int segments, void* workspace, const float** entering, cudaStream_t stream) {
   float* const locals = (float*)workspace;
