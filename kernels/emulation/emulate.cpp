@@ -84,15 +84,17 @@ struct Copy {
 std::vector<Copy> copies;      // under way
 int unfenced[kSharedBytes / 2];  // by 16-bit word: the thread that wrote it without a fence since, + 1
 
-// Whether and how the schedule is random.
-uint32_t seed() {
-  static const char* given = getenv("PT_EMULATED_SEED");
-  return given ? (uint32_t)atoi(given) : 0;
+// Whether and how the schedule is random: PT_EMULATED_SEED, read at every launch. From launch to launch it goes on, until there is another seed.
+uint32_t current_seed = 0;
+std::mt19937 generator;
+uint32_t seed() { return current_seed; }
+void read_seed() {
+  const char* given = getenv("PT_EMULATED_SEED");
+  const uint32_t now = given ? (uint32_t)atoi(given) : 0;
+  if (now != current_seed) generator.seed(now);
+  current_seed = now;
 }
-uint32_t random_below(uint32_t bound) {
-  static std::mt19937 generator(seed());
-  return generator() % bound;
-}
+uint32_t random_below(uint32_t bound) { return generator() % bound; }
 
 Fiber& self() { return *static_cast<Fiber*>(current); }
 
@@ -197,6 +199,7 @@ void fail(const char* format, ...) {
 }
 
 void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {
+  read_seed();
   block_threads = (int)(block.x * block.y * block.z);
   if (shared_bytes > kSharedBytes || block_threads > 1024 || block_threads < 1 || grid.y > 65535 || grid.z > 65535)
     fail("launch of %d threads, grid (%u, %u, %u), %zu bytes of shared memory", block_threads, grid.x, grid.y, grid.z, shared_bytes);
