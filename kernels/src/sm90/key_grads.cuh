@@ -6,7 +6,6 @@
 // shared memory between columns), then add what comes from E: dk by outer products (state_outer.cuh), dv from phi(k) E. Both products read one layout,
 // E_abc for every ordered pair (a, b), whose core matrices run along N for the outer products and along K for phi(k) E.
 #pragma once
-#include "grad_rows.cuh"
 #include "state_steps.cuh"
 
 namespace powertrain::sm90 {
@@ -25,12 +24,12 @@ struct KeyGradsParams : StepsParams {  // x: q, u: dn'
 template <typename T>
 struct KeyGrads : StateSteps<T, true> {
   using Steps = StateSteps<T, true>;
-  using Steps::for_each_step, Steps::j_block_of, Steps::load_block, Steps::multiplied, Steps::slot, Steps::tiles_of;
-  using Steps::kColumnGroups, Steps::kCoreBytes, Steps::kFeatureBlocks, Steps::kGroupBytes, Steps::kHalf, Steps::kHeadDim, Steps::kNormBytes,
-      Steps::kSlotBytes, Steps::kStateBuffers, Steps::kStateBytes, Steps::kStep, Steps::kValueBytes, Steps::kXBytes;
-  using typename Steps::Memory, typename Steps::Step;
+  using Steps::for_each_step, Steps::load_block, Steps::load_pair, Steps::multiplied, Steps::multiply_norm, Steps::multiply_phi, Steps::set_phi,
+      Steps::set_phi_columns, Steps::slot;
+  using Steps::kColumnGroups, Steps::kCoreBytes, Steps::kFeatureBlocks, Steps::kGroupBytes, Steps::kHeadDim, Steps::kScanners, Steps::kStateBuffers,
+      Steps::kStateBytes, Steps::kStep, Steps::kValueBytes, Steps::kXBytes;
+  using typename Steps::Memory, typename Steps::PhiColumns, typename Steps::Step;
   using Updater = typename Steps::template Updater<true, 1>;
-  static constexpr int kScanners = kStep, kThreads = (kScanners + 2) * 128;
   // Registers: at most 4 * 128, the cap of a block of 512 threads.
   static constexpr int kProducing = 40, kScanning = 128, kUpdating = 216;
   using Columns = ColumnBlock<kHeadDim>;
@@ -51,11 +50,6 @@ struct KeyGrads : StateSteps<T, true> {
           end(column_barriers + 16 * kColumnBuffers) {}
   };
   static constexpr int kSharedBytes = Layout(0).end;
-  __device__ static void init(const Layout& at) {
-    Steps::init(at, kScanners * 128);
-    Ring<kRowBuffers>::init(at.row_barriers, kScanners * 128);
-    Ring<kColumnBuffers>::init(at.column_barriers, kScanners * 128);
-  }
   static_assert(kSharedBytes <= 227 * 1024 && kProducing + kScanners * kScanning + kUpdating <= 4 * 128);
 
   // What the scanning warpgroups read.
@@ -130,21 +124,13 @@ struct KeyGrads : StateSteps<T, true> {
       for (int k = 0; k < kHeadDim / 16; k++)
 #pragma unroll
         for (int r = 0; r < 4; r++) x[k][r] = multiplied(x[k][r], decay[r % 2]), u[k][r] = multiplied(u[k][r], 2.f * decay[r % 2]);
-      // x_i and x_{i+1} of a block I in both halves of a register, of both rows: a matrix is the eight tokens of one feature, again and again.
       uint32_t a[2][4][4], pairs[2][4];
-      const auto load_xi = [&](int i) { load_matrices_transposed(pairs[i / 2 % 2], k_at + ((i / 8 * 8 + 2 * warp + (lane >> 3 & 1)) * 64 + (i % 8 + (lane >> 4)) * 8) * 2); };
+      const auto load_xi = [&](int i) { load_pair(pairs[i / 2 % 2], k_at, i, warp, lane); };
       load_xi(0), load_xi(2);
 #pragma unroll
       for (int i_block = 0; i_block < kFeatureBlocks; i_block++) {
-        uint32_t xj[kHalf + 1][2];  // twice where one product stands for both (a, b) and (b, a)
-#pragma unroll
-        for (int distance = 0; distance < tiles_of(i_block); distance++)
-#pragma unroll
-          for (int half = 0; half < 2; half++) {
-            const int j_block = j_block_of(i_block, distance);
-            xj[distance][half] = x[j_block / 2][j_block % 2 * 2 + half];
-            if (distance) xj[distance][half] = Pair<T>::add(xj[distance][half], xj[distance][half]);
-          }
+        PhiColumns xj;
+        set_phi_columns(xj, x, i_block);
 #pragma unroll
         for (int i = 0; i < 8; i += 2) {
           uint32_t(&xi)[4] = pairs[i / 2 % 2];
@@ -159,25 +145,15 @@ struct KeyGrads : StateSteps<T, true> {
             wgmma<T, false>(dk, a[0][s], CoreMatrices(state, kGroupBytes, kCoreBytes).at(slot(i_block, i + s / 2) + s % 2 * 2 * kGroupBytes), true);
           wgmma_commit();
           wgmma_wait<1>();
-#pragma unroll
-          for (int distance = 0; distance < tiles_of(i_block); distance++)
-#pragma unroll
-            for (int r = 0; r < 4; r++) a[1][distance][r] = Pair<T>::multiply(xj[distance][r % 2], xi[r]);
+          set_phi(a[1], xj, xi, i_block);
           if (8 * i_block + i + 4 < kHeadDim) load_xi(8 * i_block + i + 4);
           wgmma_fence();
-#pragma unroll
-          for (int distance = 0; distance < tiles_of(i_block); distance++)
-            wgmma<T, true>(dv, a[1][distance], CoreMatrices(state, kSlotBytes, kGroupBytes).at(slot(i_block, i) + j_block_of(i_block, distance) * kCoreBytes), true);
+          multiply_phi(dv, a[1], state, i_block, i, true);
           wgmma_commit();
         }
       }
       wgmma_fence();
-#pragma unroll
-      for (int low = 0; low < 2; low++)
-#pragma unroll
-        for (int k = 0; k < kHeadDim / 16; k++)
-          wgmma<T, false>(dk, x[k], CoreMatrices(state + kHeadDim * kSlotBytes + low * kNormBytes, kCoreBytes, kFeatureBlocks * kCoreBytes).at(k * 2 * kCoreBytes),
-                          true);
+      multiply_norm(dk, x, state, true);
       wgmma_commit();
       wgmma_wait<0>();
     }

@@ -4,7 +4,6 @@
 // Two scanning warpgroups, one for each 64-token block of a step, take phi(q) S and the normaliser's q^T Z q, times the decay from the step's start, and
 // add the attention within the step. Several query heads of a key head take a step one after the other.
 #pragma once
-#include "grad_rows.cuh"
 #include "state_steps.cuh"
 
 namespace powertrain::sm90 {
@@ -22,12 +21,11 @@ struct QueryScanParams : StepsParams {  // x: k, u: v'
 template <typename T>
 struct QueryScan : StateSteps<T, false> {
   using Steps = StateSteps<T, false>;
-  using Steps::for_each_step, Steps::j_block_of, Steps::load_block, Steps::slot, Steps::tiles_of;
-  using Steps::kCoreBytes, Steps::kFeatureBlocks, Steps::kGroupBytes, Steps::kHalf, Steps::kHeadDim, Steps::kNormBytes, Steps::kSlotBytes,
-      Steps::kStateBuffers, Steps::kStateBytes, Steps::kStep, Steps::kXBytes;
-  using typename Steps::Memory, typename Steps::Step;
+  using Steps::for_each_step, Steps::load_block, Steps::load_pair, Steps::multiply_norm, Steps::multiply_phi, Steps::set_phi,
+      Steps::set_phi_columns;
+  using Steps::kFeatureBlocks, Steps::kHalf, Steps::kHeadDim, Steps::kScanners, Steps::kStateBuffers, Steps::kStateBytes, Steps::kStep, Steps::kXBytes;
+  using typename Steps::Memory, typename Steps::PhiColumns, typename Steps::Step;
   using Updater = typename Steps::template Updater<false, 2>;
-  static constexpr int kScanners = kStep, kThreads = (kScanners + 2) * 128;
   // Registers: at most 4 * 128, the cap of a block of 512 threads.
   static constexpr int kProducing = 40, kScanning = 112, kUpdating = 248;
 
@@ -48,11 +46,6 @@ struct QueryScan : StateSteps<T, false> {
           end(column_barriers + 16 * kColumnBuffers) {}
   };
   static constexpr int kSharedBytes = Layout(0).end;
-  __device__ static void init(const Layout& at) {
-    Steps::init(at, kScanners * 128);
-    Ring<kRowBuffers>::init(at.row_barriers, kScanners * 128);
-    Ring<kColumnBuffers>::init(at.column_barriers, kScanners * 128);
-  }
   static_assert(kSharedBytes <= 227 * 1024 && kProducing + kScanners * kScanning + kUpdating <= 4 * 128);
 
   // What the scanning warpgroups read.
@@ -104,38 +97,21 @@ struct QueryScan : StateSteps<T, false> {
     // acc = what the state gives the rows at `q_at`, their decays being from the step's start.
     __device__ __forceinline__ void scan_state(const Operands& x, uint32_t q_at, uint32_t state, int m, const Columns& own, const Columns& first) {
       float y[kHeadDim / 2], zx[kHeadDim / 2];
-      // x_i and x_{i+1} of a block I in both halves of a register, of both rows: a matrix is the eight tokens of one feature, again and again.
-      uint32_t sets[2][kHalf + 1][4], xi[2][4];
-      const auto load_xi = [&](int turn) {
-        load_matrices_transposed(xi[turn % 2], q_at + ((turn / 4 * 8 + 2 * warp + (lane >> 3 & 1)) * 64 + (turn % 4 * 2 + (lane >> 4)) * 8) * 2);
-      };
-      load_xi(0), load_xi(1);
+      uint32_t sets[2][kHalf + 1][4], pairs[2][4];
+      const auto load_xi = [&](int i) { load_pair(pairs[i / 2 % 2], q_at, i, warp, lane); };
+      load_xi(0), load_xi(2);
 #pragma unroll
       for (int i_block = 0; i_block < kFeatureBlocks; i_block++) {
-        uint32_t xj[kHalf + 1][2];  // twice where one product stands for both (a, b) and (b, a)
-#pragma unroll
-        for (int distance = 0; distance < tiles_of(i_block); distance++)
-#pragma unroll
-          for (int half = 0; half < 2; half++) {
-            const int j_block = j_block_of(i_block, distance);
-            xj[distance][half] = x[j_block / 2][j_block % 2 * 2 + half];
-            if (distance) xj[distance][half] = Pair<T>::add(xj[distance][half], xj[distance][half]);
-          }
+        PhiColumns xj;
+        set_phi_columns(xj, x, i_block);
 #pragma unroll
         for (int i = 0; i < 8; i += 2) {
-          const int turn = (8 * i_block + i) / 2;
-          uint32_t(&a)[kHalf + 1][4] = sets[turn % 2];
+          uint32_t(&a)[kHalf + 1][4] = sets[i / 2 % 2];
           wgmma_wait<1>();  // the products that read these operands are done
-#pragma unroll
-          for (int distance = 0; distance < tiles_of(i_block); distance++)
-#pragma unroll
-            for (int r = 0; r < 4; r++) a[distance][r] = Pair<T>::multiply(xj[distance][r % 2], xi[turn % 2][r]);
-          if (turn + 2 < kHeadDim / 2) load_xi(turn + 2);
+          set_phi(a, xj, pairs[i / 2 % 2], i_block);
+          if (8 * i_block + i + 4 < kHeadDim) load_xi(8 * i_block + i + 4);
           wgmma_fence();
-#pragma unroll
-          for (int distance = 0; distance < tiles_of(i_block); distance++)
-            wgmma<T, true>(y, a[distance], CoreMatrices(state, kSlotBytes, kGroupBytes).at(slot(i_block, i) + j_block_of(i_block, distance) * kCoreBytes),
-                           turn + distance > 0);
+          multiply_phi(y, a, state, i_block, i, i_block + i > 0);
           wgmma_commit();
         }
       }
@@ -144,12 +120,7 @@ struct QueryScan : StateSteps<T, false> {
 #pragma unroll
       for (int half = 0; half < 2; half++) decay[half] = before * load_shared_float(row_decays(own) + 4 * (16 * warp + lane / 4 + 8 * half));
       wgmma_fence();
-#pragma unroll
-      for (int low = 0; low < 2; low++)
-#pragma unroll
-        for (int k = 0; k < kHeadDim / 16; k++)
-          wgmma<T, false>(zx, x[k], CoreMatrices(state + kHeadDim * kSlotBytes + low * kNormBytes, kCoreBytes, kFeatureBlocks * kCoreBytes).at(k * 2 * kCoreBytes),
-                          low + k > 0);
+      multiply_norm(zx, x, state, false);
       wgmma_commit();
       wgmma_wait<0>();
 #pragma unroll

@@ -9,6 +9,7 @@
 #pragma once
 #include "chunk_state.cuh"
 #include "columns.cuh"
+#include "grad_rows.cuh"
 
 namespace powertrain::sm90 {
 
@@ -27,6 +28,7 @@ struct StateSteps {
   static constexpr int kHeadDim = 32, kFeatureBlocks = feature_blocks(kHeadDim), kPhiTiles = phi_tiles(kHeadDim), kHalf = kFeatureBlocks / 2;
   static constexpr int kColumns = kHeadDim + kNormColumns, kColumnGroups = kHeadDim / 8;
   static constexpr int kStep = kStepBlocks, kAssistants = 2;
+  static constexpr int kScanners = kStep, kThreads = (kScanners + 2) * 128;  // a scanning warpgroup for each block of a step
 
   // The state in shared memory. The 16 bytes that pad a slot put the rows of mirrored pairs, which go to eight slots at once, into different banks.
   static constexpr int kRowBytes = 16, kCoreBytes = 8 * kRowBytes, kGroupBytes = kFeatureBlocks * kCoreBytes, kSlotBytes = kColumnGroups * kGroupBytes + 16;
@@ -48,8 +50,8 @@ struct StateSteps {
           loaded_barriers(input_barriers + 16 * kInputBuffers),
           end_of_steps((loaded_barriers + 8 * kInputBuffers + 127) / 128 * 128) {}
   };
-  __device__ static void init(const Memory& at, int scanning_threads) {
-    Ring<kStateBuffers>::init(at.state_barriers, scanning_threads + kAssistants * 32, 128);
+  __device__ static void init(const Memory& at) {
+    Ring<kStateBuffers>::init(at.state_barriers, (kScanners * 4 + kAssistants) * 32, 128);
     Ring<kInputBuffers>::init(at.input_barriers, 128, kAssistants * 32);
     for (int i = 0; i < kInputBuffers; i++) barrier_init(at.loaded_barriers + 8 * i, 1);
   }
@@ -188,6 +190,48 @@ struct StateSteps {
     return distance < kHalf ? i_block * kHalf + distance : kFeatureBlocks * kHalf + i_block;
   }
   __device__ static constexpr int j_block_of(int i_block, int distance) { return (i_block + distance) % kFeatureBlocks; }
+
+  // What a scanning warpgroup makes of the state: phi(x) S and x Z, where the rows' x are A operands. Of a block I, x_i and x_{i+1} for i = feature, each in
+  // both halves of a register, of both rows: a matrix is the eight tokens of one feature, again and again.
+  __device__ static __forceinline__ void load_pair(uint32_t (&xi)[4], uint32_t x_at, int feature, int warp, int lane) {
+    load_matrices_transposed(xi, x_at + ((feature / 8 * 8 + 2 * warp + (lane >> 3 & 1)) * 64 + (feature % 8 + (lane >> 4)) * 8) * 2);
+  }
+  using PhiColumns = uint32_t[kHalf + 1][2];  // x_J of a block I's tiles, twice where one product stands for both (a, b) and (b, a)
+  __device__ static __forceinline__ void set_phi_columns(PhiColumns& xj, const RowOperands<kHeadDim>& x, int i_block) {
+#pragma unroll
+    for (int distance = 0; distance < tiles_of(i_block); distance++)
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const int j_block = j_block_of(i_block, distance);
+        xj[distance][half] = x[j_block / 2][j_block % 2 * 2 + half];
+        if (distance) xj[distance][half] = Pair<T>::add(xj[distance][half], xj[distance][half]);
+      }
+  }
+  template <int kOperands>
+  __device__ static __forceinline__ void set_phi(uint32_t (&a)[kOperands][4], const PhiColumns& xj, const uint32_t (&xi)[4], int i_block) {
+#pragma unroll
+    for (int distance = 0; distance < tiles_of(i_block); distance++)
+#pragma unroll
+      for (int r = 0; r < 4; r++) a[distance][r] = Pair<T>::multiply(xj[distance][r % 2], xi[r]);
+  }
+  // acc (+)= phi S of features i and i + 1 of block I.
+  template <int kOperands>
+  __device__ static __forceinline__ void multiply_phi(float (&acc)[kHeadDim / 2], const uint32_t (&a)[kOperands][4], uint32_t state, int i_block, int i,
+                                                      bool accumulate) {
+#pragma unroll
+    for (int distance = 0; distance < tiles_of(i_block); distance++)
+      wgmma<T, true>(acc, a[distance], CoreMatrices(state, kSlotBytes, kGroupBytes).at(slot(i_block, i) + j_block_of(i_block, distance) * kCoreBytes),
+                     accumulate || distance > 0);
+  }
+  // acc (+)= x Z, hi and then lo.
+  __device__ static __forceinline__ void multiply_norm(float (&acc)[kHeadDim / 2], const RowOperands<kHeadDim>& x, uint32_t state, bool accumulate) {
+#pragma unroll
+    for (int low = 0; low < 2; low++)
+#pragma unroll
+      for (int k = 0; k < kHeadDim / 16; k++)
+        wgmma<T, false>(acc, x[k], CoreMatrices(state + kHeadDim * kSlotBytes + low * kNormBytes, kCoreBytes, kFeatureBlocks * kCoreBytes).at(k * 2 * kCoreBytes),
+                        accumulate || low + k > 0);
+  }
 
   template <bool kMirrored, int kSets>
   struct Updater {
@@ -350,6 +394,8 @@ __device__ __forceinline__ void run_steps(const Params& p) {
   const typename Kernel::Layout at(shared_address(shared_memory));
   if (threadIdx.x == 0) {
     Kernel::init(at);
+    Ring<Kernel::kRowBuffers>::init(at.row_barriers, Kernel::kScanners * 128);
+    Ring<Kernel::kColumnBuffers>::init(at.column_barriers, Kernel::kScanners * 128);
     barrier_init_fence();
   }
   __syncthreads();
