@@ -67,14 +67,14 @@ class ChunkScanGrad(ctypes.Structure):
 
 class QueryScan(ctypes.Structure):
     _fields_ = [
-        ("q", P), ("k", P), ("v", P), ("decayed_v", P), ("gates", P), ("initial", P), ("out", Strided), ("normalizer", P), ("states", P),
+        ("q", P), ("k", P), ("v", P), ("gates", P), ("initial", P), ("out", Strided), ("normalizer", P), ("states", P),
         ("final_state", P), ("workspace", P),
     ]  # fmt: skip
 
 
 class KeyGrads(ctypes.Structure):
     _fields_ = [
-        ("q", P), ("k", P), ("v", P), ("dn", P), ("decayed_dn", P), ("gates", P), ("dv", Strided), ("dk", Strided), ("dots", P),
+        ("q", P), ("k", P), ("v", P), ("dn", P), ("gates", P), ("dv", Strided), ("dk", Strided), ("dots", P),
         ("grad_states", P), ("final_state", P), ("workspace", P),
     ]  # fmt: skip
 
@@ -326,8 +326,8 @@ class Run:
         )
         self.call("pt_chunk_scan_grad", ctypes.byref(params), self.stream())
 
-    def query_scan(self) -> dict[str, Tensor]:
-        """y, normalizer, states and final, where pt_query_scan takes the problem."""
+    def query_scan(self, final_only: bool = False) -> dict[str, Tensor]:
+        """y, normalizer, states and final (or that alone), where pt_query_scan takes the problem."""
         c = self.case
         out = {
             "y": self.new(*self.q.shape, dtype=c.dtype),
@@ -336,18 +336,18 @@ class Run:
             "final": self.new(*self.boundary_shape, dtype=torch.float32),
         }
         workspace = self.new(self.sizes.steps_workspace // 4, dtype=torch.float32)
-        inputs = (self.packed_q, self.packed_k, self.packed_v, self.decayed_v, self.gates, self.initial)
+        inputs = (self.packed_q, self.packed_k, self.packed_v, self.gates, self.initial)
         params = QueryScan(
             *(None if t is None else t.data_ptr() for t in inputs),
-            strided(out["y"]),
+            Strided() if final_only else strided(out["y"]),
             *(out[name].data_ptr() for name in ("normalizer", "states", "final")),
             workspace.data_ptr(),
         )
         self.call("pt_query_scan", ctypes.byref(params), self.stream())
         return out
 
-    def key_grads(self) -> dict[str, Tensor]:
-        """dv, dk, key_dots (2, B, Hk, Tp), dstates and dinitial, where pt_key_grads takes the problem."""
+    def key_grads(self, final_only: bool = False) -> dict[str, Tensor]:
+        """dv, dk, key_dots (2, B, Hk, Tp), dstates and dinitial (or that alone), where pt_key_grads takes the problem."""
         c = self.case
         padded = -(-c.tokens // BLOCK) * BLOCK
         out = {
@@ -358,11 +358,10 @@ class Run:
             "dinitial": self.new(*self.boundary_shape, dtype=torch.float32),
         }
         workspace = self.new(self.sizes.steps_workspace // 4, dtype=torch.float32)
-        inputs = [self.packed_q, self.packed_k, self.packed_v, self.packed_dn, self.decayed_dn, self.gates]
+        inputs = [self.packed_q, self.packed_k, self.packed_v, self.packed_dn, self.gates]
         params = KeyGrads(
             *(t.data_ptr() for t in inputs),
-            strided(out["dv"]),
-            strided(out["dk"]),
+            *(Strided() if final_only else strided(out[name]) for name in ("dv", "dk")),
             *(out[name].data_ptr() for name in ("key_dots", "dstates", "dinitial")),
             workspace.data_ptr(),
         )

@@ -1,7 +1,7 @@
 """Builds the kernel sources for the CPU emulation: `python kernels/emulation/build.py OUTPUT [--only sm90 ...]`.
 
-The sources are copied with launches `kernel<<<...>>>(...)` turned into calls and `__shared__` into static storage; the files that hold PTX are
-replaced by their emulated twins. Needs g++ and the CUDA headers, no nvcc and no GPU.
+The sources are copied with `__shared__` turned into static storage; the files that hold PTX or start kernels are replaced by their emulated twins.
+Needs g++ and the CUDA headers, no nvcc and no GPU.
 """
 
 import argparse
@@ -17,27 +17,6 @@ from pathlib import Path
 KERNELS = Path(__file__).resolve().parent.parent
 
 
-def closing(text: str, at: int) -> int:
-    """Index just after the parenthesis that closes the one at `at`."""
-    depth = 0
-    for index in range(at, len(text)):
-        depth += {"(": 1, ")": -1}.get(text[index], 0)
-        if depth == 0:
-            return index + 1
-    raise ValueError(f"unbalanced parenthesis in {text[at : at + 80]!r}")
-
-
-def split_arguments(text: str) -> list[str]:
-    parts, depth = [""], 0
-    for character in text:
-        depth += {"(": 1, ")": -1}.get(character, 0)
-        if character == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return [part.strip() for part in parts]
-
-
 def translate(text: str) -> str:
     text = text.replace("extern __shared__", "extern").replace("__shared__", "static")
     text = re.sub(r"extern (__align__\(\d+\) )?(\w+) (\w+)\[\];", r"\2* \3 = (\2*)emulate::shared_memory;", text)
@@ -45,13 +24,6 @@ def translate(text: str) -> str:
     text = re.sub(conversion, lambda m: f"{m[2]} = emulate::pack({m[4]}, {m[3]}, {str(m[1] == 'f16').lower()});", text)
     transposing = r'asm volatile\("ldmatrix\.sync\.aligned\.m8n8\.x4\.trans\.shared\.b16[^;]*;"\s*: "=r"\((\w+)\[0\]\)[^:]*: "r"\((\w+)\)\);'
     text = re.sub(transposing, r"emulate::load_matrices(\1, 4, \2, true);", text)
-    while match := re.search(r"([\w:]+(?:<[^<>;()]*>)?)<<<", text):
-        end = text.index(">>>", match.end())
-        stop = closing(text, end + 3)
-        grid, block, *rest = split_arguments(text[match.end() : end])
-        call = f"{match.group(1)}{text[end + 3 : stop]}"
-        shared = rest[0] if rest else "0"
-        text = f"{text[: match.start()]}emulate::launch({grid}, {block}, {shared}, [&] {{ {call}; }}){text[stop:]}"
     return text
 
 

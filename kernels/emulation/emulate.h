@@ -133,6 +133,10 @@ T __ldg(const T* p) {
   return *p;
 }
 template <typename T>
+void __stwb(T* p, T v) {
+  *p = v;
+}
+template <typename T>
 T atomicAdd(T* at, T value) {
   const T old = *at;
   *at += value;

@@ -33,7 +33,7 @@
 extern "C" {
 #endif
 
-#define PT_ABI_VERSION 10
+#define PT_ABI_VERSION 11
 #define PT_API __attribute__((visibility("default")))
 
 typedef enum { PT_OK = 0, PT_INVALID = 1, PT_UNSUPPORTED = 2, PT_CUDA_ERROR = 3 } pt_status;
@@ -260,10 +260,9 @@ PT_API int pt_chunk_scan_grad(const pt_problem* problem, const pt_chunk_scan_gra
  * chunks of 128, 256, 384 or 512 tokens, more than one of them. */
 typedef struct {
   const void *q, *k, *v;  /* packed */
-  const void* decayed_v;  /* packed; may be null with one time segment and no final_state */
   const void* gates;
   const float* initial;   /* boundary state, or null: zero */
-  pt_tensor out;          /* y (B, T, Hq, V) */
+  pt_tensor out;          /* y (B, T, Hq, V); out.data may be null with final_state: nothing else is computed */
   float* normalizer;      /* (B, Hq, T) out */
   void* states;           /* out, as pt_chunk_state writes them */
   float* final_state;     /* out, boundary state, or null */
@@ -274,9 +273,8 @@ PT_API int pt_query_scan(const pt_problem* problem, const pt_query_scan_params* 
 /* What the reverse stages compute, in one: where pt_query_scan takes the problem, and with no gradient of the final state. */
 typedef struct {
   const void *q, *k, *v, *dn; /* packed */
-  const void* decayed_dn;     /* packed; may be null with one time segment and no final_state */
   const void* gates;
-  pt_tensor dv, dk;           /* (B, T, Hk, K) */
+  pt_tensor dv, dk;           /* (B, T, Hk, K); both .data may be null with final_state: nothing else is computed */
   float* dots;                /* out, (2, B, Hk, Tp): (k_j . dk_j) / 2, as in pt_chunk_scan_grad, then its part from later steps (of 128 tokens, as
                                  in pt_query_scan); or null */
   void* grad_states;          /* out, as pt_chunk_state reverse writes them; or null */

@@ -312,7 +312,8 @@ _STAGES = {
     "pack_inputs": "pack",
     "chunk_state_kernel": "chunk_state",
     "join_kernel": "chunk_state",
-    "enter_kernel": "chunk_state",
+    "segment_state_kernel": "segment_state",
+    "enter_kernel": "segment_state",
     "chunk_scan_kernel": "chunk_scan",
     "query_scan_kernel": "query_scan",
     "pack_grad": "pack_grad",
@@ -329,7 +330,12 @@ def stages_of(kernels: list[str]) -> list[str | None]:
     for kernel in kernels:
         name = re.search(r"(\w+)[<(]", kernel)  # after return type and namespaces
         stage = _STAGES.get(name[1]) if name else None
-        comes_after = {"chunk_state": "pack_grad", "chunk_scan": "pack_grad", "chunk_scan_grad": "chunk_scan_grad"}
+        comes_after = {
+            "chunk_state": "pack_grad",
+            "segment_state": "pack_grad",
+            "chunk_scan": "pack_grad",
+            "chunk_scan_grad": "chunk_scan_grad",
+        }
         if stage in comes_after and comes_after[stage] in stages:
             stage += " reverse"
         stages.append(stage)
@@ -420,9 +426,7 @@ def stage_floors(problem: Problem, rates: dict[str, float]) -> dict[str, float]:
         "chunk_scan_grad": (flops.backward.state_query / 2 + 3 * product, 3 * q_bytes + 2 * k_bytes + states),
         "chunk_scan_grad reverse": (flops.backward.state_update / 2 + 3 * product, 2 * q_bytes + 3 * k_bytes + states),
         # Pairs are counted by chunk as for the other stages, though both score them within steps of 128 tokens alone: a
-        # share of what was asked for, not of their own work. `chunk_state` and its reverse beside them are the
-        # segments' own states and gradients, without states by chunk, which their floors count: those shares are too
-        # high.
+        # share of what was asked for, not of their own work.
         "query_scan": (
             flops.forward.state_update + flops.forward.state_query + 2 * product,
             2 * q_bytes + 2 * k_bytes + states,
@@ -431,6 +435,8 @@ def stage_floors(problem: Problem, rates: dict[str, float]) -> dict[str, float]:
             flops.backward.state_query / 2 + flops.backward.state_update + 4 * product,
             2 * q_bytes + 4 * k_bytes + states,
         ),
+        "segment_state": (flops.forward.state_update, 2 * k_bytes),
+        "segment_state reverse": (flops.backward.state_query / 2, 2 * q_bytes),
         "pack": (0, 2 * (q_bytes + 2 * k_bytes)),
         "pack_grad": (0, 3 * q_bytes),
         "state_flow": (0, 2 * states * read // chunks),

@@ -3,7 +3,7 @@
 // With keys packed as ks k and values as vs v, a boundary state is ks^2 vs times the public one without its weight (its normaliser: ks^2
 // times). The gradient with respect to a boundary state maps by the transpose: the same factors, the other way round, and the weight sqrt(2)
 // because the readers of a boundary state count every pair of features twice.
-#include "stages.h"
+#include "launch.cuh"
 
 namespace powertrain {
 namespace {
@@ -21,6 +21,7 @@ __device__ __forceinline__ void features_of_row(int tile, int row, int head_dim,
 
 // One thread block per row of a tile.
 __global__ void __launch_bounds__(kThreads) convert(pt_boundary_params a, int head_dim, int tiles) {
+  follow_earlier_kernels();
   const int64_t rows = (int64_t)tiles * kBlock, bh = blockIdx.x / rows;
   const int tile = (int)(blockIdx.x % rows / kBlock), row = (int)(blockIdx.x % kBlock);
   int i, j;
@@ -50,6 +51,7 @@ __global__ void __launch_bounds__(kThreads) convert(pt_boundary_params a, int he
 template <bool kGradient>
 __global__ void __launch_bounds__(kBoundThreads) bound_scale(const float* state, const float* sum_of_keys, int64_t features, int head_dim,
                                                              float headroom, const float* value_scale, const float* key_scale, float* scale) {
+  follow_earlier_kernels();
   __shared__ float partial[kBoundThreads / 32];
   const int64_t bh = blockIdx.x;
   const float vs = value_scale[bh], of_state = kGradient ? 1.f : vs, of_sum = kGradient ? vs : 1.f;
@@ -73,17 +75,15 @@ __global__ void __launch_bounds__(kBoundThreads) bound_scale(const float* state,
 
 int bound_key_scale(const pt_problem& p, const float* state, const float* sum_of_keys, const float* value_scale, float* key_scale, cudaStream_t stream) {
   const int64_t features = (int64_t)p.head_dim * (p.head_dim + 1) / 2;
-  bound_scale<false><<<(unsigned)(p.batch * p.key_heads), kBoundThreads, 0, stream>>>(state, sum_of_keys, features, p.head_dim,
-                                                                                      0x1p13f / p.state_scale, value_scale, nullptr, key_scale);
-  return check_cuda(cudaGetLastError(), "bound_key_scale");
+  return launch("bound_key_scale", bound_scale<false>, (unsigned)(p.batch * p.key_heads), kBoundThreads, 0, stream, state, sum_of_keys, features, p.head_dim,
+                0x1p13f / p.state_scale, value_scale, nullptr, key_scale);
 }
 
 int bound_grad_scale(const pt_problem& p, const float* dstate, const float* dsum_of_keys, const float* value_scale, const float* key_scale,
                      float* dn_scale, cudaStream_t stream) {
   const int64_t features = (int64_t)p.head_dim * (p.head_dim + 1) / 2;
-  bound_scale<true><<<(unsigned)(p.batch * p.key_heads), kBoundThreads, 0, stream>>>(dstate, dsum_of_keys, features, p.head_dim,
-                                                                                     0x1p13f / p.state_scale, value_scale, key_scale, dn_scale);
-  return check_cuda(cudaGetLastError(), "bound_grad_scale");
+  return launch("bound_grad_scale", bound_scale<true>, (unsigned)(p.batch * p.key_heads), kBoundThreads, 0, stream, dstate, dsum_of_keys, features, p.head_dim,
+                0x1p13f / p.state_scale, value_scale, key_scale, dn_scale);
 }
 
 }  // namespace powertrain
@@ -96,6 +96,5 @@ extern "C" int pt_boundary(const pt_problem* problem, const pt_boundary_params* 
     return fail(PT_INVALID, "pt_boundary: state, sum_of_keys and boundary must not be null");
   const int tiles = phi_tiles(problem->head_dim);
   const int64_t rows = (int64_t)problem->batch * problem->key_heads * tiles * kBlock;
-  convert<<<(unsigned)rows, kThreads, 0, (cudaStream_t)stream>>>(*params, problem->head_dim, tiles);
-  return check_cuda(cudaGetLastError(), "pt_boundary");
+  return launch("pt_boundary", convert, (unsigned)rows, kThreads, 0, (cudaStream_t)stream, *params, problem->head_dim, tiles);
 }

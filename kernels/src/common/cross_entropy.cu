@@ -5,7 +5,7 @@
 #include <float.h>
 
 #include "numeric.cuh"
-#include "stages.h"
+#include "launch.cuh"
 
 namespace powertrain {
 namespace {
@@ -49,6 +49,7 @@ __device__ __forceinline__ void for_row(T* row, int64_t columns, Word word, Sing
 
 template <typename T>
 __global__ void __launch_bounds__(kMostThreads) cross_entropy(pt_cross_entropy_params a) {
+  follow_earlier_kernels();
   __shared__ MaxAndSum partial[kMostThreads / 32];
   using N = Numeric<T>;
   const int64_t index = blockIdx.x, label = a.labels[index], columns = a.columns;
@@ -121,7 +122,6 @@ extern "C" int pt_cross_entropy(const pt_cross_entropy_params* params, void* str
   if (a.has_log_sum_exp && !a.log_sum_exp) return fail(PT_INVALID, "pt_cross_entropy: log_sum_exp is null");
   if (a.rows == 0) return PT_OK;
   const unsigned threads = a.columns >= kLongRow ? kMostThreads : kFewThreads;
-  if (a.dtype == PT_BF16) cross_entropy<__nv_bfloat16><<<(unsigned)a.rows, threads, 0, (cudaStream_t)stream>>>(a);
-  else cross_entropy<__half><<<(unsigned)a.rows, threads, 0, (cudaStream_t)stream>>>(a);
-  return check_cuda(cudaGetLastError(), "cross_entropy");
+  const auto kernel = a.dtype == PT_BF16 ? cross_entropy<__nv_bfloat16> : cross_entropy<__half>;
+  return launch("cross_entropy", kernel, (unsigned)a.rows, threads, 0, (cudaStream_t)stream, a);
 }

@@ -100,6 +100,12 @@ int multiprocessors() {
   return device_facts(&facts) == PT_OK ? facts.multiprocessors : 1;
 }
 
+// Code for other GPUs, from compute_80, does not wait (follow_earlier_kernels).
+bool starts_early() {
+  DeviceFacts facts;
+  return device_facts(&facts) == PT_OK && facts.major == 9;
+}
+
 int allow_shared_memory(const void* kernel, int bytes) {
   int device = 0;
   PT_TRY(check_cuda(cudaGetDevice(&device), "cudaGetDevice"));
@@ -205,19 +211,17 @@ static int require_steps(const pt_problem& p, const char* stage) {
 
 int pt_query_scan(const pt_problem* problem, const pt_query_scan_params* params, void* stream) {
   PT_TRY(validate(problem));
-  PT_REQUIRE(params && params->q && params->k && params->v && params->gates && params->out.data && params->normalizer && params->states);
-  PT_REQUIRE(params->workspace);
+  PT_REQUIRE(params && params->k && params->v && params->gates && params->workspace);
+  PT_REQUIRE(params->out.data ? params->q && params->normalizer && params->states : params->final_state != nullptr);
   PT_TRY(require_steps(*problem, __func__));
-  PT_REQUIRE(params->decayed_v || !scans_segments(*problem, params->final_state));
   return sm90::query_scan(*problem, *params, (cudaStream_t)stream);
 }
 
 int pt_key_grads(const pt_problem* problem, const pt_key_grads_params* params, void* stream) {
   PT_TRY(validate(problem));
-  PT_REQUIRE(params && params->q && params->k && params->v && params->dn && params->gates && params->workspace);
-  PT_REQUIRE(params->dv.data && params->dk.data);
+  PT_REQUIRE(params && params->q && params->dn && params->gates && params->workspace);
+  PT_REQUIRE(params->dk.data ? params->dv.data && params->k && params->v : params->final_state != nullptr);
   PT_TRY(require_steps(*problem, __func__));
-  PT_REQUIRE(params->decayed_dn || !scans_segments(*problem, params->final_state));
   return sm90::key_grads(*problem, *params, (cudaStream_t)stream);
 }
 

@@ -5,7 +5,7 @@
 
 #include "gates.cuh"
 #include "numeric.cuh"
-#include "stages.h"
+#include "launch.cuh"
 
 namespace powertrain {
 namespace {
@@ -21,27 +21,28 @@ struct Segment {
 __device__ __forceinline__ Segment then(Segment before, Segment after) {
   return {after.sum + (after.closed ? 0. : before.sum), before.closed | after.closed};
 }
-__device__ __forceinline__ double exclusive_sum(Segment mine, double* carried, Segment* warps) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  Segment scan = mine;
+// Inclusive, of the lanes from the first on.
+__device__ __forceinline__ Segment scan_lanes(Segment mine) {
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
-    const Segment before = {__shfl_up_sync(~0u, scan.sum, step), __shfl_up_sync(~0u, scan.closed, step)};
-    if (lane >= step) scan = then(before, scan);
+    const Segment before = {__shfl_up_sync(~0u, mine.sum, step), __shfl_up_sync(~0u, mine.closed, step)};
+    if (threadIdx.x % 32 >= step) mine = then(before, mine);
   }
+  return mine;
+}
+__device__ __forceinline__ Segment of_lane(Segment mine, int lane) { return {__shfl_sync(~0u, mine.sum, lane), __shfl_sync(~0u, mine.closed, lane)}; }
+__device__ __forceinline__ double exclusive_sum(Segment mine, double* carried, Segment* warps) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, count = blockDim.x / 32;  // of warps, at most 32
+  const Segment scan = scan_lanes(mine);
   if (lane == 31) warps[warp] = scan;
   Segment within = {__shfl_up_sync(~0u, scan.sum, 1), __shfl_up_sync(~0u, scan.closed, 1)};
   if (lane == 0) within = {0., 0};
   __syncthreads();
-  Segment before_warp = {*carried, 0}, all = {*carried, 0};
-  const int count = blockDim.x / 32;
-#pragma unroll 4
-  for (int w = 0; w < count; w++) {
-    if (w < warp) before_warp = then(before_warp, warps[w]);
-    all = then(all, warps[w]);
-  }
+  const Segment of_warps = scan_lanes(lane < count ? warps[lane] : Segment{0., 0});
   __syncthreads();
-  *carried = all.sum;
+  const Segment all_before = {*carried, 0};
+  const Segment before_warp = warp > 0 ? then(all_before, of_lane(of_warps, warp - 1)) : all_before;
+  *carried = then(all_before, of_lane(of_warps, count - 1)).sum;
   return then(before_warp, within).sum;
 }
 
@@ -67,6 +68,7 @@ struct GateGradArguments {
 // across which less than kForgottenStep of the decay is left, with what the step's own keys give to later steps: hardly anything older crosses it. Pairs
 // between steps are rounded in one way by their queries and in another by their keys, and what is left of them must not go on further than that.
 __global__ void __launch_bounds__(kSpan / 4) gate_grad(const __grid_constant__ GateGradArguments a) {
+  follow_earlier_kernels();
   constexpr int kTokens = 4;
   __shared__ Segment warps[kSpan / kTokens / 32];
   const uint32_t bh = blockIdx.x / (uint32_t)a.span_count, span = blockIdx.x % (uint32_t)a.span_count, b = bh / (uint32_t)a.heads, h = bh % (uint32_t)a.heads;
@@ -124,7 +126,8 @@ __global__ void __launch_bounds__(kSpan / 4) gate_grad(const __grid_constant__ G
     }
     double sum = exclusive_sum(mine, &carried, warps);
     if (begins) sum = known;
-    const double factor = 1. / ((a.dn_scale ? (double)a.dn_scale[bh] : 1.) * (a.value_scale ? (double)a.value_scale[bh] : 1.));
+    double factor = 1.;
+    if (a.dn_scale || a.value_scale) factor = 1. / ((a.dn_scale ? (double)a.dn_scale[bh] : 1.) * (a.value_scale ? (double)a.value_scale[bh] : 1.));
 #pragma unroll
     for (int i = kTokens - 1; i >= 0; i--) {
       const int64_t t = begin + first + i;
@@ -143,6 +146,7 @@ __global__ void __launch_bounds__(kSpan / 4) gate_grad(const __grid_constant__ G
 template <typename T, int D>
 __global__ void __launch_bounds__(kThreads) state_flow(const T* states, const T* grad_states, const float* chunk_decay, const float* key_states,
                                                        int64_t seq_len, int chunk_size, uint32_t chunk_count, uint32_t span_chunks, float scale, float* flow) {
+  follow_earlier_kernels();
   constexpr int kGroups = D / 8 + 1, kPieces = phi_tiles(D) * kGroups * kBlock, kAhead = 4;
   __shared__ double partial[kThreads / 32];
   const uint32_t bh = blockIdx.x / chunk_count, n = blockIdx.x % chunk_count;
@@ -212,10 +216,9 @@ template <typename T, int D>
 int run_state_flow(const pt_problem& p, const pt_state_flow_params& a, cudaStream_t stream) {
   const int64_t padded = padded_blocks(p.seq_len) * kBlock, heads = (int64_t)p.batch * p.key_heads, chunk_count = chunks(p.seq_len, p.chunk_size);
   const uint32_t span_chunks = a.every_chunk ? 1 : chunks_of_span(p);
-  state_flow<T, D><<<(unsigned)(heads * chunk_count), kThreads, 0, stream>>>(
-      (const T*)a.states, (const T*)a.grad_states, gates_of(p, a.gates).chunk_decay, a.key_dots ? a.key_dots + heads * padded : nullptr, p.seq_len, p.chunk_size,
-      (uint32_t)chunk_count, span_chunks, 1.f / (p.state_scale * p.state_scale), a.flow);
-  return check_cuda(cudaGetLastError(), "state_flow");
+  return launch("state_flow", state_flow<T, D>, (unsigned)(heads * chunk_count), kThreads, 0, stream, (const T*)a.states, (const T*)a.grad_states,
+                gates_of(p, a.gates).chunk_decay, a.key_dots ? a.key_dots + heads * padded : nullptr, p.seq_len, p.chunk_size, (uint32_t)chunk_count,
+                span_chunks, 1.f / (p.state_scale * p.state_scale), a.flow);
 }
 
 }  // namespace
@@ -256,8 +259,8 @@ int pt_gate_grad(const pt_problem* problem, const pt_gate_grad_params* params, v
   k.span_chunks = chunks_of_span(p), k.span_count = (int)ceil_div(k.chunk_count, k.span_chunks), k.has_initial_state = a.has_initial_state;
   // Four tokens a thread, whole warps.
   const int64_t tokens = std::min({(int64_t)k.span_chunks * p.chunk_size, k.padded, (int64_t)kSpan});
-  gate_grad<<<(unsigned)((int64_t)p.batch * p.key_heads * k.span_count), (unsigned)(ceil_div(tokens, 128) * 32), 0, (cudaStream_t)stream>>>(k);
-  return check_cuda(cudaGetLastError(), "gate_grad");
+  return launch("gate_grad", gate_grad, (unsigned)((int64_t)p.batch * p.key_heads * k.span_count), (unsigned)(ceil_div(tokens, 128) * 32), 0,
+                (cudaStream_t)stream, k);
 }
 
 }  // extern "C"

@@ -1,7 +1,7 @@
 // pt_pack, pt_pack_grad, pt_power_scale: tensors with strides into tiles, once, so that every later read is a contiguous copy.
 #include "gates.cuh"
 #include "numeric.cuh"
-#include "stages.h"
+#include "launch.cuh"
 
 namespace powertrain {
 namespace {
@@ -31,6 +31,11 @@ __device__ __forceinline__ uint4 load8(const T* p, bool vector) {
   for (int i = 0; i < 8; i++) e[i] = ((const uint16_t*)p)[i];
   return make_uint4(e[0] | e[1] << 16, e[2] | e[3] << 16, e[4] | e[5] << 16, e[6] | e[7] << 16);
 }
+// 16 bytes in one store. Of an assignment nvcc makes four, as soon as it does not see that the address is a multiple of 16.
+template <typename T>
+__device__ __forceinline__ void store8(T* to, uint4 v) {
+  __stwb((uint4*)to, v);
+}
 template <typename T>
 __device__ __forceinline__ uint32_t scaled(uint32_t w, float s) {
   return Numeric<T>::pack(Numeric<T>::low(w) * s, Numeric<T>::high(w) * s);
@@ -47,58 +52,67 @@ __device__ __forceinline__ uint32_t high_and_low(float x) {
   return Numeric<T>::pack(high, x - high);
 }
 
+// Blocks are taken heads first: in memory the heads of a token are neighbours.
 struct BlockIndex {
   int b, h;
   int64_t block;
   __device__ BlockIndex(uint32_t index, uint32_t heads, uint32_t blocks) {  // 32 bits: a grid has no more, and they divide fast
-    const uint32_t row = index / blocks;
-    block = index % blocks, b = (int)(row / heads), h = (int)(row % heads);
+    const uint32_t of_row = index / heads;
+    h = (int)(index % heads), block = of_row % blocks, b = (int)(of_row / blocks);
   }
 };
 
-// Packed blocks that a thread block takes of q or k, so that each of its threads has four loads of 16 bytes in flight.
+// Blocks that a thread block takes of q or k, so that each of its threads has four loads of 16 bytes in flight.
 template <int D>
 constexpr int kPacks = 128 / D;
-// Bytes of a token in shared memory; the pad keeps ldmatrix free of bank conflicts.
+// Bytes of a token in shared memory, and of a block. The pads keep ldmatrix free of bank conflicts, and stores of rows of several heads.
 template <int D>
 constexpr int kTileRow = D * 2 + 16;
+template <int D>
+constexpr int kTile = kBlock * kTileRow<D> + (D < 64 ? D * 2 : 0);
 
-// Features: 64 tokens x D are transposed through `tile`, shared memory. `scale`, per (b, h), or null. Blocks `first` to `first + kPacks`, of `total`.
+// Features: 64 tokens x D are transposed through `tiles`, shared memory. `scale`, per (b, h), or null. Blocks `first` to `first + kPacks`, of `total`.
 template <typename T, int D>
 __device__ void pack_features(const Strided<T>& x, uint32_t first, uint32_t total, int heads, int64_t blocks, int64_t seq_len, const float* scale,
-                              T* packed, bool vector, uint8_t* tile) {
-  constexpr int kRow = kTileRow<D>, kPieces = kBlock * D / 8, kLoads = kPacks<D> * kPieces / kThreads;
+                              T* packed, bool vector, uint8_t* tiles) {
+  constexpr int kGroups = D / 8, kLoads = kPacks<D> * kBlock * kGroups / kThreads;
   const int count = (int)min(total - first, (uint32_t)kPacks<D>);
+  // Every load is of the same block and columns: lanes go along rows of several heads, which are contiguous where heads are.
+  const int group = threadIdx.x % kGroups, pack = threadIdx.x / kGroups % kPacks<D>, token = threadIdx.x / (kGroups * kPacks<D>);
+  constexpr int kStep = kThreads / (kGroups * kPacks<D>);  // tokens between loads
+  __shared__ int64_t packed_at[kPacks<D>];
   uint4 v[kLoads];
+  {
+    const BlockIndex at(first + min(pack, count - 1), heads, (uint32_t)blocks);
+    if (group == 0 && token == 0) packed_at[pack] = (((int64_t)at.b * heads + at.h) * blocks + at.block) * feature_block_elements(D);
+    const int existing = pack < count ? (int)min(seq_len - at.block * kBlock, (int64_t)kBlock) : 0;
+    const T* from = x.row(at.b, at.block * kBlock + token, at.h) + group * 8;
 #pragma unroll
-  for (int l = 0; l < kLoads; l++) {
-    const int e = threadIdx.x + l * kThreads, pack = e / kPieces, token = e % kPieces / (D / 8), group = e % (D / 8);
-    v[l] = make_uint4(0, 0, 0, 0);
-    if (pack >= count) continue;
-    const BlockIndex at(first + pack, heads, (uint32_t)blocks);
-    const int64_t t = at.block * kBlock + token;
-    if (t < seq_len) v[l] = load8(x.row(at.b, t, at.h) + group * 8, vector);
-    if (scale) v[l] = scaled<T>(v[l], scale[at.b * heads + at.h]);
+    for (int l = 0; l < kLoads; l++, from += kStep * x.stride_t) {
+      v[l] = make_uint4(0, 0, 0, 0);
+      if (token + l * kStep < existing) v[l] = load8(from, vector);
+    }
+    const float by = scale ? scale[at.b * heads + at.h] : 1.f;
+    if (scale)
+#pragma unroll
+      for (int l = 0; l < kLoads; l++) v[l] = scaled<T>(v[l], by);
   }
 #pragma unroll
-  for (int l = 0; l < kLoads; l++) {
-    const int e = threadIdx.x + l * kThreads;
-    *(uint4*)(tile + e / (D / 8) * kRow + e % (D / 8) * 16) = v[l];
-  }
+  for (int l = 0; l < kLoads; l++) *(uint4*)(tiles + pack * kTile<D> + (token + l * kStep) * kTileRow<D> + group * 16) = v[l];
   __syncthreads();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  uint32_t* out = (uint32_t*)(packed + (int64_t)first * feature_block_elements(D));
 #pragma unroll
   for (int core = warp * 4; core < kPacks<D> * D; core += kThreads / 8) {  // D / 8 feature groups x 8 token groups of each, four a time
     const int pack = core / D, feature_group = core % D / 8, token_group = core % 8 + lane / 8;
-    const uint32_t address = (uint32_t)__cvta_generic_to_shared(tile + (pack * kBlock + token_group * 8 + lane % 8) * kRow + feature_group * 16);
+    const uint32_t address = (uint32_t)__cvta_generic_to_shared(tiles + pack * kTile<D> + (token_group * 8 + lane % 8) * kTileRow<D> + feature_group * 16);
     uint32_t r[4];
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"(address));
     if (pack >= count) continue;
+    uint32_t* const out = (uint32_t*)(packed + packed_at[pack]) + core % D * 32 + lane;
 #pragma unroll
-    for (int i = 0; i < 4; i++) out[(core + i) * 32 + lane] = r[i];
+    for (int i = 0; i < 4; i++) out[i * 32] = r[i];
   }
 }
 
@@ -120,14 +134,23 @@ struct PackArguments {
 template <typename T, int D>
 __device__ void pack_values(const PackArguments<T>& a, uint32_t index, float* shared) {
   constexpr int kLoads = 4, kStep = kThreads * 8 / D;  // of a thread; tokens between them
-  const uint32_t parts = ((uint32_t)a.blocks + a.value_blocks - 1) / a.value_blocks, bh = index / parts, first = index % parts * a.value_blocks;
-  const int count = min((uint32_t)a.blocks - first, a.value_blocks), b = bh / a.key_heads, h = bh % a.key_heads;
+  const uint32_t parts = ((uint32_t)a.blocks + a.value_blocks - 1) / a.value_blocks;
+  const BlockIndex at(index, a.key_heads, parts);
+  const int b = at.b, h = at.h, bh = b * a.key_heads + h;
+  const uint32_t first = (uint32_t)at.block * a.value_blocks;
+  const int count = min((uint32_t)a.blocks - first, a.value_blocks);
   float* const decay = shared;
   if (index == 0) clear_pads(a.gate_inputs, a.gates, a.key_blocks / a.blocks);
   form_gates(a.gate_inputs, a.gates, bh, b, h, first, count, decay, shared + kGateBlocks * kBlock);
   __syncthreads();
   const int existing = (int)min(a.seq_len - (int64_t)first * kBlock, (int64_t)count * kBlock);
   const int64_t out = ((int64_t)bh * a.blocks + first) * value_block_elements(D);
+#pragma unroll 1
+  for (int t = threadIdx.x; t < count * kBlock; t += kThreads) {  // the normaliser's columns
+    const int64_t to = out + t / kBlock * value_block_elements(D) + value_index(D, t % kBlock);
+    store8(a.packed_v + to, make_uint4(t < existing ? Numeric<T>::pack(1.f, 0.f) : 0, 0, 0, 0));
+    if (a.decayed_v) store8(a.decayed_v + to, make_uint4(t < existing ? high_and_low<T>(decay[t]) : 0, 0, 0, 0));
+  }
   const int column = (threadIdx.x / 16 % (D / 16) * 2 + threadIdx.x % 2) * 8, begin = threadIdx.x / D * 8 + threadIdx.x / 2 % 8;
   const T* from = a.v.row(b, (int64_t)first * kBlock + begin, h) + column;
 #pragma unroll 1
@@ -144,14 +167,9 @@ __device__ void pack_values(const PackArguments<T>& a, uint32_t index, float* sh
       const int t = token + l * kStep;
       if (t >= count * kBlock) continue;
       const int64_t to = out + t / kBlock * value_block_elements(D) + value_index(column, t % kBlock);
-      *(uint4*)(a.packed_v + to) = v[l];
-      if (a.decayed_v) *(uint4*)(a.decayed_v + to) = scaled<T>(v[l], decay[t]);
+      store8(a.packed_v + to, v[l]);
+      if (a.decayed_v) store8(a.decayed_v + to, scaled<T>(v[l], decay[t]));
     }
-  }
-  for (int t = threadIdx.x; t < count * kBlock; t += kThreads) {  // the normaliser's columns
-    const int64_t to = out + t / kBlock * value_block_elements(D) + value_index(D, t % kBlock);
-    *(uint4*)(a.packed_v + to) = make_uint4(t < existing ? Numeric<T>::pack(1.f, 0.f) : 0, 0, 0, 0);
-    if (a.decayed_v) *(uint4*)(a.decayed_v + to) = make_uint4(t < existing ? high_and_low<T>(decay[t]) : 0, 0, 0, 0);
   }
 }
 
@@ -165,7 +183,8 @@ __device__ void pack_values(const PackArguments<T>& a, uint32_t index, float* sh
 // Thread blocks of q, then of v, which take longest, then of k.
 template <typename T, int D>
 __global__ void __launch_bounds__(kThreads, PT_PACK_RESIDENT) pack_inputs(const __grid_constant__ PackArguments<T> a) {
-  __shared__ __align__(16) uint8_t shared[kPacks<D> * kBlock * kTileRow<D>];
+  follow_earlier_kernels();
+  __shared__ __align__(16) uint8_t shared[kPacks<D> * kTile<D>];
   const uint32_t index = blockIdx.x;
   if (index < a.query_grid)
     pack_features<T, D>(a.q, index * kPacks<D>, (uint32_t)a.query_blocks, a.query_heads, a.blocks, a.seq_len, a.query_scale, a.packed_q, a.vector_q, shared);
@@ -208,12 +227,13 @@ template <typename T, int D, bool kOnlyMaximum>
 __global__ void __launch_bounds__(kThreads) pack_grad(Strided<T> dy, Strided<T> y, bool vector, const float* normalizer,
                                                       const float* value_scale, float* dn_scale, int query_heads, int key_heads,
                                                       int64_t seq_len, int64_t blocks, T* packed, const float* decay, T* decayed) {
+  follow_earlier_kernels();
   constexpr int kLanes = D / 8, kRows = kThreads / kLanes;
   const BlockIndex at(blockIdx.x, query_heads, (uint32_t)blocks);
   const int group = at.h / (query_heads / key_heads), lane = threadIdx.x % kLanes;
   const float vs = value_scale ? value_scale[at.b * key_heads + group] : 1.f;
   const float scale = !kOnlyMaximum && dn_scale ? dn_scale[at.b * key_heads + group] : 1.f;
-  const int64_t offset = (int64_t)blockIdx.x * value_block_elements(D);
+  const int64_t offset = (((int64_t)at.b * query_heads + at.h) * blocks + at.block) * value_block_elements(D);
   float largest = 0.f;
   for (int token = threadIdx.x / kLanes; token < kBlock; token += kRows) {
     const int64_t t = at.block * kBlock + token;
@@ -232,12 +252,12 @@ __global__ void __launch_bounds__(kThreads) pack_grad(Strided<T> dy, Strided<T> 
     } else {
       const uint4 v = make_uint4(Numeric<T>::pack(row.value[0], row.value[1]), Numeric<T>::pack(row.value[2], row.value[3]),
                                  Numeric<T>::pack(row.value[4], row.value[5]), Numeric<T>::pack(row.value[6], row.value[7]));
-      *(uint4*)(packed + offset + value_index(lane * 8, token)) = v;
-      if (lane == 0) *(uint4*)(packed + offset + value_index(D, token)) = make_uint4(high_and_low<T>(row.last), 0, 0, 0);
+      store8(packed + offset + value_index(lane * 8, token), v);
+      if (lane == 0) store8(packed + offset + value_index(D, token), make_uint4(high_and_low<T>(row.last), 0, 0, 0));
       if (decayed) {
         const float by = decay[((int64_t)(at.b * key_heads + group) * blocks + at.block) * kBlock + token];
-        *(uint4*)(decayed + offset + value_index(lane * 8, token)) = scaled<T>(v, by);
-        if (lane == 0) *(uint4*)(decayed + offset + value_index(D, token)) = make_uint4(high_and_low<T>(row.last * by), 0, 0, 0);
+        store8(decayed + offset + value_index(lane * 8, token), scaled<T>(v, by));
+        if (lane == 0) store8(decayed + offset + value_index(D, token), make_uint4(high_and_low<T>(row.last * by), 0, 0, 0));
       }
     }
   }
@@ -252,6 +272,7 @@ __global__ void __launch_bounds__(kThreads) pack_grad(Strided<T> dy, Strided<T> 
 template <typename T, int D>
 __global__ void __launch_bounds__(kThreads) largest_magnitude(Strided<T> x, int heads, int groups, int64_t seq_len, int64_t blocks,
                                                               float* scale, bool vector) {
+  follow_earlier_kernels();
   const BlockIndex at(blockIdx.x, heads, (uint32_t)blocks);
   float largest = 0.f;
   for (int e = threadIdx.x; e < kBlock * D / 8; e += kThreads) {
@@ -270,6 +291,7 @@ __global__ void __launch_bounds__(kThreads) largest_magnitude(Strided<T> x, int 
 
 // Maxima into powers of two: largest * scale lies in (0.5, 1].
 __global__ void maxima_to_scales(float* scale, int count) {
+  follow_earlier_kernels();
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= count) return;
   const float largest = scale[i];
@@ -284,8 +306,7 @@ __global__ void maxima_to_scales(float* scale, int count) {
 }
 
 int finish_scales(float* scale, int count, cudaStream_t stream) {
-  maxima_to_scales<<<(count + 127) / 128, 128, 0, stream>>>(scale, count);
-  return check_cuda(cudaGetLastError(), "maxima_to_scales");
+  return launch("maxima_to_scales", maxima_to_scales, (count + 127) / 128, 128, 0, stream, scale, count);
 }
 
 // Exponents of the powers of two that rows are multiplied by (powertrain_kernels.h): the least, the largest that all rows may have (4 T of |phi| then
@@ -300,6 +321,7 @@ __device__ __forceinline__ float row_exponent(float d) {
 // state's gradient, within `budget`. One thread block for each head.
 constexpr int kLimitThreads = 1024;
 __global__ void __launch_bounds__(kLimitThreads) limit_rows(const float* normalizer, int64_t seq_len, float budget, float* limit) {
+  follow_earlier_kernels();
   constexpr int kLimits = kLargestRowScale - kCommonRowScale, kAhead = 4;
   __shared__ float sums[kLimitThreads / 32][kLimits];
   const float* const d = normalizer + blockIdx.x * seq_len;
@@ -335,6 +357,7 @@ __global__ void __launch_bounds__(kLimitThreads) limit_rows(const float* normali
 template <typename T, int D>
 __global__ void __launch_bounds__(kThreads) scale_rows(const T* packed, const float* normalizer, const float* limit, int64_t seq_len, int64_t blocks,
                                                        T* scaled_q, float* scaled_normalizer, float* row_scale) {
+  follow_earlier_kernels();
   constexpr int kParts = kThreads / kBlock;
   __shared__ float scales[kBlock], lengths[kParts][kBlock];
   const int64_t head = blockIdx.x / blocks, first = blockIdx.x % blocks * kBlock, at = (int64_t)blockIdx.x * feature_block_elements(D);
@@ -376,11 +399,9 @@ int run_row_scale(const pt_problem& p, const pt_row_scale_params& a, cudaStream_
   const int64_t blocks = padded_blocks(p.seq_len), heads = (int64_t)p.batch * p.query_heads;
   // The state's gradient, doubled off the diagonal, may reach 2^15 / state_scale, of which what enters from outside takes half (boundary.cu).
   const float budget = 0x1p13f / (p.state_scale * (p.query_heads / p.key_heads));
-  limit_rows<<<(unsigned)heads, kLimitThreads, 0, stream>>>(a.normalizer, p.seq_len, budget, a.row_limit);
-  if (int status = check_cuda(cudaGetLastError(), "pt_row_scale")) return status;
-  scale_rows<T, D><<<(unsigned)(blocks * heads), kThreads, 0, stream>>>((const T*)a.packed_q, a.normalizer, a.row_limit, p.seq_len, blocks, (T*)a.scaled_q,
-                                                                      a.scaled_normalizer, a.row_scale);
-  return check_cuda(cudaGetLastError(), "pt_row_scale");
+  if (int status = launch("pt_row_scale", limit_rows, (unsigned)heads, kLimitThreads, 0, stream, a.normalizer, p.seq_len, budget, a.row_limit)) return status;
+  return launch("pt_row_scale", scale_rows<T, D>, (unsigned)(blocks * heads), kThreads, 0, stream, (const T*)a.packed_q, a.normalizer, a.row_limit, p.seq_len,
+                blocks, (T*)a.scaled_q, a.scaled_normalizer, a.row_scale);
 }
 
 template <typename T, int D>
@@ -404,8 +425,7 @@ int run_pack(const pt_problem& p, const pt_pack_params& a, cudaStream_t stream) 
   while (k.value_blocks > (uint32_t)kPacks<D> && rows * ceil_div(blocks, k.value_blocks) < wanted) k.value_blocks /= 2;
   k.query_grid = (uint32_t)ceil_div(k.query_blocks, kPacks<D>), k.value_grid = (uint32_t)(rows * ceil_div(blocks, k.value_blocks));
   const uint32_t grid = k.query_grid + k.value_grid + (uint32_t)ceil_div(k.key_blocks, kPacks<D>);
-  pack_inputs<T, D><<<grid, kThreads, 0, stream>>>(k);
-  return check_cuda(cudaGetLastError(), "pt_pack");
+  return launch("pt_pack", pack_inputs<T, D>, grid, kThreads, 0, stream, k);
 }
 
 template <typename T, int D>
@@ -413,21 +433,19 @@ int run_pack_grad(const pt_problem& p, const pt_pack_grad_params& a, cudaStream_
   const int64_t blocks = padded_blocks(p.seq_len);
   const dim3 grid((unsigned)(blocks * p.batch * p.query_heads));
   const bool vector = vectorizable(a.dy) && vectorizable(a.y);
-  auto launch = [&](auto kernel) {
-    kernel<<<grid, kThreads, 0, stream>>>(strided<T>(a.dy), strided<T>(a.y), vector, a.normalizer, a.value_scale, a.dn_scale,
-                                         p.query_heads, p.key_heads, p.seq_len, blocks, (T*)a.packed_dn,
-                                         a.decayed ? gates_of(p, a.gates).chunk_in : nullptr, (T*)a.decayed);
-    return check_cuda(cudaGetLastError(), "pt_pack_grad");
+  auto launch_grad = [&](auto* kernel) {
+    return launch("pt_pack_grad", kernel, grid, kThreads, 0, stream, strided<T>(a.dy), strided<T>(a.y), vector, a.normalizer, a.value_scale, a.dn_scale,
+                  p.query_heads, p.key_heads, p.seq_len, blocks, (T*)a.packed_dn, a.decayed ? gates_of(p, a.gates).chunk_in : nullptr, (T*)a.decayed);
   };
   if (a.dn_scale) {
     const int count = p.batch * p.key_heads;
     if (int status = check_cuda(cudaMemsetAsync(a.dn_scale, 0, count * sizeof(float), stream), "cudaMemsetAsync")) return status;
-    if (int status = launch(pack_grad<T, D, true>)) return status;
+    if (int status = launch_grad(pack_grad<T, D, true>)) return status;
     if (int status = finish_scales(a.dn_scale, count, stream)) return status;
     if (a.dfinal_state)
       if (int status = bound_grad_scale(p, a.dfinal_state, a.dfinal_sum_of_keys, a.value_scale, a.key_scale, a.dn_scale, stream)) return status;
   }
-  return launch(pack_grad<T, D, false>);
+  return launch_grad(pack_grad<T, D, false>);
 }
 
 template <typename T, int D>
@@ -435,9 +453,9 @@ int run_power_scale(const pt_problem& p, const pt_power_scale_params& a, cudaStr
   const int64_t blocks = padded_blocks(p.seq_len);
   const int count = p.batch * a.groups;
   if (int status = check_cuda(cudaMemsetAsync(a.scale, 0, count * sizeof(float), stream), "cudaMemsetAsync")) return status;
-  largest_magnitude<T, D><<<(unsigned)(blocks * p.batch * a.heads), kThreads, 0, stream>>>(
-      strided<T>(a.x), a.heads, a.groups, p.seq_len, blocks, a.scale, vectorizable(a.x));
-  if (int status = check_cuda(cudaGetLastError(), "largest_magnitude")) return status;
+  if (int status = launch("largest_magnitude", largest_magnitude<T, D>, (unsigned)(blocks * p.batch * a.heads), kThreads, 0, stream, strided<T>(a.x), a.heads,
+                          a.groups, p.seq_len, blocks, a.scale, vectorizable(a.x)))
+    return status;
   return finish_scales(a.scale, count, stream);
 }
 

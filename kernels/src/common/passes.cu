@@ -59,7 +59,7 @@ struct ForwardBuffers {
     const bool begins = phase != PT_FINISH, finishes = phase != PT_BEGIN;
     const bool states = begins && (has_initial || has_final || p.chunk_size < p.seq_len);
     steps = sizes.steps_workspace && phase == PT_WHOLE;
-    decayed_v = arena.take(sizes.packed_v, states && !(steps && !scans_segments(p, has_final)));
+    decayed_v = arena.take(sizes.packed_v, states && !steps);
     initial = arena.take<float>(sizes.boundary, has_initial && finishes), final_state = arena.take<float>(sizes.boundary, has_final && begins);
     scan_workspace = arena.take(std::max(sizes.chunk_state_workspace, steps ? sizes.steps_workspace : 0), states);
     bytes = arena.used();
@@ -83,7 +83,7 @@ struct BackwardBuffers {
     row_limit = arena.take<float>((int64_t)p.batch * p.query_heads * 4, scaled);
     dn_scale = arena.take<float>(heads * 4, scaled);
     dn = kept.take(sizes.packed_dn);
-    decayed_dn = arena.take(sizes.packed_dn, states && begins && !(key_grads && !scans_segments(p, has_initial)));
+    decayed_dn = arena.take(sizes.packed_dn, states && begins && !key_grads);
     grad_states = kept.take(sizes.states, states);
     scan_workspace = arena.take(std::max(sizes.chunk_state_workspace, key_grads ? sizes.steps_workspace : 0), states && begins);
     leaving = arena.take<float>(sizes.boundary, has_final && finishes), entering = arena.take<float>(sizes.boundary, has_initial && begins);
@@ -155,16 +155,15 @@ int pt_forward(const pt_problem* problem, const pt_forward_params* params, void*
                                          saved.k_scale, saved.v_scale, nullptr};
     PT_TRY(pt_boundary(problem, &boundary, stream));
   }
-  const bool steps = buffers.steps && a.out.data;
   void* const states = a.out.data || a.phase == PT_BEGIN ? saved.states : nullptr;
   const pt_chunk_state_params state = {0, saved.k, buffers.decayed_v, saved.gates, buffers.initial, states, buffers.final_state, buffers.scan_workspace};
   if (a.phase == PT_FINISH) {
     PT_TRY(carry_in(p, state, (cudaStream_t)stream));
-  } else if (buffers.decayed_v && !steps) {
+  } else if (buffers.decayed_v) {
     PT_TRY(pt_chunk_state(problem, &state, stream));
   }
-  if (steps) {
-    const pt_query_scan_params scan = {saved.q, saved.k, saved.v, buffers.decayed_v, saved.gates, buffers.initial, a.out, a.normalizer, states,
+  if (buffers.steps) {
+    const pt_query_scan_params scan = {saved.q, saved.k, saved.v, saved.gates, buffers.initial, a.out, a.normalizer, states,
                                        buffers.final_state, buffers.scan_workspace};
     PT_TRY(pt_query_scan(problem, &scan, stream));
   }
@@ -172,7 +171,7 @@ int pt_forward(const pt_problem* problem, const pt_forward_params* params, void*
     const pt_boundary_params boundary = {a.final_state, a.final_sum_of_keys, buffers.final_state, 0, 0, saved.k_scale, saved.v_scale, nullptr};
     PT_TRY(pt_boundary(problem, &boundary, stream));
   }
-  if (!a.out.data || steps) return PT_OK;
+  if (!a.out.data || buffers.steps) return PT_OK;
   const pt_chunk_scan_params scan = {0, has_initial, saved.q, saved.k, saved.v, saved.gates, saved.states, a.out, saved.v_scale, a.normalizer};
   return pt_chunk_scan(problem, &scan, stream);
 }
@@ -216,37 +215,39 @@ int pt_backward(const pt_problem* problem, const pt_backward_params* params, voi
   const pt_boundary_params boundary = {a.dinitial_state, a.dinitial_sum_of_keys, buffers.entering, 0, 1, saved.k_scale, saved.v_scale, buffers.dn_scale};
   void* const states = initial_only && a.phase == PT_WHOLE ? nullptr : buffers.grad_states;
   const pt_chunk_state_params state = {1, q, buffers.decayed_dn, saved.gates, buffers.leaving, states, buffers.entering, buffers.scan_workspace};
-  const bool key_grads = buffers.key_grads && !initial_only;
   if (a.phase == PT_FINISH) {
     PT_TRY(carry_in(p, state, (cudaStream_t)stream));
-  } else if (buffers.decayed_dn && !key_grads) {
+  } else if (buffers.decayed_dn) {
     PT_TRY(pt_chunk_state(problem, &state, stream));
   }
-  if (initial_only) return pt_boundary(problem, &boundary, stream);
   // q . dq of every query head, then k . dk of every key head and its part from later chunks.
-  float* const query_dots = a.dlog_G ? buffers.dots : nullptr;
-  float* const key_dots = a.dlog_G ? query_dots + sizes.dots / 4 * (p.query_heads / p.key_heads) : nullptr;
-  const pt_chunk_scan_grad_params of_q = {0,    has_initial,   q,             saved.k,          saved.v, buffers.dn, saved.gates, saved.states,
-                                          a.dq, saved.q_scale, saved.v_scale, buffers.dn_scale, buffers.row_scale,     query_dots};
-  // dq before dk: `powertrain bench kernels` tells both calls of a stage apart by their order.
-  PT_TRY(pt_chunk_scan_grad(problem, &of_q, stream));
-  if (key_grads) {
-    const pt_key_grads_params of_k = {q,    saved.k, saved.v,  buffers.dn,                                  buffers.decayed_dn, saved.gates,
-                                      a.dv, a.dk,    key_dots, a.dlog_G ? buffers.grad_states : nullptr, buffers.entering,   buffers.scan_workspace};
+  float* const query_dots = a.dlog_G && !initial_only ? buffers.dots : nullptr;
+  float* const key_dots = query_dots ? query_dots + sizes.dots / 4 * (p.query_heads / p.key_heads) : nullptr;
+  if (!initial_only) {
+    const pt_chunk_scan_grad_params of_q = {0,    has_initial,   q,             saved.k,          saved.v, buffers.dn, saved.gates, saved.states,
+                                            a.dq, saved.q_scale, saved.v_scale, buffers.dn_scale, buffers.row_scale,     query_dots};
+    // dq before dk: `powertrain bench kernels` tells both calls of a stage apart by their order.
+    PT_TRY(pt_chunk_scan_grad(problem, &of_q, stream));
+  }
+  if (buffers.key_grads) {
+    const pt_key_grads_params of_k = {q,    saved.k, saved.v,  buffers.dn,                              saved.gates,
+                                      a.dv, a.dk,    key_dots, query_dots ? buffers.grad_states : nullptr, buffers.entering, buffers.scan_workspace};
     PT_TRY(pt_key_grads(problem, &of_k, stream));
-  } else {
+  }
+  if (initial_only) return pt_boundary(problem, &boundary, stream);
+  if (!buffers.key_grads) {
     const pt_chunk_scan_params scan = {1, has_final, q, saved.k, buffers.dn, saved.gates, buffers.grad_states, a.dv, buffers.dn_scale, nullptr};
     PT_TRY(pt_chunk_scan(problem, &scan, stream));
     const pt_chunk_scan_grad_params of_k = {1,    has_final,     q,             saved.k,          saved.v, buffers.dn, saved.gates, buffers.grad_states,
                                             a.dk, saved.k_scale, saved.v_scale, buffers.dn_scale, nullptr,               key_dots};
     PT_TRY(pt_chunk_scan_grad(problem, &of_k, stream));
   }
-  if (a.dlog_G) {
+  if (query_dots) {
     if (buffers.flow) {
-      const pt_state_flow_params flow = {saved.states, buffers.grad_states, saved.gates, key_grads ? nullptr : key_dots, has_initial || has_final || p.dtype == PT_FP16, buffers.flow};
+      const pt_state_flow_params flow = {saved.states, buffers.grad_states, saved.gates, buffers.key_grads ? nullptr : key_dots, has_initial || has_final || p.dtype == PT_FP16, buffers.flow};
       PT_TRY(pt_state_flow(problem, &flow, stream));
     }
-    const pt_gate_grad_params gates = {query_dots,       key_dots,    buffers.flow,     key_grads ? key_dots + sizes.dots / 4 : nullptr,
+    const pt_gate_grad_params gates = {query_dots,       key_dots,    buffers.flow,     buffers.key_grads ? key_dots + sizes.dots / 4 : nullptr,
                                        saved.gates,      a.has_documents, has_initial,  buffers.dn_scale,
                                        saved.v_scale,    a.dlog_G,    a.dlog_G_stride_b, a.dlog_G_stride_t,
                                        a.dlog_G_stride_h};

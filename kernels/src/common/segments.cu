@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "launch.cuh"
 #include "numeric.cuh"
 
 namespace powertrain {
@@ -40,6 +41,7 @@ __device__ inline uint4 add(uint4 old, const float (&incoming)[8], float factor,
 // kAhead chunks are in flight at once. kCarryIn: one segment, which `initial` enters, and nobody reads what leaves it.
 template <typename T, int kHeadDim, bool kCarryIn>
 __global__ void __launch_bounds__(kThreads) join_kernel(const JoinParams p) {
+  follow_earlier_kernels();
   constexpr int kColumns = kHeadDim + kNormColumns, kGroups = kColumns / 8;
   constexpr int kAhead = kHeadDim == 32 ? 16 : 4;  // so few threads cover the latency of memory only with more loads in flight each
   const int piece = blockIdx.x * kThreads + threadIdx.x;
@@ -95,45 +97,55 @@ __global__ void __launch_bounds__(kThreads) join_kernel(const JoinParams p) {
     for (int c = 0; c < 8; c++) p.final_state[boundary_at + c] = incoming[c];
 }
 
-// Grid (boundary elements of a head / (4 kThreads), B * Hk).
+// Grid (boundary elements of a head / (4 kThreads), B * Hk). What the first segments leave is under way while the decays across them are multiplied.
 __global__ void __launch_bounds__(kThreads) enter_kernel(float* locals, const float* chunk_decay, const float* initial, float* final_state,
                                                          int64_t chunks, int64_t head_elements, int64_t boundary_stride, int segments, bool reverse) {
+  follow_earlier_kernels();
   __shared__ float across[kMostEntered];
-  for (int segment = threadIdx.x; segment < segments; segment += kThreads) {
-    float decay = 1.f;
-    for (int64_t l = segment_begin(chunks, segments, segment); l < segment_begin(chunks, segments, segment + 1); l++)
-      decay *= chunk_decay[blockIdx.y * chunks + (reverse ? chunks - 1 - l : l)];
-    across[segment] = decay;
-  }
-  __syncthreads();
+  constexpr int kAhead = 16;
   const int64_t element = ((int64_t)blockIdx.x * kThreads + threadIdx.x) * 4, at = blockIdx.y * head_elements + element;
-  if (element >= head_elements) return;
-  float4 entering = initial ? *(const float4*)(initial + at) : make_float4(0.f, 0.f, 0.f, 0.f);
-  constexpr int kAhead = 8;
-  for (int first = 0; first < segments; first += kAhead) {
-    float4 own[kAhead];
+  const bool exists = element < head_elements;
+  const int owned = exists ? final_state ? segments : segments - 1 : 0;
+  float4 own[kAhead];
+  const auto load = [&](int first) {
 #pragma unroll
     for (int a = 0; a < kAhead; a++)
-      if (first + a < segments) own[a] = *(const float4*)(locals + (first + a) * boundary_stride + at);
+      own[a] = first + a < owned ? *(const float4*)(locals + (first + a) * boundary_stride + at) : make_float4(0.f, 0.f, 0.f, 0.f);
+  };
+  load(0);
+  float4 entering = initial && exists ? *(const float4*)(initial + at) : make_float4(0.f, 0.f, 0.f, 0.f);
+  constexpr int kLanes = 8;  // of a segment
+  for (int segment = threadIdx.x / kLanes; segment < (segments + 3) / 4 * 4; segment += kThreads / kLanes) {  // whole warps
+    const int64_t end = segment < segments ? segment_begin(chunks, segments, segment + 1) : 0;
+    float decay = 1.f;
+    for (int64_t l = segment_begin(chunks, segments, segment) + threadIdx.x % kLanes; l < end; l += kLanes)
+      decay *= chunk_decay[blockIdx.y * chunks + (reverse ? chunks - 1 - l : l)];
+#pragma unroll
+    for (int step = kLanes / 2; step > 0; step /= 2) decay *= __shfl_xor_sync(~0u, decay, step);
+    if (threadIdx.x % kLanes == 0 && segment < segments) across[segment] = decay;
+  }
+  __syncthreads();
+  if (!exists) return;
+  for (int first = 0; first < segments; first += kAhead) {
+    if (first > 0) load(first);
 #pragma unroll
     for (int a = 0; a < kAhead; a++) {
       if (first + a >= segments) continue;
-      *(float4*)(locals + (first + a) * boundary_stride + at) = entering;
+      __stwb((float4*)(locals + (first + a) * boundary_stride + at), entering);  // an intrinsic: nvcc makes four stores of an assignment
       const float decay = across[first + a];
       entering = make_float4(fmaf(decay, entering.x, own[a].x), fmaf(decay, entering.y, own[a].y), fmaf(decay, entering.z, own[a].z),
                              fmaf(decay, entering.w, own[a].w));
     }
   }
-  if (final_state) *(float4*)(final_state + at) = entering;
+  if (final_state) __stwb((float4*)(final_state + at), entering);
 }
 
 template <typename T, int kHeadDim>
-int launch(const pt_problem& problem, const JoinParams& p, cudaStream_t stream) {
+int launch_join(const pt_problem& problem, const JoinParams& p, cudaStream_t stream) {
   const int pieces = p.tiles * (kHeadDim + kNormColumns) / 8 * kBlock;
   dim3 grid((unsigned)ceil_div(pieces, kThreads), (unsigned)(problem.batch * problem.key_heads));
   const auto kernel = p.initial ? join_kernel<T, kHeadDim, true> : join_kernel<T, kHeadDim, false>;
-  kernel<<<grid, kThreads, 0, stream>>>(p);
-  return check_cuda(cudaGetLastError(), "join_segments");
+  return launch("join_segments", kernel, grid, kThreads, 0, stream, p);
 }
 
 int join(const pt_problem& problem, const pt_chunk_state_params& params, int segments, const float* locals, const float* initial,
@@ -150,7 +162,7 @@ int join(const pt_problem& problem, const pt_chunk_state_params& params, int seg
   p.tiles = phi_tiles(problem.head_dim);
   p.reverse = params.reverse;
   p.state_scale = problem.state_scale;
-  return with_type(problem, [&](auto element, auto dim) { return launch<decltype(element), dim.value>(problem, p, stream); });
+  return with_type(problem, [&](auto element, auto dim) { return launch_join<decltype(element), dim.value>(problem, p, stream); });
 }
 
 // The number of segments of least cost, the fewest among those that differ by little.
@@ -202,18 +214,15 @@ int choose_entered_segments(const pt_problem& problem) {
   return last.segments;
 }
 
-bool scans_segments(const pt_problem& problem, bool wants_final) { return wants_final || choose_entered_segments(problem) > 1; }
-
 int join_segments(const pt_problem& problem, const pt_chunk_state_params& params, int segments, const float* locals, cudaStream_t stream) {
   return join(problem, params, segments, locals, nullptr, stream);
 }
 
-int enter_segments(const pt_problem& problem, const pt_chunk_state_params& params, int segments, float* locals, cudaStream_t stream) {
+int enter_segments(const pt_problem& problem, const SegmentScan& scan, int segments, float* locals, cudaStream_t stream) {
   const int64_t heads = (int64_t)problem.batch * problem.key_heads, all = boundary_elements(problem), of_head = all / heads;
-  enter_kernel<<<dim3((unsigned)ceil_div(of_head, 4 * kThreads), (unsigned)heads), kThreads, 0, stream>>>(
-      locals, gates_of(problem, params.gates).chunk_decay, params.initial, params.final_state, chunks(problem.seq_len, problem.chunk_size), of_head, all,
-      segments, params.reverse);
-  return check_cuda(cudaGetLastError(), "enter_segments");
+  return launch("enter_segments", enter_kernel, dim3((unsigned)ceil_div(of_head, 4 * kThreads), (unsigned)heads), kThreads, 0, stream, locals,
+                gates_of(problem, scan.gates).chunk_decay, scan.initial, scan.final_state, chunks(problem.seq_len, problem.chunk_size), of_head, all, segments,
+                scan.reverse);
 }
 
 int carry_in(const pt_problem& problem, const pt_chunk_state_params& params, cudaStream_t stream) {

@@ -18,13 +18,17 @@ int join_segments(const pt_problem& problem, const pt_chunk_state_params& params
 // Adds what `initial` brings to 16-bit states that pt_chunk_state scanned from zero. Of params, reverse, gates, initial and states count.
 int carry_in(const pt_problem& problem, const pt_chunk_state_params& params, cudaStream_t stream);
 
-// Where nobody reads the 16-bit states of a scan: in place of each segment's own state in `locals`, what enters the segment; `initial`, or zero, enters
-// the first. Of params, reverse, gates, initial and final_state (or null) count.
+// A scan whose 16-bit states nobody reads, for query_scan and key_grads, of packed k and v', in reverse of q and dn'.
+struct SegmentScan {
+  bool reverse;
+  const void *x, *u, *gates;
+  const float* initial;  // boundary or null: zero
+  float* final_state;    // boundary or null
+};
 constexpr int kMostEntered = 128;  // segments
 int choose_entered_segments(const pt_problem& problem);  // the fewest with which query_scan and key_grads keep the device busy
-// Whether they scan the segments' own states first, from decayed values: where there are several, and where somebody wants the state at the end.
-bool scans_segments(const pt_problem& problem, bool wants_final);
-int enter_segments(const pt_problem& problem, const pt_chunk_state_params& params, int segments, float* locals, cudaStream_t stream);
+// In place of each segment's own state in `locals` (of the last one's only if there is a final_state) what enters the segment; and the final state.
+int enter_segments(const pt_problem& problem, const SegmentScan& scan, int segments, float* locals, cudaStream_t stream);
 
 int64_t boundary_elements(const pt_problem& problem);  // of all (b, h)
 

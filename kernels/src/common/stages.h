@@ -11,6 +11,7 @@ int fail(pt_status status, const char* format, ...) __attribute__((format(printf
 int check_cuda(cudaError_t error, const char* what);                                        // PT_OK or PT_CUDA_ERROR with its message
 int validate(const pt_problem* problem);                                                    // PT_OK or what is wrong with it
 int multiprocessors();                                                                      // of the current device; cached
+bool starts_early();                                                                        // whether kernels may (launch.cuh)
 
 // Lets one kernel use `bytes` of dynamic shared memory; once per device, then free.
 int allow_shared_memory(const void* kernel, int bytes);

@@ -15,6 +15,7 @@ struct ChunkScanConfig : ScanConfig<D> {
 
 template <typename T, int D, bool kReverse>
 __global__ void __launch_bounds__(ChunkScanConfig<D>::kThreads) chunk_scan_kernel(const ScanArguments a) {
+  follow_earlier_kernels();
   using Config = ChunkScanConfig<D>;
   using N = Numeric<T>;
   constexpr int kM = Config::kM, kGroups = Config::kGroups, kStages = Config::kStages;

@@ -50,6 +50,7 @@ __device__ __forceinline__ void write_dots(float* dots, const float (&dx)[kM][D 
 
 template <typename T, int D, bool kReverse>
 __global__ void __launch_bounds__(ChunkScanGradConfig<D>::kThreads, 1) chunk_scan_grad_kernel(const ScanArguments a) {
+  follow_earlier_kernels();
   using Config = ChunkScanGradConfig<D>;
   using N = Numeric<T>;
   constexpr int kM = Config::kM, kStages = Config::kStages, kSteps = D / 16 + 1;

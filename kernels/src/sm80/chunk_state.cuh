@@ -8,7 +8,7 @@
 #include <type_traits>
 
 #include "ptx.cuh"
-#include "stages.h"
+#include "launch.cuh"
 
 namespace powertrain::sm80 {
 
@@ -49,6 +49,7 @@ template <typename T, int D, bool kReverse>
 __global__ void __launch_bounds__(ChunkStateConfig<D>::kThreads, 1) chunk_state_kernel(const ChunkStateArguments a) {
   using Config = ChunkStateConfig<D>;
   using N = Numeric<T>;
+  follow_earlier_kernels();
   extern __shared__ __align__(128) uint8_t shared[];
   __shared__ int32_t my_ticket;
   if (threadIdx.x == 0) my_ticket = atomicAdd(a.ticket, 1);
@@ -223,8 +224,7 @@ int run_chunk_state(const pt_problem& p, const pt_chunk_state_params& s, cudaStr
   if (int status = check_cuda(cudaMemsetAsync(s.workspace, 0, chunk_state_counters<D>(p), stream), "cudaMemsetAsync")) return status;
   const auto kernel = s.reverse ? chunk_state_kernel<T, D, true> : chunk_state_kernel<T, D, false>;
   if (int status = allow_shared_memory((const void*)kernel, Config::kSharedBytes)) return status;
-  kernel<<<(unsigned)grid, Config::kThreads, Config::kSharedBytes, stream>>>(a);
-  return check_cuda(cudaGetLastError(), "chunk_state");
+  return launch("chunk_state", kernel, (unsigned)grid, Config::kThreads, Config::kSharedBytes, stream, a);
 }
 
 // One configuration is one translation unit, so that a build uses every core.

@@ -9,7 +9,7 @@
 #include <type_traits>
 
 #include "ptx.cuh"
-#include "stages.h"
+#include "launch.cuh"
 
 namespace powertrain::sm80 {
 
@@ -211,8 +211,7 @@ int launch_scan(Kernel kernel, int threads, int shared_bytes, const ScanArgument
   if (a.out.stride_b % 2 || a.out.stride_t % 2 || a.out.stride_h % 2 || (uintptr_t)a.out.data % 4)
     return fail(PT_INVALID, "%s: out must be aligned to 4 bytes in every row", what);
   if (int status = allow_shared_memory((const void*)kernel, shared_bytes)) return status;
-  kernel<<<(unsigned)grid, threads, shared_bytes, stream>>>(a);
-  return check_cuda(cudaGetLastError(), what);
+  return launch(what, kernel, (unsigned)grid, threads, shared_bytes, stream, a);
 }
 
 }  // namespace powertrain::sm80

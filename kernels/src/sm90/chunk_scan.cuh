@@ -325,6 +325,7 @@ __global__ void __launch_bounds__(ChunkScan<kHeadDim, T, kReverse>::kThreads, 1)
     Ring<Kernel::kRowBuffers>::init(row_barriers, Kernel::kWarpgroups * 128);
     barrier_init_fence();
   }
+  follow_earlier_kernels();
   __syncthreads();
   if (threadIdx.x / 128 == Kernel::kWarpgroups) {
     give_registers<kProducerRegisters>();
@@ -345,8 +346,7 @@ int launch_chunk_scan(const pt_problem& problem, const pt_chunk_scan_params& par
   auto* kernel = chunk_scan_kernel<kHeadDim, T, kReverse>;
   if (int status = allow_shared_memory((const void*)kernel, Kernel::kSharedBytes)) return status;
   if (p.tiles == 0) return fail(PT_UNSUPPORTED, "%s: batch * heads * seq_len is too large for one launch", "chunk_scan");
-  kernel<<<p.grid, Kernel::kThreads, Kernel::kSharedBytes, stream>>>(p);
-  return check_cuda(cudaGetLastError(), "chunk_scan");
+  return launch("chunk_scan", kernel, p.grid, Kernel::kThreads, Kernel::kSharedBytes, stream, p);
 }
 
 }  // namespace powertrain::sm90

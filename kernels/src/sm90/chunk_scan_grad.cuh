@@ -249,6 +249,7 @@ __global__ void __launch_bounds__(ChunkScanGrad<kHeadDim, T, kReverse>::kThreads
     Kernel::State::init(at.state_barriers);
     barrier_init_fence();
   }
+  follow_earlier_kernels();
   __syncthreads();
   if (threadIdx.x / 128 == Kernel::kWarpgroups) {
     give_registers<Kernel::State::kProducing>();
@@ -273,8 +274,7 @@ int launch_chunk_scan_grad(const pt_problem& problem, const pt_chunk_scan_grad_p
   auto* kernel = chunk_scan_grad_kernel<kHeadDim, T, kReverse>;
   if (int status = allow_shared_memory((const void*)kernel, Kernel::kSharedBytes)) return status;
   if (p.tiles == 0) return fail(PT_UNSUPPORTED, "%s: batch * heads * seq_len is too large for one launch", "chunk_scan_grad");
-  kernel<<<p.grid, Kernel::kThreads, Kernel::kSharedBytes, stream>>>(p);
-  return check_cuda(cudaGetLastError(), "chunk_scan_grad");
+  return launch("chunk_scan_grad", kernel, p.grid, Kernel::kThreads, Kernel::kSharedBytes, stream, p);
 }
 
 }  // namespace powertrain::sm90

@@ -4,6 +4,7 @@
 // blocks of 64 tokens. Rows of A are features and its columns time, so with x stored transposed the fragment of phi(i, j) is the fragment of
 // x_j times a pair of x_i along time; ldmatrix with one row address for all eight rows delivers that pair to every thread.
 #pragma once
+#include "../common/launch.cuh"
 #include "../common/segments.h"
 #include "pipeline.cuh"
 #include "wgmma.cuh"
@@ -262,6 +263,7 @@ __global__ void __launch_bounds__(ChunkState<kHeadDim, T>::kThreads, 1) chunk_st
     Ring<Kernel::kStages>::init(barriers, Kernel::kWarpgroups * 128);
     barrier_init_fence();
   }
+  follow_earlier_kernels();
   __syncthreads();
   const int warpgroup = uniform_warp() / 4;
   if (warpgroup == Kernel::kWarpgroups) {
@@ -285,10 +287,11 @@ int64_t chunk_state_workspace_of(const pt_problem& problem) {
   return segments > 1 ? segments * boundary_elements(problem) * 4 : 0;
 }
 
-// Each segment from zero (the first one from `initial`): states where they are wanted, and the last one to `locals`, or of the only segment to final_state.
 template <int kHeadDim, typename T>
-int scan_segments(const pt_problem& problem, const pt_chunk_state_params& params, int segments, float* locals, cudaStream_t stream) {
+int launch_chunk_state(const pt_problem& problem, const pt_chunk_state_params& params, cudaStream_t stream) {
   using Kernel = ChunkState<kHeadDim, T>;
+  const int segments = choose_segments(problem, (int64_t)kStateBlocks<kHeadDim> * problem.batch * problem.key_heads);
+  float* const locals = (float*)params.workspace;
   const Gates gates = gates_of(problem, params.gates);
   const int64_t heads = (int64_t)problem.batch * problem.key_heads;
   ChunkStateParams p;
@@ -310,15 +313,8 @@ int scan_segments(const pt_problem& problem, const pt_chunk_state_params& params
   p.state_scale = problem.state_scale;
   auto* kernel = chunk_state_kernel<kHeadDim, T>;
   if (int status = allow_shared_memory((const void*)kernel, Kernel::kSharedBytes)) return status;
-  kernel<<<dim3(kStateBlocks<kHeadDim>, p.segments, (unsigned)heads), Kernel::kThreads, Kernel::kSharedBytes, stream>>>(p);
-  return check_cuda(cudaGetLastError(), "chunk_state");
-}
-
-template <int kHeadDim, typename T>
-int launch_chunk_state(const pt_problem& problem, const pt_chunk_state_params& params, cudaStream_t stream) {
-  const int segments = choose_segments(problem, (int64_t)kStateBlocks<kHeadDim> * problem.batch * problem.key_heads);
-  float* const locals = (float*)params.workspace;
-  if (int status = scan_segments<kHeadDim, T>(problem, params, segments, locals, stream)) return status;
+  const dim3 grid(kStateBlocks<kHeadDim>, p.segments, (unsigned)heads);
+  if (int status = launch("chunk_state", kernel, grid, Kernel::kThreads, Kernel::kSharedBytes, stream, p)) return status;
   return segments > 1 ? join_segments(problem, params, segments, locals, stream) : PT_OK;
 }
 

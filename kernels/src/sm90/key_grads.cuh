@@ -77,7 +77,7 @@ struct KeyGrads : StateSteps<T, true> {
           columns.wait_empty();
           const uint32_t full = columns.full_barrier();
           barrier_expect(full, Columns::kBytes);
-          load_block(p, to.x, from, full);
+          load_block(p.x, p.u, to.x, from, full);
           bulk_load(to.decays(), p.decays + token, Columns::kVectorBytes, full);
           bulk_load(to.log2_decays(), p.log2_decay + token, Columns::kVectorBytes, full);
           bulk_load(to.documents(), p.document_start + (document_at + block) * kBlock, Columns::kVectorBytes, full);
@@ -335,9 +335,10 @@ int launch_key_grads(const pt_problem& problem, const pt_key_grads_params& param
   using Kernel = KeyGrads<T>;
   const Gates gates = gates_of(problem, params.gates);
   const int segments = choose_entered_segments(problem);
-  const pt_chunk_state_params own = {1, params.q, params.decayed_dn, params.gates, nullptr, nullptr, params.final_state, nullptr};
+  const SegmentScan scan = {true, params.q, params.dn, params.gates, nullptr, params.final_state};
   const float* entering;
-  if (int status = find_entering<T>(problem, own, segments, params.workspace, &entering, stream)) return status;
+  if (int status = find_entering<T>(problem, scan, segments, params.workspace, &entering, stream)) return status;
+  if (!params.dk.data) return PT_OK;
   KeyGradsParams p;
   set_steps_params(p, problem, gates, segments, entering);
   p.x = params.q, p.u = params.dn, p.k = params.k, p.v = params.v;
@@ -350,8 +351,7 @@ int launch_key_grads(const pt_problem& problem, const pt_key_grads_params& param
   p.seq_len = problem.seq_len, p.group = problem.query_heads / problem.key_heads, p.key_heads = problem.key_heads;
   auto* kernel = key_grads_kernel<T>;
   if (int status = allow_shared_memory((const void*)kernel, Kernel::kSharedBytes)) return status;
-  kernel<<<dim3((unsigned)segments, (unsigned)(problem.batch * problem.key_heads)), Kernel::kThreads, Kernel::kSharedBytes, stream>>>(p);
-  return check_cuda(cudaGetLastError(), "key_grads");
+  return launch("key_grads", kernel, dim3((unsigned)segments, (unsigned)(problem.batch * problem.key_heads)), Kernel::kThreads, Kernel::kSharedBytes, stream, p);
 }
 
 }  // namespace powertrain::sm90

@@ -61,7 +61,7 @@ struct QueryScan : StateSteps<T, false> {
       for (int m = 0; m < step.count; m++) {
         const Columns to = {at.columns + (columns.stage() * kStep + m) * kColumnBytes};
         const int64_t block = block_at + step.block + m;
-        load_block(p, to.x, block, full);
+        load_block(p.x, p.u, to.x, block, full);
         bulk_load(to.decays(), p.decays + block * kBlock, Columns::kVectorBytes, full);
         bulk_load(to.log2_decays(), p.log2_decay + block * kBlock, Columns::kVectorBytes, full);
         bulk_load(to.documents(), p.document_start + (document_at + step.block + m) * kBlock, Columns::kVectorBytes, full);
@@ -234,9 +234,10 @@ int launch_query_scan(const pt_problem& problem, const pt_query_scan_params& par
   using Kernel = QueryScan<T>;
   const Gates gates = gates_of(problem, params.gates);
   const int segments = choose_entered_segments(problem);
-  const pt_chunk_state_params own = {0, params.k, params.decayed_v, params.gates, params.initial, nullptr, params.final_state, nullptr};
+  const SegmentScan scan = {false, params.k, params.v, params.gates, params.initial, params.final_state};
   const float* entering;
-  if (int status = find_entering<T>(problem, own, segments, params.workspace, &entering, stream)) return status;
+  if (int status = find_entering<T>(problem, scan, segments, params.workspace, &entering, stream)) return status;
+  if (!params.out.data) return PT_OK;
   QueryScanParams p;
   set_steps_params(p, problem, gates, segments, entering);
   p.x = params.k, p.u = params.v, p.q = params.q;
@@ -246,8 +247,7 @@ int launch_query_scan(const pt_problem& problem, const pt_query_scan_params& par
   p.seq_len = problem.seq_len, p.group = 1, p.queries = problem.query_heads / problem.key_heads, p.key_heads = problem.key_heads;
   auto* kernel = query_scan_kernel<T>;
   if (int status = allow_shared_memory((const void*)kernel, Kernel::kSharedBytes)) return status;
-  kernel<<<dim3((unsigned)segments, (unsigned)(problem.batch * problem.key_heads)), Kernel::kThreads, Kernel::kSharedBytes, stream>>>(p);
-  return check_cuda(cudaGetLastError(), "query_scan");
+  return launch("query_scan", kernel, dim3((unsigned)segments, (unsigned)(problem.batch * problem.key_heads)), Kernel::kThreads, Kernel::kSharedBytes, stream, p);
 }
 
 }  // namespace powertrain::sm90

@@ -1,6 +1,6 @@
 // How the rows of a problem are cut into row tiles, shared by chunk_scan and chunk_scan_grad.
 #pragma once
-#include "../common/stages.h"
+#include "../common/launch.cuh"
 #include "ptx.cuh"
 
 namespace powertrain::sm90 {

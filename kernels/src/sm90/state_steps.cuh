@@ -1,15 +1,14 @@
 // A state that one thread block keeps through a time segment, in steps of 128 tokens: at K = 32 it fits a multiprocessor, where it is added up and read
-// without a way through device memory. Forward it is S, the sum of phi(k)^T v', in reverse its gradient E, the sum of phi(q)^T dn'.
+// without a way through device memory.
 //
-// One warpgroup, the updating one, keeps it in fp32 accumulators, and before every step leaves it in shared memory in 16 bits for the warpgroups that
-// scan the step: S_abc for ordered pairs (a, b) of features, a slot for each b, with core matrices of eight a and eight columns c. The normaliser's
-// column is a matrix of its own, Z = sum of decay n_i x_i x_i^T with n_i the last component of u, kept twice as large.
+// One warpgroup, the updating one, keeps it in fp32 accumulators (state_tiles.cuh), and before every step leaves it in shared memory in 16 bits for the
+// warpgroups that scan the step: S_abc for ordered pairs (a, b) of features, a slot for each b, with core matrices of eight a and eight columns c, and Z.
 // Of the producing warpgroup one thread copies what the updating one reads, and two warps assist: they multiply u by its decay on its way there, and write
 // the states that others read from shared memory to the device's.
 #pragma once
-#include "chunk_state.cuh"
 #include "columns.cuh"
 #include "grad_rows.cuh"
+#include "state_tiles.cuh"
 
 namespace powertrain::sm90 {
 
@@ -24,20 +23,18 @@ struct StepsParams {
 };
 
 template <typename T, bool kReverse>
-struct StateSteps {
-  static constexpr int kHeadDim = 32, kFeatureBlocks = feature_blocks(kHeadDim), kPhiTiles = phi_tiles(kHeadDim), kHalf = kFeatureBlocks / 2;
-  static constexpr int kColumns = kHeadDim + kNormColumns, kColumnGroups = kHeadDim / 8;
+struct StateSteps : StateTiles<T> {
+  using Tiles = StateTiles<T>;
+  using Tiles::j_block_of, Tiles::tile_of, Tiles::tiles_of;
+  using Tiles::kColumnGroups, Tiles::kColumns, Tiles::kFeatureBlocks, Tiles::kHalf, Tiles::kHeadDim, Tiles::kInputBytes, Tiles::kPhiTiles, Tiles::kRowBytes;
   static constexpr int kStep = kStepBlocks, kAssistants = 2;
   static constexpr int kScanners = kStep, kThreads = (kScanners + 2) * 128;  // a scanning warpgroup for each block of a step
 
   // The state in shared memory. The 16 bytes that pad a slot put the rows of mirrored pairs, which go to eight slots at once, into different banks.
-  static constexpr int kRowBytes = 16, kCoreBytes = 8 * kRowBytes, kGroupBytes = kFeatureBlocks * kCoreBytes, kSlotBytes = kColumnGroups * kGroupBytes + 16;
+  static constexpr int kCoreBytes = 8 * kRowBytes, kGroupBytes = kFeatureBlocks * kCoreBytes, kSlotBytes = kColumnGroups * kGroupBytes + 16;
   static constexpr int kNormBytes = kHeadDim * kHeadDim * 2;  // Z, hi and then lo
   static constexpr int kStateBytes = kHeadDim * kSlotBytes + 2 * kNormBytes, kStateBuffers = 2;
-  // A block of x, u and u's decays; where u has its last component, the assistants leave hi and lo of all tokens.
-  static constexpr int kXBytes = feature_block_elements(kHeadDim) * 2, kUBytes = value_block_elements(kHeadDim) * 2, kValueBytes = kHeadDim * kBlock * 2;
-  static constexpr int kInputBytes = kXBytes + kUBytes + kBlock * 4, kInputBuffers = 2;
-  static constexpr int kNormHigh = kXBytes + kValueBytes, kNormLow = kNormHigh + kBlock * 2;
+  static constexpr int kInputBuffers = 2;
 
   // Where all that is in shared memory, with the barriers of the states, of the inputs, and of u as it was loaded.
   struct Memory {
@@ -80,12 +77,6 @@ struct StateSteps {
     }
   }
 
-  // A block of x and then u, for both who read them.
-  __device__ static __forceinline__ void load_block(const StepsParams& p, uint32_t to, int64_t block, uint32_t barrier) {
-    bulk_load(to, (const T*)p.x + block * feature_block_elements(kHeadDim), kXBytes, barrier);
-    bulk_load(to + kXBytes, (const T*)p.u + block * value_block_elements(kHeadDim), kUBytes, barrier);
-  }
-
   // What the updating warpgroup reads, once the assistants have been there.
   __device__ static void produce_inputs(const StepsParams& p, const Memory& at) {
     Ring<kInputBuffers> inputs(at.input_barriers);
@@ -96,12 +87,10 @@ struct StateSteps {
       for (int g = 0; g < p.group; g++)
 #pragma unroll 1
         for (int m = 0; m < step.count; m++) {
-          const int64_t block = step.block + m, from = (head * p.group + g) * p.blocks + block;
-          const uint32_t to = at.inputs + inputs.stage() * kInputBytes, loaded = at.loaded_barriers + 8 * inputs.stage();
+          const int64_t block = step.block + m;
           inputs.wait_empty();
-          barrier_expect(loaded, kInputBytes);
-          load_block(p, to, from, loaded);
-          bulk_load(to + kXBytes + kUBytes, p.decays + (head * p.blocks + block) * kBlock, kBlock * 4, loaded);
+          Tiles::load_inputs(p.x, p.u, p.decays, at.inputs + inputs.stage() * kInputBytes, (head * p.group + g) * p.blocks + block, head * p.blocks + block,
+                             at.loaded_barriers + 8 * inputs.stage());
           inputs.advance();
         }
     });
@@ -122,27 +111,7 @@ struct StateSteps {
           const int other = kReverse ? m - 1 : m + 1;  // the block, if any, that it has to cross
           const float across = other >= 0 && other < step.count ? block_decay[step.block + other] : 1.f;
           barrier_wait(at.loaded_barriers + 8 * inputs.stage(), inputs.phase());
-          const uint32_t block = at.inputs + inputs.stage() * kInputBytes, u = block + kXBytes, decays = u + kUBytes;
-          const uint32_t norm = u + (kColumnGroups * kBlock + 2 * (thread % 32)) * kRowBytes;
-          float2 last[2];
-          if (thread < 32) last[0] = Pair<T>::unpack(load_shared_4(norm)), last[1] = Pair<T>::unpack(load_shared_4(norm + kRowBytes));
-          __syncwarp();
-          if (thread < 32) {  // two tokens
-            const float2 by = load_shared_float2(decays + thread * 8);
-            const float first = 2.f * across * by.x * (last[0].x + last[0].y), second = 2.f * across * by.y * (last[1].x + last[1].y);
-            const float first_high = round_to<T>(first), second_high = round_to<T>(second);
-            store_shared_4(block + kNormHigh + thread * 4, Pair<T>::pack(first_high, second_high));
-            store_shared_4(block + kNormLow + thread * 4, Pair<T>::pack(first - first_high, second - second_high));
-          }
-#pragma unroll 1
-          for (int row = thread; row < kColumnGroups * kBlock; row += kAssistants * 32) {
-            const float by = across * load_shared_float(decays + row % kBlock * 4);
-            uint4 values = load_shared_16(u + row * kRowBytes);
-            values.x = multiplied(values.x, by), values.y = multiplied(values.y, by);
-            values.z = multiplied(values.z, by), values.w = multiplied(values.w, by);
-            store_shared_16(u + row * kRowBytes, values);
-          }
-          fence_async_shared();
+          Tiles::template decay_inputs<kAssistants * 32, 1>(at.inputs + inputs.stage() * kInputBytes, across, thread);
           barrier_arrive(inputs.full_barrier());
           inputs.advance();
         }
@@ -178,18 +147,7 @@ struct StateSteps {
       to += kBlock * 8;
     }
   }
-  __device__ static __forceinline__ uint32_t multiplied(uint32_t pair, float by) {
-    const float2 both = Pair<T>::unpack(pair);
-    return Pair<T>::pack(both.x * by, both.y * by);
-  }
-
   __device__ static __forceinline__ uint32_t slot(int block, int feature) { return (8 * block + feature) * kSlotBytes; }
-  // The phi tile of distance < 3 with I = i_block; there are three of i_block < 2, else two.
-  __device__ static constexpr int tiles_of(int i_block) { return i_block < kHalf ? kHalf + 1 : kHalf; }
-  __device__ static constexpr int tile_of(int i_block, int distance) {
-    return distance < kHalf ? i_block * kHalf + distance : kFeatureBlocks * kHalf + i_block;
-  }
-  __device__ static constexpr int j_block_of(int i_block, int distance) { return (i_block + distance) % kFeatureBlocks; }
 
   // What a scanning warpgroup makes of the state: phi(x) S and x Z, where the rows' x are A operands. Of a block I, x_i and x_{i+1} for i = feature, each in
   // both halves of a register, of both rows: a matrix is the eight tokens of one feature, again and again.
@@ -234,48 +192,18 @@ struct StateSteps {
   }
 
   template <bool kMirrored, int kSets>
-  struct Updater {
+  struct Updater : Tiles::template Accumulators<kSets, kSets> {
+    using Accumulators = typename Tiles::template Accumulators<kSets, kSets>;
+    using Accumulators::acc, Accumulators::has_norm, Accumulators::lane, Accumulators::warp, Accumulators::z;
     const StepsParams& p;
     const Memory& at;
-    const int lane, warp;
     Ring<kStateBuffers> states;
     Ring<kInputBuffers> inputs;
-    // The state of the tile of tile_of, and Z: rows are features, so two warps have nothing of it.
-    float acc[kPhiTiles][kHeadDim / 2], z[kHeadDim / 2];
 
-    __device__ Updater(const StepsParams& p, const Memory& at)
-        : p(p), at(at), lane(threadIdx.x % 32), warp(uniform_warp() % 4), states(at.state_barriers), inputs(at.input_barriers) {}
-
-    __device__ __forceinline__ bool has_norm() const { return warp < kHeadDim / 16; }
-
-    __device__ __forceinline__ void enter() {
-      const float* const entering = p.entering ? p.entering + blockIdx.x * p.boundary_stride + (int64_t)blockIdx.y * kPhiTiles * kBlock * kColumns : nullptr;
-#pragma unroll
-      for (int t = 0; t < kPhiTiles; t++) {
-        const float* const from = entering + (t * kBlock + 16 * warp + lane / 4) * kColumns + 2 * (lane % 4);
-#pragma unroll
-        for (int c = 0; c < kColumnGroups; c++)
-#pragma unroll
-          for (int half = 0; half < 2; half++) {
-            const float2 value = entering ? *(const float2*)(from + c * 8 + half * 8 * kColumns) : make_float2(0.f, 0.f);
-            acc[t][4 * c + 2 * half] = value.x, acc[t][4 * c + 2 * half + 1] = value.y;
-          }
-      }
-#pragma unroll
-      for (int c = 0; c < kColumnGroups; c++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) {  // Z_ab
-          z[4 * c + e] = 0.f;
-          if (!has_norm() || !entering) continue;
-          const int a_block = 2 * warp + e / 2, a = lane / 4, b = 2 * (lane % 4) + e % 2;
-          bool swapped;
-          const int tile = tile_of_pair(a_block, c, kHeadDim, swapped);
-          z[4 * c + e] = 2.f * entering[(tile * kBlock + (swapped ? 8 * b + a : 8 * a + b)) * kColumns + kHeadDim];
-        }
-    }
+    __device__ Updater(const StepsParams& p, const Memory& at) : p(p), at(at), states(at.state_barriers), inputs(at.input_barriers) {}
 
     // Leaves the state in shared memory, the tiles' pairs (a, b) and if kMirrored (b, a), too, and Z.
-    __device__ __forceinline__ void leave() {
+    __device__ __forceinline__ void show() {
       states.wait_empty();
       const uint32_t state = at.states + states.stage() * kStateBytes;
       const int matrix = lane / 8, row = lane % 8;
@@ -312,76 +240,21 @@ struct StateSteps {
       states.advance();
     }
 
-    // acc += phi(x)^T u and Z += (n x) x^T over the blocks of a step.
-    __device__ __forceinline__ void update(int blocks) {
-      constexpr int kTurns = kBlock / 16 * kFeatureBlocks;  // groups of products
-      // ldmatrix row addresses within a block of x (chunk_state.cuh): x_i of a feature, the same one for all rows, and x_j of two blocks of features. A
-      // warp's rows of Z are two of these blocks.
-      const uint32_t i_offset = ((lane >> 4) * 64 + (2 * warp + (lane >> 3 & 1)) * 8) * 2;
-      const uint32_t j_offset = (((lane >> 4) * 8 + (lane >> 3 & 1)) * 64 + (lane & 7) * 8) * 2;
-#pragma unroll 1
-      for (int block = 0; block < blocks; block++) {
-        inputs.wait_full();
-        const uint32_t x = at.inputs + inputs.stage() * kInputBytes;
-        const CoreMatrices u(x + kXBytes, 128, 1024), features(x, 128, 1024);
-        // Fragments are loaded while products run, of the last group (kSets = 1) or of the last two.
-        uint32_t sets[kSets][kHalf + 1][4], xi[kSets][4], xj[kSets][kFeatureBlocks][2];
-        const auto load_xi = [&](int turn) { load_matrices(xi[turn % kSets], x + turn / kFeatureBlocks * 256 + turn % kFeatureBlocks * 1024 + i_offset); };
-        const auto load_xj = [&](int k) {
-#pragma unroll
-          for (int j = 0; j < kFeatureBlocks; j += 2) load_matrices(xj[k % kSets][j], xj[k % kSets][j + 1], x + k * 256 + j * 1024 + j_offset);
-        };
-        load_xj(0);
-#pragma unroll
-        for (int turn = 0; turn < kSets; turn++) load_xi(turn);
-#pragma unroll
-        for (int turn = 0; turn < kTurns; turn++) {
-          const int k = turn / kFeatureBlocks, i_block = turn % kFeatureBlocks;
-          uint32_t(&a)[kHalf + 1][4] = sets[turn % kSets];
-          uint32_t(&x_of)[kFeatureBlocks][2] = xj[k % kSets];
-          uint32_t norm[2];  // two tokens' last components of u: lo, and with the next block hi
-          if (i_block >= kHalf)
-#pragma unroll
-            for (int half = 0; half < 2; half++) norm[half] = load_shared_4(x + (i_block == kHalf ? kNormLow : kNormHigh) + (16 * k + 8 * half + 2 * (lane % 4)) * 2);
-          wgmma_wait<kSets - 1>();  // the products that read these operands are done
-#pragma unroll
-          for (int distance = 0; distance < tiles_of(i_block); distance++)
-#pragma unroll
-            for (int r = 0; r < 4; r++) a[distance][r] = Pair<T>::multiply(x_of[j_block_of(i_block, distance)][r / 2], xi[turn % kSets][r]);
-          if (i_block >= kHalf)  // one tile less, and Z
-#pragma unroll
-            for (int half = 0; half < 2; half++)
-#pragma unroll
-              for (int b = 0; b < 2; b++) a[kHalf][2 * half + b] = Pair<T>::multiply(warp % 2 ? x_of[2 + b][half] : x_of[b][half], norm[half]);
-          if (turn + kSets < kTurns) load_xi(turn + kSets);
-          if (turn % kFeatureBlocks == (kSets > 1 ? 1 : kFeatureBlocks - 1) && k + 1 < kBlock / 16) load_xj(k + 1);
-          wgmma_fence();
-#pragma unroll
-          for (int distance = 0; distance < tiles_of(i_block); distance++) wgmma<T, true>(acc[tile_of(i_block, distance)], a[distance], u.at(k * 256), true);
-          if (i_block >= kHalf) wgmma<T, false>(z, a[kHalf], features.at(k * 256), true);
-          wgmma_commit();
-        }
-        wgmma_wait<0>();
-        inputs.release(inputs.stage());
-        inputs.advance();
-      }
-    }
-
     __device__ void run() {
       const float* const block_decay = p.block_decay + (int64_t)blockIdx.y * p.blocks;
-      enter();
-      leave();
+      Accumulators::enter(p.entering ? p.entering + blockIdx.x * p.boundary_stride + (int64_t)blockIdx.y * kPhiTiles * kBlock * kColumns : nullptr);
+      show();
       for_each_step(p, [&](const Step& step) {
         if (step.last) return;
-        const float across = block_decay[step.block] * (step.count > 1 ? block_decay[step.block + 1] : 1.f);
-#pragma unroll
-        for (int c = 0; c < kHeadDim / 2; c++) {
-          z[c] *= across;
-#pragma unroll
-          for (int t = 0; t < kPhiTiles; t++) acc[t][c] *= across;
+        Accumulators::decay(block_decay[step.block] * (step.count > 1 ? block_decay[step.block + 1] : 1.f));
+#pragma unroll 1
+        for (int block = 0; block < p.group * step.count; block++) {
+          inputs.wait_full();
+          Accumulators::add(at.inputs + inputs.stage() * kInputBytes);
+          inputs.release(inputs.stage());
+          inputs.advance();
         }
-        update(p.group * step.count);
-        leave();
+        show();
       });
     }
   };
@@ -398,6 +271,7 @@ __device__ __forceinline__ void run_steps(const Params& p) {
     Ring<Kernel::kColumnBuffers>::init(at.column_barriers, Kernel::kScanners * 128);
     barrier_init_fence();
   }
+  follow_earlier_kernels();
   __syncthreads();
   const int warpgroup = uniform_warp() / 4;
   if (warpgroup == Kernel::kScanners + 1) {
@@ -415,18 +289,18 @@ __device__ __forceinline__ void run_steps(const Params& p) {
   }
 }
 
-// On the host: what enters each of the segments, in `workspace` (segments, boundary), from what each leaves by itself, as `own` says; and own.final_state,
-// a step before which the kernels stop. *entering is null where nothing enters the only segment.
 template <typename T>
-int find_entering(const pt_problem& problem, pt_chunk_state_params own, int segments, void* workspace, const float** entering, cudaStream_t stream) {
-  float* const locals = (float*)workspace;
-  const float* const initial = own.initial;
-  *entering = segments > 1 ? locals : initial;
-  if (segments == 1 && !own.final_state) return PT_OK;
-  if (segments > 1) own.initial = nullptr;
-  if (int status = scan_segments<32, T>(problem, own, segments, locals, stream)) return status;
-  own.initial = initial;
-  return segments > 1 ? enter_segments(problem, own, segments, locals, stream) : PT_OK;
+int launch_segment_state(const pt_problem& problem, const SegmentScan& scan, int segments, int count, float* out, cudaStream_t stream);
+
+// On the host: what enters each of the segments, in `workspace` (segments, boundary), from what each leaves by itself; and scan.final_state, a step
+// before which the kernels stop. *entering is null where nothing enters the only segment.
+template <typename T>
+int find_entering(const pt_problem& problem, const SegmentScan& scan, int segments, void* workspace, const float** entering, cudaStream_t stream) {
+  const bool alone = segments == 1 && !scan.final_state;
+  *entering = alone ? scan.initial : (const float*)workspace;
+  if (alone) return PT_OK;
+  if (int status = launch_segment_state<T>(problem, scan, segments, scan.final_state ? segments : segments - 1, (float*)workspace, stream)) return status;
+  return enter_segments(problem, scan, segments, (float*)workspace, stream);
 }
 
 inline void set_steps_params(StepsParams& p, const pt_problem& problem, const Gates& gates, int segments, const float* entering) {

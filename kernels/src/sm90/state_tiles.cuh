@@ -1,0 +1,204 @@
+// A head's state at K = 32 in the accumulators of one warpgroup, which adds blocks of 64 tokens to it: in time segments of their own (segment_state.cuh),
+// or beside those who read it (state_steps.cuh). Forward it is S, the sum of phi(k)^T v', in reverse its gradient E, the sum of phi(q)^T dn'. The
+// normaliser's column is a matrix of its own, Z = sum of decay n_i x_i x_i^T with n_i the last component of u, kept twice as large.
+#pragma once
+#include "../common/launch.cuh"
+#include "../common/segments.h"
+#include "pipeline.cuh"
+#include "wgmma.cuh"
+
+namespace powertrain::sm90 {
+
+template <typename T>
+struct StateTiles {
+  static constexpr int kHeadDim = 32, kFeatureBlocks = feature_blocks(kHeadDim), kPhiTiles = phi_tiles(kHeadDim), kHalf = kFeatureBlocks / 2;
+  static constexpr int kColumns = kHeadDim + kNormColumns, kColumnGroups = kHeadDim / 8;
+
+  // A block of x, u and u's decays; where u has its last component, decay_inputs leaves hi and lo of all tokens.
+  static constexpr int kXBytes = feature_block_elements(kHeadDim) * 2, kUBytes = value_block_elements(kHeadDim) * 2, kValueBytes = kHeadDim * kBlock * 2;
+  static constexpr int kInputBytes = kXBytes + kUBytes + kBlock * 4, kRowBytes = 16;
+  static constexpr int kNormHigh = kXBytes + kValueBytes, kNormLow = kNormHigh + kBlock * 2;
+
+  // The phi tile of distance < 3 with I = i_block; there are three of i_block < 2, else two.
+  __device__ static constexpr int tiles_of(int i_block) { return i_block < kHalf ? kHalf + 1 : kHalf; }
+  __device__ static constexpr int tile_of(int i_block, int distance) {
+    return distance < kHalf ? i_block * kHalf + distance : kFeatureBlocks * kHalf + i_block;
+  }
+  __device__ static constexpr int j_block_of(int i_block, int distance) { return (i_block + distance) % kFeatureBlocks; }
+
+  // Blocks of x and u, of all (b, h), and the block of decays.
+  __device__ static __forceinline__ void load_block(const void* x, const void* u, uint32_t to, int64_t block, uint32_t barrier) {
+    bulk_load(to, (const T*)x + block * feature_block_elements(kHeadDim), kXBytes, barrier);
+    bulk_load(to + kXBytes, (const T*)u + block * value_block_elements(kHeadDim), kUBytes, barrier);
+  }
+  __device__ static __forceinline__ void load_inputs(const void* x, const void* u, const float* decays, uint32_t to, int64_t block, int64_t decay_block,
+                                                     uint32_t barrier) {
+    barrier_expect(barrier, kInputBytes);
+    load_block(x, u, to, block, barrier);
+    bulk_load(to + kXBytes + kUBytes, decays + decay_block * kBlock, kBlock * 4, barrier);
+  }
+
+  __device__ static __forceinline__ uint32_t multiplied(uint32_t pair, float by) {
+    const float2 both = Pair<T>::unpack(pair);
+    return Pair<T>::pack(both.x * by, both.y * by);
+  }
+  // u times its decays, and `across`; its last component twice that. By kThreads threads of whole warps, kAtOnce rows each at a time, before products
+  // read it.
+  template <int kThreads, int kAtOnce>
+  __device__ static __forceinline__ void decay_inputs(uint32_t block, float across, int thread) {
+    const uint32_t u = block + kXBytes, decays = u + kUBytes;
+    const uint32_t norm = u + (kColumnGroups * kBlock + 2 * (thread % 32)) * kRowBytes;
+    float2 last[2];
+    if (thread < 32) last[0] = Pair<T>::unpack(load_shared_4(norm)), last[1] = Pair<T>::unpack(load_shared_4(norm + kRowBytes));
+    __syncwarp();
+    if (thread < 32) {  // two tokens
+      const float2 by = load_shared_float2(decays + thread * 8);
+      const float first = 2.f * across * by.x * (last[0].x + last[0].y), second = 2.f * across * by.y * (last[1].x + last[1].y);
+      const float first_high = round_to<T>(first), second_high = round_to<T>(second);
+      store_shared_4(block + kNormHigh + thread * 4, Pair<T>::pack(first_high, second_high));
+      store_shared_4(block + kNormLow + thread * 4, Pair<T>::pack(first - first_high, second - second_high));
+    }
+#pragma unroll 1
+    for (int row = thread; row < kColumnGroups * kBlock; row += kAtOnce * kThreads) {
+      float by[kAtOnce];
+      uint4 values[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; i++) {
+        by[i] = across * load_shared_float(decays + (row + i * kThreads) % kBlock * 4);
+        values[i] = load_shared_16(u + (row + i * kThreads) * kRowBytes);
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; i++) {
+        values[i].x = multiplied(values[i].x, by[i]), values[i].y = multiplied(values[i].y, by[i]);
+        values[i].z = multiplied(values[i].z, by[i]), values[i].w = multiplied(values[i].w, by[i]);
+        store_shared_16(u + (row + i * kThreads) * kRowBytes, values[i]);
+      }
+    }
+    fence_async_shared();
+  }
+
+  // kSets of operands: so many groups of products are under way while the next one's are formed, less one. Fragments of x are loaded kAhead groups before.
+  template <int kSets, int kAhead>
+  struct Accumulators {
+    const int lane, warp;
+    // The state of the tile of tile_of, and Z: rows are features, so two warps have nothing of it.
+    float acc[kPhiTiles][kHeadDim / 2], z[kHeadDim / 2];
+
+    __device__ Accumulators() : lane(threadIdx.x % 32), warp(uniform_warp() % 4) {}
+    __device__ __forceinline__ bool has_norm() const { return warp < kHeadDim / 16; }
+
+    // From a head's boundary state, or null: zero.
+    __device__ __forceinline__ void enter(const float* entering) {
+#pragma unroll
+      for (int t = 0; t < kPhiTiles; t++) {
+        const float* const from = entering + (t * kBlock + 16 * warp + lane / 4) * kColumns + 2 * (lane % 4);
+#pragma unroll
+        for (int c = 0; c < kColumnGroups; c++)
+#pragma unroll
+          for (int half = 0; half < 2; half++) {
+            const float2 value = entering ? *(const float2*)(from + c * 8 + half * 8 * kColumns) : make_float2(0.f, 0.f);
+            acc[t][4 * c + 2 * half] = value.x, acc[t][4 * c + 2 * half + 1] = value.y;
+          }
+      }
+#pragma unroll
+      for (int c = 0; c < kColumnGroups; c++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) {  // Z_ab
+          z[4 * c + e] = 0.f;
+          if (!has_norm() || !entering) continue;
+          const int a_block = 2 * warp + e / 2, a = lane / 4, b = 2 * (lane % 4) + e % 2;
+          bool swapped;
+          const int tile = tile_of_pair(a_block, c, kHeadDim, swapped);
+          z[4 * c + e] = 2.f * entering[(tile * kBlock + (swapped ? 8 * b + a : 8 * a + b)) * kColumns + kHeadDim];
+        }
+    }
+
+    // To a head's boundary state.
+    __device__ __forceinline__ void leave(float* leaving) const {
+      const int lane = opaque(this->lane);
+#pragma unroll
+      for (int t = 0; t < kPhiTiles; t++) {
+        float* const to = leaving + (t * kBlock + 16 * warp + lane / 4) * kColumns + 2 * (lane % 4);
+#pragma unroll
+        for (int c = 0; c < kColumnGroups; c++)
+#pragma unroll
+          for (int half = 0; half < 2; half++)
+            *(float2*)(to + c * 8 + half * 8 * kColumns) = make_float2(acc[t][4 * c + 2 * half], acc[t][4 * c + 2 * half + 1]);
+      }
+      if (!has_norm()) return;
+#pragma unroll
+      for (int c = 0; c < kColumnGroups; c++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) {  // Z_ab, where the boundary has the pair (a, b); of a tile's two on the diagonal, which are rounded apart, one for both
+          const int a_block = 2 * warp + e / 2, a = lane / 4, b = 2 * (lane % 4) + e % 2;
+          bool swapped;
+          const int tile = tile_of_pair(a_block, c, kHeadDim, swapped);
+          if (swapped || (a_block == c && a < b)) continue;
+          const float4 value = make_float4(0.5f * z[4 * c + e], 0.f, 0.f, 0.f), zero = make_float4(0.f, 0.f, 0.f, 0.f);
+          float4* to = (float4*)(leaving + (tile * kBlock + 8 * a + b) * kColumns + kHeadDim);
+          to[0] = value, to[1] = zero;
+          if (a_block != c || a == b) continue;
+          to = (float4*)(leaving + (tile * kBlock + 8 * b + a) * kColumns + kHeadDim);
+          to[0] = value, to[1] = zero;
+        }
+    }
+
+    __device__ __forceinline__ void decay(float by) {
+#pragma unroll
+      for (int c = 0; c < kHeadDim / 2; c++) {
+        z[c] *= by;
+#pragma unroll
+        for (int t = 0; t < kPhiTiles; t++) acc[t][c] *= by;
+      }
+    }
+
+    // acc += phi(x)^T u and Z += (n x) x^T over a block of inputs.
+    __device__ __forceinline__ void add(uint32_t x) {
+      constexpr int kTurns = kBlock / 16 * kFeatureBlocks;  // groups of products
+      // ldmatrix row addresses within a block of x (chunk_state.cuh): x_i of a feature, the same one for all rows, and x_j of two blocks of features. A
+      // warp's rows of Z are two of these blocks.
+      const uint32_t i_offset = ((lane >> 4) * 64 + (2 * warp + (lane >> 3 & 1)) * 8) * 2;
+      const uint32_t j_offset = (((lane >> 4) * 8 + (lane >> 3 & 1)) * 64 + (lane & 7) * 8) * 2;
+      const CoreMatrices u(x + kXBytes, 128, 1024), features(x, 128, 1024);
+      uint32_t sets[kSets][kHalf + 1][4], xi[kAhead][4], xj[kAhead][kFeatureBlocks][2];
+      const auto load_xi = [&](int turn) { load_matrices(xi[turn % kAhead], x + turn / kFeatureBlocks * 256 + turn % kFeatureBlocks * 1024 + i_offset); };
+      const auto load_xj = [&](int k) {
+#pragma unroll
+        for (int j = 0; j < kFeatureBlocks; j += 2) load_matrices(xj[k % kAhead][j], xj[k % kAhead][j + 1], x + k * 256 + j * 1024 + j_offset);
+      };
+      load_xj(0);
+#pragma unroll
+      for (int turn = 0; turn < kAhead; turn++) load_xi(turn);
+#pragma unroll
+      for (int turn = 0; turn < kTurns; turn++) {
+        const int k = turn / kFeatureBlocks, i_block = turn % kFeatureBlocks;
+        uint32_t(&a)[kHalf + 1][4] = sets[turn % kSets];
+        uint32_t(&x_of)[kFeatureBlocks][2] = xj[k % kAhead];
+        uint32_t norm[2];  // two tokens' last components of u: lo, and with the next block hi
+        if (i_block >= kHalf)
+#pragma unroll
+          for (int half = 0; half < 2; half++) norm[half] = load_shared_4(x + (i_block == kHalf ? kNormLow : kNormHigh) + (16 * k + 8 * half + 2 * (lane % 4)) * 2);
+        wgmma_wait<kSets - 1>();  // the products that read these operands are done
+#pragma unroll
+        for (int distance = 0; distance < tiles_of(i_block); distance++)
+#pragma unroll
+          for (int r = 0; r < 4; r++) a[distance][r] = Pair<T>::multiply(x_of[j_block_of(i_block, distance)][r / 2], xi[turn % kAhead][r]);
+        if (i_block >= kHalf)  // one tile less, and Z
+#pragma unroll
+          for (int half = 0; half < 2; half++)
+#pragma unroll
+            for (int b = 0; b < 2; b++) a[kHalf][2 * half + b] = Pair<T>::multiply(warp % 2 ? x_of[2 + b][half] : x_of[b][half], norm[half]);
+        if (turn + kAhead < kTurns) load_xi(turn + kAhead);
+        if (turn % kFeatureBlocks == (kAhead > 1 ? 1 : kFeatureBlocks - 1) && k + 1 < kBlock / 16) load_xj(k + 1);
+        wgmma_fence();
+#pragma unroll
+        for (int distance = 0; distance < tiles_of(i_block); distance++) wgmma<T, true>(acc[tile_of(i_block, distance)], a[distance], u.at(k * 256), true);
+        if (i_block >= kHalf) wgmma<T, false>(z, a[kHalf], features.at(k * 256), true);
+        wgmma_commit();
+      }
+      wgmma_wait<0>();
+    }
+  };
+};
+
+}  // namespace powertrain::sm90
