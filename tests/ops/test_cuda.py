@@ -377,7 +377,7 @@ def test_cotangents_of_different_sizes(dtype: torch.dtype, sizes: tuple[float, f
 
 
 @pytest.mark.parametrize(("dtype", "keep"), [(BF16, False), (BF16, True), (FP16, False)], ids=["bf16", "kept", "fp16"])
-@pytest.mark.parametrize("chunk_size", [64, 256])
+@pytest.mark.parametrize("chunk_size", [64, 128, 256])
 def test_states_at_the_ends_without_outputs(chunk_size: int, dtype: torch.dtype, keep: bool) -> None:
     """They are those of the whole op: the final state from an empty one, and the gradient that the outputs give."""
     case = Case(B=2, T=200, Hq=4, Hk=2, D=SMALL, dtype=dtype, documents=True, state=True)

@@ -3,6 +3,7 @@
 The emulation is slow: at the wider heads only the cases that the narrow one's path does not share.
 """
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import sys
 import pytest
 import torch
 
+from kernels.stage_calls import Case, Run
 from tests.ops.emulation import KERNELS, emulated_library
 
 LONG = ["long chunk", "long chunk, documents"]  # more columns than a row tile has rows
@@ -48,3 +50,26 @@ def test_sm90_stages_are_as_accurate_as_the_formula(head_dim: int, seed: int, mu
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert len(result.stdout.splitlines()) == len(CASES[head_dim]) + 1, result.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU, not emulated")
+def test_states_of_segments_do_not_depend_on_the_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies and warps at random times, and more blocks of tokens in a segment than segment_state has buffers for: the
+    final state and the gradient of the initial one have the same bits.
+    """
+    library = ctypes.CDLL(str(emulated_library(without=("sm80",))))
+    library.pt_last_error.restype = ctypes.c_char_p
+    monkeypatch.setenv("PT_EMULATED_MULTIPROCESSORS", "1")
+    monkeypatch.setenv("PT_EMULATED_SEED", "0")
+    run = Run(library, Case(tokens=1536, key_heads=1, head_dim=32, chunk=128, gate=1e-3), 90)
+    forward = run.query_scan()
+    run.packed_dn = run.pack_dn(run.dy, forward["y"], forward["normalizer"])
+
+    def states() -> tuple[torch.Tensor, torch.Tensor]:
+        return run.query_scan(final_only=True)["final"], run.key_grads(final_only=True)["dinitial"]
+
+    expected = states()
+    assert all(x.isfinite().all() for x in expected)
+    for seed in range(1, 41):
+        monkeypatch.setenv("PT_EMULATED_SEED", str(seed))
+        assert all(map(torch.equal, states(), expected)), f"seed {seed}"

@@ -220,7 +220,7 @@ int pt_query_scan(const pt_problem* problem, const pt_query_scan_params* params,
 int pt_key_grads(const pt_problem* problem, const pt_key_grads_params* params, void* stream) {
   PT_TRY(validate(problem));
   PT_REQUIRE(params && params->q && params->dn && params->gates && params->workspace);
-  PT_REQUIRE(params->dk.data ? params->dv.data && params->k && params->v : params->final_state != nullptr);
+  PT_REQUIRE(params->dk.data || params->dv.data ? params->dk.data && params->dv.data && params->k && params->v : params->final_state != nullptr);
   PT_TRY(require_steps(*problem, __func__));
   return sm90::key_grads(*problem, *params, (cudaStream_t)stream);
 }

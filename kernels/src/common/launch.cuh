@@ -1,5 +1,5 @@
 // Kernels that are started before the one before them in the stream has ended: on Hopper they are launched as soon as its last thread block is done, not
-// when all that it wrote has arrived (programmatic dependent launch). Every kernel calls follow_earlier_kernels before it touches memory that others write
+// when all that it wrote has arrived (programmatic dependent launch); after a kernel of others as that allows. Every kernel calls follow_earlier_kernels before it touches memory that others write
 // or read, and is started by launch.
 #pragma once
 #include "stages.h"
@@ -21,7 +21,9 @@ int launch(const char* name, void (*kernel)(Parameters...), dim3 grid, unsigned 
   cudaLaunchConfig_t config = {};
   config.gridDim = grid, config.blockDim = dim3(threads), config.dynamicSmemBytes = (size_t)shared_bytes, config.stream = stream;
   config.attrs = &early, config.numAttrs = starts_early() ? 1 : 0;
-  return check_cuda(cudaLaunchKernelEx(&config, kernel, (Parameters)arguments...), name);
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, (Parameters)arguments...);
+  if (error != cudaSuccess) cudaGetLastError();  // it is reported here, and not by who asks next
+  return check_cuda(error, name);
 }
 
 }  // namespace powertrain

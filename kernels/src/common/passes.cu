@@ -1,6 +1,4 @@
 // pt_forward and pt_backward: the stages in order, in one call or in two, with everything between them carved from one workspace.
-#include <algorithm>
-
 #include "segments.h"
 #include "stages.h"
 
@@ -61,7 +59,7 @@ struct ForwardBuffers {
     steps = sizes.steps_workspace && phase == PT_WHOLE;
     decayed_v = arena.take(sizes.packed_v, states && !steps);
     initial = arena.take<float>(sizes.boundary, has_initial && finishes), final_state = arena.take<float>(sizes.boundary, has_final && begins);
-    scan_workspace = arena.take(std::max(sizes.chunk_state_workspace, steps ? sizes.steps_workspace : 0), states);
+    scan_workspace = arena.take(steps ? sizes.steps_workspace : sizes.chunk_state_workspace, states);
     bytes = arena.used();
   }
 };
@@ -85,7 +83,7 @@ struct BackwardBuffers {
     dn = kept.take(sizes.packed_dn);
     decayed_dn = arena.take(sizes.packed_dn, states && begins && !key_grads);
     grad_states = kept.take(sizes.states, states);
-    scan_workspace = arena.take(std::max(sizes.chunk_state_workspace, key_grads ? sizes.steps_workspace : 0), states && begins);
+    scan_workspace = arena.take(key_grads ? sizes.steps_workspace : sizes.chunk_state_workspace, states && begins);
     leaving = arena.take<float>(sizes.boundary, has_final && finishes), entering = arena.take<float>(sizes.boundary, has_initial && begins);
     dots = arena.take<float>(sizes.dots * (p.query_heads / p.key_heads + 2), finishes);
     flow = arena.take<float>(heads * chunks(p.seq_len, p.chunk_size) * 4, states && finishes);
@@ -188,7 +186,7 @@ int pt_backward(const pt_problem* problem, const pt_backward_params* params, voi
   PT_REQUIRE(a.phase != PT_BEGIN || (initial_only && !a.dfinal_state));
   PT_REQUIRE(a.phase != PT_FINISH || (!initial_only && a.dfinal_state && !a.dinitial_state));
   PT_REQUIRE(a.phase == PT_FINISH || (a.normalizer && (!has_initial || (a.dinitial_state && a.dinitial_sum_of_keys))));
-  PT_REQUIRE(!initial_only || has_initial);
+  PT_REQUIRE(initial_only ? has_initial : a.dk.data && a.dv.data);
   const Saved saved(p, sizes, has_initial, a.saved);
   const BackwardBuffers buffers(p, sizes, a.phase, has_initial, has_final, a.workspace, a.begun);
   const void* q = saved.q;
@@ -244,7 +242,8 @@ int pt_backward(const pt_problem* problem, const pt_backward_params* params, voi
   }
   if (query_dots) {
     if (buffers.flow) {
-      const pt_state_flow_params flow = {saved.states, buffers.grad_states, saved.gates, buffers.key_grads ? nullptr : key_dots, has_initial || has_final || p.dtype == PT_FP16, buffers.flow};
+      const bool every_chunk = has_initial || has_final || p.dtype == PT_FP16;
+      const pt_state_flow_params flow = {saved.states, buffers.grad_states, saved.gates, buffers.key_grads ? nullptr : key_dots, every_chunk, buffers.flow};
       PT_TRY(pt_state_flow(problem, &flow, stream));
     }
     const pt_gate_grad_params gates = {query_dots,       key_dots,    buffers.flow,     buffers.key_grads ? key_dots + sizes.dots / 4 : nullptr,
