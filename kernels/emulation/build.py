@@ -1,4 +1,4 @@
-"""Builds the kernel sources for the CPU emulation: `python kernels/emulation/build.py OUTPUT [--only sm90 ...]`.
+"""Builds the kernel sources for the CPU emulation: `python kernels/emulation/build.py OUTPUT [--without sm80 ...]`.
 
 The sources are copied with `__shared__` turned into static storage; the files that hold PTX or start kernels are replaced by their emulated twins.
 Needs g++ and the CUDA headers, no nvcc and no GPU.

@@ -100,7 +100,7 @@ int multiprocessors() {
   return device_facts(&facts) == PT_OK ? facts.multiprocessors : 1;
 }
 
-// Code for other GPUs, from compute_80, does not wait (follow_earlier_kernels).
+// Code from compute_80, for other GPUs (and for these if CUDA_FORCE_PTX_JIT is set: not supported), does not wait (follow_earlier_kernels).
 bool starts_early() {
   DeviceFacts facts;
   return device_facts(&facts) == PT_OK && facts.major == 9;

@@ -71,7 +71,7 @@ struct SegmentState : StateTiles<T> {
       for (int g = 0; g < p.group; g++, inputs.advance()) {
         if (turn-- > 0) continue;
         turn = kAssistants - 1;
-        // It has not waited for the stage's last use, unless by chance: until that is released, the parity of `loaded` could mean the one before it.
+        // Another one has waited for the stage's last use: until that is released, the parity of `loaded` could mean the one before it.
         inputs.wait_empty();
         barrier_wait(shared + kLoaded + 8 * inputs.stage(), inputs.phase());
         Tiles::template decay_inputs<32, 2>(shared + inputs.stage() * kInputBytes, across, threadIdx.x % 32);
