@@ -1,6 +1,6 @@
 // Kernels that are started before the one before them in the stream has ended: on Hopper they are launched as soon as its last thread block is done, not
-// when all that it wrote has arrived (programmatic dependent launch); after a kernel of others as that allows. Every kernel calls follow_earlier_kernels before it touches memory that others write
-// or read, and is started by launch.
+// when all that it wrote has arrived (programmatic dependent launch); after a kernel of others as early as that allows. Every kernel calls
+// follow_earlier_kernels before it touches memory that others write or read, and is started by launch.
 #pragma once
 #include "stages.h"
 

@@ -197,7 +197,7 @@ int choose_segments(const pt_problem& problem, int64_t blocks_per_segment) {
 }
 
 int choose_entered_segments(const pt_problem& problem) {
-  constexpr double kOwn = 0.33;  // of the rest: a segment's state or gradient by itself (measured: 0.30 of key_grads, 0.46 of query_scan)
+  constexpr double kOwn = 0.33;  // of the rest: a segment's state or gradient by itself (measured: 0.30 of key_grads, 0.44 of query_scan)
   const int64_t count = chunks(problem.seq_len, problem.chunk_size), heads = (int64_t)problem.batch * problem.key_heads;
   const int64_t device = multiprocessors();
   // Every call asks several times, nearly always for the same shapes, and the search takes microseconds. A memo of what follows from the shapes alone.
