@@ -77,7 +77,7 @@ struct KeyGrads : StateSteps<T, true> {
           columns.wait_empty();
           const uint32_t full = columns.full_barrier();
           barrier_expect(full, Columns::kBytes);
-          load_block(p.x, p.u, to.x, from, full);
+          load_block(p, to.x, from, full);
           bulk_load(to.decays(), p.decays + token, Columns::kVectorBytes, full);
           bulk_load(to.log2_decays(), p.log2_decay + token, Columns::kVectorBytes, full);
           bulk_load(to.documents(), p.document_start + (document_at + block) * kBlock, Columns::kVectorBytes, full);
@@ -340,7 +340,8 @@ int launch_key_grads(const pt_problem& problem, const pt_key_grads_params& param
   if (int status = find_entering<T>(problem, scan, segments, params.workspace, &entering, stream)) return status;
   if (!params.dk.data) return PT_OK;
   KeyGradsParams p;
-  set_steps_params(p, problem, gates, segments, entering);
+  set_segment_params(p, problem, segments, true);
+  p.block_decay = gates.block_decay, p.entering = entering;
   p.x = params.q, p.u = params.dn, p.k = params.k, p.v = params.v;
   p.decays = gates.block_in, p.block_out = gates.block_out, p.log2_decay = gates.log2_decay, p.document_start = gates.document_start;
   p.dv = params.dv.data, p.dk = params.dk.data;
@@ -348,7 +349,7 @@ int launch_key_grads(const pt_problem& problem, const pt_key_grads_params& param
   p.dk_stride_b = params.dk.stride_b, p.dk_stride_t = params.dk.stride_t, p.dk_stride_h = params.dk.stride_h;
   p.states = params.grad_states, p.dots = params.dots;
   p.step_dots = params.dots ? params.dots + (int64_t)problem.batch * problem.key_heads * padded_blocks(problem.seq_len) * kBlock : nullptr;
-  p.seq_len = problem.seq_len, p.group = problem.query_heads / problem.key_heads, p.key_heads = problem.key_heads;
+  p.seq_len = problem.seq_len, p.key_heads = problem.key_heads;
   auto* kernel = key_grads_kernel<T>;
   if (int status = allow_shared_memory((const void*)kernel, Kernel::kSharedBytes)) return status;
   return launch("key_grads", kernel, dim3((unsigned)segments, (unsigned)(problem.batch * problem.key_heads)), Kernel::kThreads, Kernel::kSharedBytes, stream, p);

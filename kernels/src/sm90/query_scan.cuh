@@ -61,7 +61,7 @@ struct QueryScan : StateSteps<T, false> {
       for (int m = 0; m < step.count; m++) {
         const Columns to = {at.columns + (columns.stage() * kStep + m) * kColumnBytes};
         const int64_t block = block_at + step.block + m;
-        load_block(p.x, p.u, to.x, block, full);
+        load_block(p, to.x, block, full);
         bulk_load(to.decays(), p.decays + block * kBlock, Columns::kVectorBytes, full);
         bulk_load(to.log2_decays(), p.log2_decay + block * kBlock, Columns::kVectorBytes, full);
         bulk_load(to.documents(), p.document_start + (document_at + step.block + m) * kBlock, Columns::kVectorBytes, full);
@@ -239,12 +239,13 @@ int launch_query_scan(const pt_problem& problem, const pt_query_scan_params& par
   if (int status = find_entering<T>(problem, scan, segments, params.workspace, &entering, stream)) return status;
   if (!params.out.data) return PT_OK;
   QueryScanParams p;
-  set_steps_params(p, problem, gates, segments, entering);
+  set_segment_params(p, problem, segments, false);
+  p.block_decay = gates.block_decay, p.entering = entering;
   p.x = params.k, p.u = params.v, p.q = params.q;
   p.decays = gates.block_out, p.block_in = gates.block_in, p.log2_decay = gates.log2_decay, p.document_start = gates.document_start;
   p.out = params.out.data, p.out_stride_b = params.out.stride_b, p.out_stride_t = params.out.stride_t, p.out_stride_h = params.out.stride_h;
   p.normalizer = params.normalizer, p.states = params.states;
-  p.seq_len = problem.seq_len, p.group = 1, p.queries = problem.query_heads / problem.key_heads, p.key_heads = problem.key_heads;
+  p.seq_len = problem.seq_len, p.queries = problem.query_heads / problem.key_heads, p.key_heads = problem.key_heads;
   auto* kernel = query_scan_kernel<T>;
   if (int status = allow_shared_memory((const void*)kernel, Kernel::kSharedBytes)) return status;
   return launch("query_scan", kernel, dim3((unsigned)segments, (unsigned)(problem.batch * problem.key_heads)), Kernel::kThreads, Kernel::kSharedBytes, stream, p);

@@ -7,13 +7,10 @@
 
 namespace powertrain::sm90 {
 
-struct SegmentStateParams {
-  const void *x, *u;         // packed: k and v'; in reverse q and dn'
-  const float* decays;       // (B, Hk, Tp): to the end of the token's chunk; in reverse from its start
+struct SegmentStateParams : SegmentParams {  // decays: to the end of their chunk; in reverse from its start
   const float* chunk_decay;  // (B, Hk, N)
   float* out;                // (segments, boundary)
-  int64_t boundary_stride;
-  int blocks, chunks, blocks_per_chunk, group, segments, reverse;  // group: heads of x and u of a key head
+  bool reverse;
 };
 
 template <typename T>
@@ -30,28 +27,22 @@ struct SegmentState : StateTiles<T> {
   static_assert((kPhiTiles + 1) * kHeadDim / 2 * 128 * 4 <= kBarriers && kSharedBytes <= 227 * 1024);
 
   // The blocks of this thread block's segment, `index` counted from its end.
-  struct Blocks {
-    int first, count;
+  struct Blocks : SegmentBlocks {
     bool reverse;
-    __device__ explicit Blocks(const SegmentStateParams& p) : reverse(p.reverse) {
-      const int begin = (int)segment_begin(p.chunks, p.segments, blockIdx.x), end = (int)segment_begin(p.chunks, p.segments, blockIdx.x + 1);
-      first = (reverse ? p.chunks - end : begin) * p.blocks_per_chunk;
-      count = min((reverse ? p.chunks - begin : end) * p.blocks_per_chunk, p.blocks) - first;
-    }
-    __device__ __forceinline__ int operator[](int index) const { return reverse ? first + index : first + count - 1 - index; }
+    __device__ explicit Blocks(const SegmentStateParams& p) : SegmentBlocks(p, p.reverse), reverse(p.reverse) {}
+    __device__ __forceinline__ int count() const { return end - first; }
+    __device__ __forceinline__ int operator[](int index) const { return reverse ? first + index : end - 1 - index; }
   };
 
   __device__ static void produce(const SegmentStateParams& p, uint32_t shared) {
     Ring<kBuffers> inputs(shared + kBarriers);
     const Blocks blocks(p);
-    const int64_t head = blockIdx.y;
 #pragma unroll 1
-    for (int i = 0; i < blocks.count; i++)
+    for (int i = 0; i < blocks.count(); i++)
 #pragma unroll 1
       for (int g = 0; g < p.group; g++) {
         inputs.wait_empty();
-        Tiles::load_inputs(p.x, p.u, p.decays, shared + inputs.stage() * kInputBytes, (head * p.group + g) * p.blocks + blocks[i], head * p.blocks + blocks[i],
-                           shared + kLoaded + 8 * inputs.stage());
+        Tiles::load_inputs(p, shared + inputs.stage() * kInputBytes, g, blocks[i], shared + kLoaded + 8 * inputs.stage());
         inputs.advance();
       }
   }
@@ -65,7 +56,7 @@ struct SegmentState : StateTiles<T> {
     float across = 1.f, of_chunk = chunk_decay[chunk];  // from the end of the block's chunk to the segment's, and across that chunk
     int turn = assistant;
 #pragma unroll 1
-    for (int i = 0; i < blocks.count; i++) {
+    for (int i = 0; i < blocks.count(); i++) {
       if (const int its = blocks[i] / p.blocks_per_chunk; its != chunk) chunk = its, across *= of_chunk, of_chunk = chunk_decay[chunk];
 #pragma unroll 1
       for (int g = 0; g < p.group; g++, inputs.advance()) {
@@ -85,7 +76,7 @@ struct SegmentState : StateTiles<T> {
     constexpr int64_t kHead = kPhiTiles * kBlock * kColumns;
     Accumulators state;
     state.enter(nullptr);
-    const uint32_t end = __shfl_sync(0xffffffffu, p.group * Blocks(p).count, 0);  // as in uniform_warp
+    const uint32_t end = __shfl_sync(0xffffffffu, p.group * Blocks(p).count(), 0);  // as in uniform_warp
 #pragma unroll 1
     for (inputs.count = uniform_warp() / 4; inputs.count < end; inputs.count += kUpdaters) {
       inputs.wait_full();
@@ -147,11 +138,9 @@ int launch_segment_state(const pt_problem& problem, const SegmentScan& scan, int
   using Kernel = SegmentState<T>;
   const Gates gates = gates_of(problem, scan.gates);
   SegmentStateParams p;
-  p.x = scan.x, p.u = scan.u, p.decays = scan.reverse ? gates.chunk_in : gates.chunk_out, p.chunk_decay = gates.chunk_decay;
-  p.out = out, p.boundary_stride = boundary_elements(problem);
-  p.blocks = (int)padded_blocks(problem.seq_len), p.chunks = (int)chunks(problem.seq_len, problem.chunk_size);
-  p.blocks_per_chunk = problem.chunk_size / kBlock, p.group = scan.reverse ? problem.query_heads / problem.key_heads : 1;
-  p.segments = segments, p.reverse = scan.reverse;
+  set_segment_params(p, problem, segments, scan.reverse);
+  p.x = scan.x, p.u = scan.u, p.decays = scan.reverse ? gates.chunk_in : gates.chunk_out;
+  p.chunk_decay = gates.chunk_decay, p.out = out, p.reverse = scan.reverse;
   auto* kernel = segment_state_kernel<T>;
   if (int status = allow_shared_memory((const void*)kernel, Kernel::kSharedBytes)) return status;
   return launch("segment_state", kernel, dim3((unsigned)count, (unsigned)(problem.batch * problem.key_heads)), Kernel::kThreads, Kernel::kSharedBytes, stream, p);

@@ -12,14 +12,10 @@
 
 namespace powertrain::sm90 {
 
-struct StepsParams {
-  const void *x, *u;       // packed: k and v'; in reverse q and dn'
-  const float* decays;     // of tokens, to the end of their block; in reverse from its start
+struct StepsParams : SegmentParams {  // decays: to the end of their block; in reverse from its start
   const float* block_decay;
-  const float* entering;   // (segments, boundary): the state that enters each; or null: there is one, and zero enters it
-  void* states;            // or null: the state that enters every chunk, from its own end
-  int64_t boundary_stride;
-  int blocks, chunks, blocks_per_chunk, segments, group;  // group: heads of x and u of a key head
+  const float* entering;  // (segments, boundary): the state that enters each; or null: there is one, and zero enters it
+  void* states;           // or null: the state that enters every chunk, from its own end
 };
 
 template <typename T, bool kReverse>
@@ -63,14 +59,12 @@ struct StateSteps : StateTiles<T> {
   };
   template <typename Body>
   __device__ static __forceinline__ void for_each_step(const StepsParams& p, Body body) {
-    const int64_t begin = segment_begin(p.chunks, p.segments, blockIdx.x), end = segment_begin(p.chunks, p.segments, blockIdx.x + 1);
-    const int first = (int)(kReverse ? p.chunks - end : begin) * p.blocks_per_chunk;
-    const int after_all = min((int)(kReverse ? p.chunks - begin : end) * p.blocks_per_chunk, p.blocks);
-    const int final = first + (after_all - first - 1) / kStep * kStep;
-    int chunk = (int)(kReverse ? p.chunks - 1 - begin : begin);  // the next one that the state enters
+    const SegmentBlocks segment(p, kReverse);
+    const int first = segment.first, final = first + (segment.end - first - 1) / kStep * kStep;
+    int chunk = (int)(kReverse ? p.chunks - 1 - segment.first_chunk : segment.first_chunk);  // the next one that the state enters
 #pragma unroll 1
     for (int block = kReverse ? final : first; kReverse ? block >= first : block <= final; block += kReverse ? -kStep : kStep) {
-      const int count = min(kStep, after_all - block), after = block + count;
+      const int count = min(kStep, segment.end - block), after = block + count;
       const bool enters = kReverse ? after == min((chunk + 1) * p.blocks_per_chunk, p.blocks) : block == chunk * p.blocks_per_chunk;
       body(Step{block, count, block == (kReverse ? first : final), enters ? chunk : -1});
       if (enters) chunk += kReverse ? -1 : 1;
@@ -80,17 +74,14 @@ struct StateSteps : StateTiles<T> {
   // What the updating warpgroup reads, once the assistants have been there.
   __device__ static void produce_inputs(const StepsParams& p, const Memory& at) {
     Ring<kInputBuffers> inputs(at.input_barriers);
-    const int64_t head = blockIdx.y;
     for_each_step(p, [&](const Step& step) {
       if (step.last) return;
 #pragma unroll 1
       for (int g = 0; g < p.group; g++)
 #pragma unroll 1
         for (int m = 0; m < step.count; m++) {
-          const int64_t block = step.block + m;
           inputs.wait_empty();
-          Tiles::load_inputs(p.x, p.u, p.decays, at.inputs + inputs.stage() * kInputBytes, (head * p.group + g) * p.blocks + block, head * p.blocks + block,
-                             at.loaded_barriers + 8 * inputs.stage());
+          Tiles::load_inputs(p, at.inputs + inputs.stage() * kInputBytes, g, step.block + m, at.loaded_barriers + 8 * inputs.stage());
           inputs.advance();
         }
     });
@@ -301,12 +292,6 @@ int find_entering(const pt_problem& problem, const SegmentScan& scan, int segmen
   if (alone) return PT_OK;
   if (int status = launch_segment_state<T>(problem, scan, segments, scan.final_state ? segments : segments - 1, (float*)workspace, stream)) return status;
   return enter_segments(problem, scan, segments, (float*)workspace, stream);
-}
-
-inline void set_steps_params(StepsParams& p, const pt_problem& problem, const Gates& gates, int segments, const float* entering) {
-  p.block_decay = gates.block_decay, p.entering = entering, p.boundary_stride = boundary_elements(problem);
-  p.blocks = (int)padded_blocks(problem.seq_len), p.chunks = (int)chunks(problem.seq_len, problem.chunk_size);
-  p.blocks_per_chunk = problem.chunk_size / kBlock, p.segments = segments;
 }
 
 }  // namespace powertrain::sm90

@@ -9,6 +9,29 @@
 
 namespace powertrain::sm90 {
 
+struct SegmentParams {
+  const void *x, *u;    // packed: k and v'; in reverse q and dn'
+  const float* decays;  // (B, Hk, Tp), of the tokens
+  int64_t boundary_stride;
+  int blocks, chunks, blocks_per_chunk, segments, group;  // group: heads of x and u of a key head
+};
+inline void set_segment_params(SegmentParams& p, const pt_problem& problem, int segments, bool reverse) {
+  p.boundary_stride = boundary_elements(problem), p.segments = segments, p.group = reverse ? problem.query_heads / problem.key_heads : 1;
+  p.blocks = (int)padded_blocks(problem.seq_len), p.chunks = (int)chunks(problem.seq_len, problem.chunk_size);
+  p.blocks_per_chunk = problem.chunk_size / kBlock;
+}
+
+// The blocks of this thread block's time segment.
+struct SegmentBlocks {
+  int64_t first_chunk;  // in the order of the scan
+  int first, end;
+  __device__ __forceinline__ SegmentBlocks(const SegmentParams& p, bool reverse) : first_chunk(segment_begin(p.chunks, p.segments, blockIdx.x)) {
+    const int64_t end_chunk = segment_begin(p.chunks, p.segments, blockIdx.x + 1);
+    first = (int)(reverse ? p.chunks - end_chunk : first_chunk) * p.blocks_per_chunk;
+    end = min((int)(reverse ? p.chunks - first_chunk : end_chunk) * p.blocks_per_chunk, p.blocks);
+  }
+};
+
 template <typename T>
 struct StateTiles {
   static constexpr int kHeadDim = 32, kFeatureBlocks = feature_blocks(kHeadDim), kPhiTiles = phi_tiles(kHeadDim), kHalf = kFeatureBlocks / 2;
@@ -26,16 +49,17 @@ struct StateTiles {
   }
   __device__ static constexpr int j_block_of(int i_block, int distance) { return (i_block + distance) % kFeatureBlocks; }
 
-  // Blocks of x and u, of all (b, h), and the block of decays.
-  __device__ static __forceinline__ void load_block(const void* x, const void* u, uint32_t to, int64_t block, uint32_t barrier) {
-    bulk_load(to, (const T*)x + block * feature_block_elements(kHeadDim), kXBytes, barrier);
-    bulk_load(to + kXBytes, (const T*)u + block * value_block_elements(kHeadDim), kUBytes, barrier);
+  // A block of x and then u, of all (b, h).
+  __device__ static __forceinline__ void load_block(const SegmentParams& p, uint32_t to, int64_t block, uint32_t barrier) {
+    bulk_load(to, (const T*)p.x + block * feature_block_elements(kHeadDim), kXBytes, barrier);
+    bulk_load(to + kXBytes, (const T*)p.u + block * value_block_elements(kHeadDim), kUBytes, barrier);
   }
-  __device__ static __forceinline__ void load_inputs(const void* x, const void* u, const float* decays, uint32_t to, int64_t block, int64_t decay_block,
-                                                     uint32_t barrier) {
+  // A block of the g-th head of this thread block's key head, and its decays.
+  __device__ static __forceinline__ void load_inputs(const SegmentParams& p, uint32_t to, int g, int64_t block, uint32_t barrier) {
+    const int64_t head = blockIdx.y;
     barrier_expect(barrier, kInputBytes);
-    load_block(x, u, to, block, barrier);
-    bulk_load(to + kXBytes + kUBytes, decays + decay_block * kBlock, kBlock * 4, barrier);
+    load_block(p, to, (head * p.group + g) * p.blocks + block, barrier);
+    bulk_load(to + kXBytes + kUBytes, p.decays + (head * p.blocks + block) * kBlock, kBlock * 4, barrier);
   }
 
   __device__ static __forceinline__ uint32_t multiplied(uint32_t pair, float by) {
