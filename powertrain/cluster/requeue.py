@@ -55,7 +55,7 @@ def requeue_job(signum: int, signal_seconds: int, check: Callable[[str], None] =
     assert job_id is not None, "requeue_job is for processes of a Slurm job"
     seconds = ASKING_SHARE * signal_seconds
     try:
-        return patiently(lambda: _ask(job_id, signum, check), seconds)
+        return patiently(_Wish(job_id, signum, check).ask, seconds)
     except SlurmRefusal:
         raise
     except SlurmError as error:
@@ -64,15 +64,27 @@ def requeue_job(signum: int, signal_seconds: int, check: Callable[[str], None] =
         ) from error
 
 
-def _ask(job_id: str, signum: int, check: Callable[[str], None]) -> Answer:
-    now = job_state(job_id)
-    # Cancelled, preempted without grace, or queued again already: all of them are COMPLETING, for other reasons.
-    wanted = now.state == "RUNNING" and (signum != signal.SIGTERM or now.preempted)
-    if not (wanted or now.reason == "TimeLimit"):
-        return Answer(False, f"job {job_id} is {now.state} and not queued again by this run")
-    check(job_id)
-    slurm("scontrol", "requeue", job_id)
-    return Answer(True, f"job {job_id} is queued again and will continue from what is saved")
+class _Wish:
+    """Another attempt for one job, wished for until Slurm answers."""
+
+    def __init__(self, job_id: str, signum: int, check: Callable[[str], None]) -> None:
+        self.job_id = job_id
+        self.signum = signum
+        self.check = check
+        # Slurm ends a job's processes as it queues the job again, the one that waits for its answer among them.
+        self.unanswered = False
+
+    def ask(self) -> Answer:
+        job, now = self.job_id, job_state(self.job_id)
+        # Cancelled, preempted without grace, or queued again already: all of them are COMPLETING, for other reasons.
+        wanted = now.state == "RUNNING" and (self.signum != signal.SIGTERM or now.preempted)
+        if wanted or now.reason == "TimeLimit":
+            self.check(job)
+            self.unanswered = True
+            slurm("scontrol", "requeue", job)
+        elif not self.unanswered:
+            return Answer(False, f"job {job} is {now.state}: no other attempt is asked for")
+        return Answer(True, f"job {job} is queued again and will continue from what is saved")
 
 
 def requeue(run_dir: Path, signum: int) -> Answer:

@@ -63,7 +63,7 @@ def test_a_job_that_would_be_gone_is_queued_again_by_the_id_of_its_task(
 )
 def test_a_job_that_failed_is_cancelled_or_queued_already_is_left_alone(in_job, tmp_path, signum, state):
     calls = in_job(state)
-    assert requeue(tmp_path, signum) == (False, f"job 5_2 is {state} and not queued again by this run")
+    assert requeue(tmp_path, signum) == (False, f"job 5_2 is {state}: no other attempt is asked for")
     assert requeued(calls) == []
 
 
@@ -193,6 +193,23 @@ def test_a_controller_that_does_not_answer_at_first_is_asked_again(flaky, tmp_pa
     assert requeue(tmp_path, signal.SIGUSR1).queued
     assert asked() == ["--oneliner", "--oneliner", "--oneliner", "requeue"]
     assert not (tmp_path / "slurm" / UNANSWERED_FILE).exists()
+
+
+ENDED_WITH_ITS_JOB = """\
+#!/bin/sh
+[ "$1" = requeue ] || {{ echo "JobState=$(cat {state}) Reason=None PreemptTime=2026-01-01T00:00:00"; exit; }}
+echo {becomes} > {state}
+kill -TERM $$
+"""
+
+
+@pytest.mark.parametrize("becomes", ["COMPLETING", "PENDING", "REQUEUED"])
+def test_a_request_that_slurm_grants_by_ending_the_one_that_waits_for_the_answer(flaky, tmp_path, becomes):
+    state = tmp_path / "state"
+    state.write_text("RUNNING")
+    (tmp_path / "stubs" / "scontrol").write_text(ENDED_WITH_ITS_JOB.format(state=state, becomes=becomes))
+    answer = requeue(tmp_path, signal.SIGTERM)
+    assert answer == (True, "job 5_2 is queued again and will continue from what is saved")
 
 
 def test_where_it_never_answers_the_batch_script_asks_again_for_the_same_signal(

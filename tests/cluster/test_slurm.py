@@ -300,7 +300,7 @@ def test_a_cancelled_run_saves_and_stays_cancelled(slurm, tmp_path):
     run.wait_for_step(5)
     slurm.command("scancel", run.job_id)
     assert wait_for_state(slurm, run.job_id, "CANCELLED")["Restarts"] == "0"
-    wait_until(lambda: "not queued again by this run" in run.log, "the worker says so")
+    wait_until(lambda: "no other attempt is asked for" in run.log, "the worker says so")
     assert os.readlink(run.run_dir / "checkpoints" / "last") == f"step-{run.trace()[-1][1]:08d}"
 
 
