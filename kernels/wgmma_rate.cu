@@ -1,5 +1,5 @@
 // How fast m64nNk16 with A from registers goes while other instructions form A: cycles of a wgmma by N, packed products a wgmma, and warpgroups, one
-// JSON object a line. What kernels here may hope for (docs/kernels.md, "What limits K = 32").
+// JSON object a line. What kernels here may hope for (docs/kernels-speed.md, section 4).
 //
 //     nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -Ikernels/src -Ikernels/include kernels/wgmma_rate.cu -o build/wgmma_rate && build/wgmma_rate
 #include <cstdio>

@@ -74,7 +74,7 @@ def choose_chunk_size(*, tokens: int, head_dim: int, query_heads_per_key_head: i
     """Return the chunk size of least cost for these shapes, forward and backward together; one chunk where no state
     pays.
 
-    The cost counts FLOPs per token and key head (docs/kernels.md, section 3) and the passes over the states, as the
+    The cost counts FLOPs per token and key head and the passes over the states, as the
     FLOPs of the same time.
     """
     group = query_heads_per_key_head

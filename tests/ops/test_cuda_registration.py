@@ -439,7 +439,7 @@ def test_tensors_of_another_device() -> None:
 
 
 @needs_gpu
-@pytest.mark.xfail(strict=False, reason="docs/kernels.md, section 4: the goal is 30 us, which slow hosts miss")
+@pytest.mark.xfail(strict=False, reason="docs/kernels-speed.md, section 1: the goal is 30 us, which slow hosts miss")
 def test_host_overhead() -> None:
     tensors = Case(T=512, Hq=8, Hk=8).tensors()
     for _ in range(20):

@@ -367,6 +367,7 @@ def test_a_plan_is_priced_for_the_gpu_here_or_the_records_device_and_says_which_
         ("NVIDIA H100 NVL", "H100 NVL", 93.0),
         ("NVIDIA A100-SXM4-80GB", "A100", 79.0),
         ("NVIDIA A100-PCIE-40GB", "A100", 39.0),
+        ("NVIDIA A100-SXM-64GB", "A100", 63.0),
         ("NVIDIA L4", "L4", 22.0),
     ],
 )

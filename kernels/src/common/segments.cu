@@ -184,7 +184,7 @@ int64_t boundary_elements(const pt_problem& problem) {
 
 int choose_segments(const pt_problem& problem, int64_t blocks_per_segment) {
   constexpr int kMost = 32;  // bounds the workspace
-  // In units of the time that a thread block takes for 1024 tokens, estimated from bytes (docs/kernels.md): the pass over the states, per thread
+  // In units of the time that a thread block takes for 1024 tokens, estimated from bytes: the pass over the states, per thread
   // block and chunk of the device, and writing and reading one thread block's part of a segment's final state.
   constexpr double kJoinCost = 0.15, kLocalCost = 0.007;
   const int64_t count = chunks(problem.seq_len, problem.chunk_size);
