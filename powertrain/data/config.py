@@ -62,7 +62,7 @@ class DataConfig:
 
     # Where documents come from: python_stdlib, python_packages, text, json, parquet or hub.
     source: str = "python_stdlib"
-    # Glob patterns (`**` recurses) or URLs for text, json and parquet; for hub, data files inside the dataset.
+    # Glob patterns (`**` recurses), file names or URLs for text, json and parquet; for hub, files inside the dataset.
     files: tuple[str, ...] = ()
     # The field (column) of a json, parquet or hub row that holds the document's text.
     field: str = "text"
@@ -79,7 +79,7 @@ class DataConfig:
     hub_split: str = "train"
     # hub: branch, tag or commit; a commit makes a run reproducible, a branch is looked up when data are prepared.
     hub_revision: str | None = None
-    # Read rows as they arrive (True) or have `datasets` download and cache the whole split first (False).
+    # hub: read rows as they arrive (True) or have `datasets` download and cache the whole split first (False).
     streaming: bool = True
     # Use only the first so many documents of the source; None uses all.
     max_documents: int | None = None

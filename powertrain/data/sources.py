@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import glob
 import itertools
+import json
 import os
 import sys
 import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from .config import DataConfig
 from .progress import is_rank_zero
 
 _NOT_SOURCES = frozenset({"__pycache__", "site-packages", "dist-packages"})
+# What no single file is in: opened as a file, the first of them or the archive's own bytes would be the text.
+_ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
+# Rows of JSON that may lack the field with the text before the field counts as absent from the data.
+_ROWS_WITHOUT_FIELD = 1000
+# Rows of parquet in memory at once.
+_PARQUET_ROWS = 1000
 
 
 class Source:
@@ -146,7 +153,7 @@ def _listing(files: list[Path], stats: list[os.stat_result]) -> list[list[Any]]:
 
 
 class _Rows(Source):
-    """Rows of a dataset that the `datasets` library loads; one document a row."""
+    """Rows of a dataset; one document a row."""
 
     def __init__(self, config: DataConfig, text_field: str) -> None:
         super().__init__()
@@ -158,22 +165,31 @@ class _Rows(Source):
 
     def __iter__(self) -> Iterator[str]:
         self.skipped.clear()
-        for row in self._load():
-            if self.text_field not in row:
-                raise ValueError(
-                    f"data.field={self.text_field!r} is not in the data, whose fields are {', '.join(map(str, row))}"
-                )
-            text = row[self.text_field]
+        others: dict[str, None] = {}
+        found = False
+        for number, row in enumerate(self._load(), start=1):
+            if self.text_field in row:
+                found = True
+            elif not found:  # a row of JSON may lack a field that others have
+                others.update(dict.fromkeys(row))
+                if number == _ROWS_WITHOUT_FIELD:
+                    break
+            text = row.get(self.text_field)
             if text is None:
                 self.skipped["empty"] += 1
             elif not isinstance(text, str):
                 raise ValueError(f"data.field={self.text_field!r} holds {type(text).__name__} values instead of text")
             else:
                 yield text
+        if others and not found:
+            raise self._no_field(others)
+
+    def _no_field(self, others: Iterable[str]) -> ValueError:
+        return ValueError(f"data.field={self.text_field!r} is not in the data, whose fields are {', '.join(others)}")
 
 
 class DataFiles(_Rows):
-    """Text, JSON (Lines) or parquet files found by glob patterns."""
+    """Text, JSON (Lines) or parquet files found by glob patterns, or behind URLs; compressed ones by their ending."""
 
     def __init__(self, config: DataConfig) -> None:
         super().__init__(config, "text" if config.source == "text" else config.field)
@@ -191,13 +207,83 @@ class DataFiles(_Rows):
         }
 
     def _load(self) -> Iterator[Any]:
-        options: dict[str, Any] = {}
-        if self.config.source == "text":
-            options = {"sample_by": "document", "encoding": self.config.encoding}
-        rows = _read_dataset(
-            self.config.source, data_files=self.files, split="train", streaming=self.config.streaming, **options
-        )
-        return _naming_undecodable(rows, self.files, self.config) if self.config.source == "text" else rows
+        for file in self.files:
+            try:
+                yield from self._read(file)
+            except UnicodeDecodeError as error:
+                advice = "; set data.encoding" if self.config.source == "text" else ""
+                raise ValueError(f"{file} is not {error.encoding} text ({error}){advice}") from error
+            except FileNotFoundError as error:
+                raise ValueError(f"{file} does not exist") from error
+            except Exception as error:  # the readers have no common base class for what can go wrong
+                raise ValueError(f"{file} cannot be read as {self.config.source}: {_first_line(error)}") from error
+
+    def _read(self, file: str) -> Iterator[Any]:
+        import fsspec
+
+        source, url = self.config.source, "://" in file
+        options: dict[str, Any] = {"mode": "rb"}
+        if source == "text":
+            options = {"mode": "rt", "compression": "infer", "encoding": self.config.encoding}
+        elif source == "json":
+            options = {"mode": "rt", "compression": "infer", "encoding": "utf-8-sig", "newline": "\n"}
+        # A local path is a list of one, which is never taken for a pattern.
+        opened = fsspec.open_files(file if url else [file], expand=url, **options)
+        if not opened:
+            raise ValueError("no file matches")
+        for part in opened:
+            with part as stream:
+                if source == "text":
+                    yield {"text": stream.read()}
+                    continue
+                empty = True
+                for row in self._json_rows(stream) if source == "json" else self._parquet_rows(stream):
+                    empty = False
+                    yield row
+                if empty:
+                    self.skipped["file(s) without rows"] += 1
+
+    def _json_rows(self, stream: IO[str]) -> Iterator[dict[str, Any]]:
+        """Yield the rows of JSON Lines one by one; arrays and objects over many lines are read at once."""
+        # Not by `datasets` or pyarrow: they take a block of strings that look like dates for dates, and rewrite them.
+        for number, line in enumerate(stream, start=1):
+            if line.isspace():
+                continue
+            if line.startswith("[") or line.strip() == "{":
+                values = _json_values(line + stream.read())
+            else:
+                try:
+                    values = iter([json.loads(line)])
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"line {number}: {error.msg}") from error
+            for row in values:
+                if isinstance(row, str):
+                    row = {"text": row}
+                if not isinstance(row, dict):
+                    raise ValueError(f"a row is an object or a string, not {json.dumps(row)[:40]}")
+                if isinstance(text := row.get(self.text_field), str):
+                    text.encode()  # half of a surrogate pair, which JSON can spell, is no text
+                yield row
+
+    def _parquet_rows(self, stream: IO[bytes]) -> Iterator[dict[str, Any]]:
+        import pyarrow.parquet as pq
+
+        file = pq.ParquetFile(stream)
+        if self.text_field not in file.schema_arrow.names:
+            if file.metadata.num_rows:  # pandas writes no fields where it has no rows
+                raise self._no_field(file.schema_arrow.names)
+            return
+        for batch in file.iter_batches(_PARQUET_ROWS, columns=[self.text_field]):
+            yield from batch.to_pylist()
+
+
+def _json_values(text: str) -> Iterator[Any]:
+    """Yield the values that `text` holds one after another, of an array its items."""
+    decoder, text, at = json.JSONDecoder(), text.rstrip(), 0
+    while at < len(text):
+        value, end = decoder.raw_decode(text, at)
+        yield from value if isinstance(value, list) else (value,)
+        at = next((place for place in range(end, len(text)) if not text[place].isspace()), len(text))
 
 
 def _expand(patterns: tuple[str, ...]) -> list[str]:
@@ -206,34 +292,21 @@ def _expand(patterns: tuple[str, ...]) -> list[str]:
         if "://" in pattern:
             files[pattern] = None
             continue
-        matches = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
+        path = os.path.expanduser(pattern)
+        matches = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
         found = [os.path.abspath(match) for match in matches if os.path.isfile(match)]
         if matches and not found:
             raise ValueError(f"data.files={pattern!r} is a directory; give its files, such as '{pattern}/*.txt'")
         if not found:
             raise ValueError(f"no file matches data.files={pattern!r} (looked from {os.getcwd()})")
         files.update(dict.fromkeys(found))
+    for file in files:
+        if "://" not in file and "::" in file:
+            raise ValueError(f"{file} has '::' in its name, which is for files inside others; rename it")
+        if "::" not in file and file.endswith(_ARCHIVES):
+            kind = "zip" if file.endswith(".zip") else "tar"
+            raise ValueError(f"{file} is an archive; give the files inside it, such as '{kind}://**/*.txt::{file}'")
     return list(files)
-
-
-def _naming_undecodable(rows: Iterator[Any], files: list[str], config: DataConfig) -> Iterator[Any]:
-    """Yield `rows`; an undecodable file, which `datasets` does not name, becomes one sentence that does."""
-    try:
-        yield from rows
-    except ValueError:
-        for file in files:
-            try:
-                if "://" not in file:
-                    _decode(file, config.encoding)
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{file} is not {config.encoding} text ({error}); set data.encoding") from error
-        raise
-
-
-def _decode(file: str, encoding: str) -> None:
-    with open(file, encoding=encoding) as stream:
-        while stream.read(1 << 20):
-            pass
 
 
 class HubDataset(_Rows):
@@ -283,9 +356,14 @@ def _read_dataset(path: str, **options: Any) -> Iterator[Any]:
         cause: BaseException = error
         while cause.__cause__ is not None:  # the outermost often says no more than that there was an error
             cause = cause.__cause__
-        first = next(iter(str(cause).splitlines()), type(cause).__name__)
-        raise ValueError(f"`datasets` cannot read {path!r} with {_set_options(options)}: {first}") from error
+        raise ValueError(
+            f"`datasets` cannot read {path!r} with {_set_options(options)}: {_first_line(cause)}"
+        ) from error
 
 
 def _set_options(options: dict[str, Any]) -> str:
     return ", ".join(f"{key}={value!r}" for key, value in options.items() if value is not None)
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

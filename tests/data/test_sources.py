@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import sys
 import sysconfig
+import zipfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -100,11 +102,10 @@ def test_no_python_files(tmp_path: Path) -> None:
 # Files by glob
 
 
-@pytest.mark.parametrize("streaming", [True, False])
-def test_text_files_are_whole_documents(tmp_path: Path, streaming: bool) -> None:
+def test_text_files_are_whole_documents(tmp_path: Path) -> None:
     texts = ["one\n\ntwo\n", "日本語 🙂", "no newline at the end", "", "  \n"]
     pattern = write_texts(tmp_path / "a", texts)
-    assert documents(source="text", files=pattern, streaming=streaming) == texts
+    assert documents(source="text", files=pattern) == texts
 
 
 def test_text_files_with_windows_line_ends(tmp_path: Path) -> None:
@@ -125,9 +126,8 @@ def test_undecodable_text_file_is_named(tmp_path: Path) -> None:
     pattern = write_texts(tmp_path / "a", ["good"])
     bad = tmp_path / "a" / "zz.txt"
     bad.write_bytes("é".encode("latin-1"))
-    for streaming in (True, False):
-        with pytest.raises(ValueError, match=r"zz\.txt is not utf-8 text .*set data\.encoding"):
-            documents(source="text", files=pattern, streaming=streaming)
+    with pytest.raises(ValueError, match=r"zz\.txt is not utf-8 text .*set data\.encoding"):
+        documents(source="text", files=pattern)
     assert documents(source="text", files=str(bad), encoding="latin-1") == ["é"]
 
 
@@ -138,12 +138,54 @@ def test_no_file_matches(tmp_path: Path) -> None:
         documents(source="text", files=str(tmp_path))
 
 
-@pytest.mark.parametrize("streaming", [True, False])
-def test_json_rows(tmp_path: Path, streaming: bool) -> None:
+@pytest.mark.parametrize("source", ["text", "json", "parquet"])
+def test_names_with_special_characters(tmp_path: Path, source: str) -> None:
+    """Each file is read once, whatever its name would match as a pattern."""
+    names = sorted(["a[1]", "a1", "q?", "qa", "*", "#", "x{1,2}", "d[a]/b", "da/b"])
+    for name in names:
+        path = tmp_path / f"{name}.x"
+        path.parent.mkdir(exist_ok=True)
+        if source == "parquet":
+            pq.write_table(pa.table({"text": [name]}), path)
+        else:
+            path.write_text(name if source == "text" else json.dumps({"text": name}))
+    assert sorted(documents(source=source, files=f"{tmp_path}/**/*.x")) == names
+    for name in names:
+        assert documents(source=source, files=f"{tmp_path}/{name}.x") == [name]
+
+
+def test_names_that_are_not_of_one_file(tmp_path: Path) -> None:
+    (tmp_path / "a::b.txt").write_text("a")
+    with pytest.raises(ValueError, match=r"a::b\.txt has '::' in its name, .*; rename it"):
+        documents(source="text", files=f"{tmp_path}/*.txt")
+    with zipfile.ZipFile(tmp_path / "c.zip", "w") as archive:
+        archive.writestr("1.txt", "one")
+        archive.writestr("2.txt", "two")
+    with pytest.raises(ValueError, match=r"c\.zip is an archive; give the files inside it, such as 'zip://.*::/"):
+        documents(source="text", files=f"{tmp_path}/*.zip")
+    assert documents(source="text", files=f"zip://**/*.txt::{tmp_path}/c.zip") == ["one", "two"]
+
+
+def test_compressed_files_and_urls(tmp_path: Path) -> None:
+    with gzip.open(tmp_path / "a.txt.gz", "wt") as stream:
+        stream.write("text")
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as stream:
+        stream.write('{"text": "row"}\n')
+    assert documents(source="text", files=f"{tmp_path}/*.txt.gz") == ["text"]
+    assert documents(source="json", files=f"file://{tmp_path}/*.jsonl.gz") == ["row"]
+    with pytest.raises(ValueError, match=r"file:///.*/none\.txt does not exist"):
+        documents(source="text", files=f"file://{tmp_path}/none.txt")
+    with pytest.raises(ValueError, match=r"file:///.*\*\.csv cannot be read as text: no file matches"):
+        documents(source="text", files=f"file://{tmp_path}/*.csv")
+    with pytest.raises(ValueError, match=r"none://x cannot be read as json: Protocol not known: none"):
+        documents(source="json", files="none://x")
+
+
+def test_json_rows(tmp_path: Path) -> None:
     texts = ["a\r\nb", "日本語 🙂 \u2028", "", 'tab\t "quoted"']
     write_jsonl(tmp_path / "x.jsonl", [{"id": i, "content": text} for i, text in enumerate(texts)])
     write_jsonl(tmp_path / "y.jsonl", [{"id": 9, "content": None}])
-    options = {"source": "json", "field": "content", "streaming": streaming}
+    options = {"source": "json", "field": "content"}
     # Strings of rows are taken as they stand, carriage returns too.
     assert documents(files=str(tmp_path / "x.jsonl"), **options) == texts
     source = open_source(DataConfig(files=f"{tmp_path}/*.jsonl", **options))  # type: ignore[arg-type]
@@ -151,24 +193,83 @@ def test_json_rows(tmp_path: Path, streaming: bool) -> None:
     assert source.skipped == {"empty": 1}
 
 
-def test_json_array(tmp_path: Path) -> None:
-    (tmp_path / "x.json").write_text(json.dumps([{"text": "a"}, {"text": "b"}]))
-    assert documents(source="json", files=str(tmp_path / "x.json")) == ["a", "b"]
+def test_json_strings_that_look_like_dates(tmp_path: Path) -> None:
+    texts = ["2020-01-01", "2020-01-01T00:00:00Z", "2020-01-01 00:00:00"] * 10
+    write_jsonl(tmp_path / "x.jsonl", [{"text": text} for text in texts])
+    assert documents(source="json", files=str(tmp_path / "x.jsonl")) == texts
 
 
-@pytest.mark.parametrize("streaming", [True, False])
-def test_parquet_rows(tmp_path: Path, streaming: bool) -> None:
+@pytest.mark.parametrize("indent", [None, 1])
+def test_json_arrays_and_objects_over_many_lines(tmp_path: Path, indent: int | None) -> None:
+    rows = [{"text": "a", "of": {"text": ["nested"]}}, {"text": "b"}]
+    for name, content in {
+        "array": json.dumps(rows, indent=indent),
+        "lines": "\ufeff" + "\n\n".join(json.dumps(row, indent=indent) for row in rows) + "\r\n",
+        "strings": json.dumps(["a", "b"], indent=indent),
+    }.items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        assert documents(source="json", files=str(tmp_path / name)) == ["a", "b"], name
+
+
+def test_json_rows_that_lack_the_field(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "x.jsonl", [{"id": 1}, {"id": 2, "text": "a"}, {"id": 3}])
+    source = open_source(DataConfig(source="json", files=f"{tmp_path}/x.jsonl"))  # type: ignore[arg-type]
+    assert list(source) == ["a"]
+    assert source.skipped == {"empty": 2}
+    rows: list[dict] = [{"id": 1}] * 1000
+    write_jsonl(tmp_path / "y.jsonl", [*rows, {"text": "too late"}])
+    with pytest.raises(ValueError, match=r"data\.field='text' is not in the data, whose fields are id$"):
+        documents(source="json", files=f"{tmp_path}/y.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"text": "a"}\n{"text": \n', r"line 2: Expecting value"),
+        ('{"text": "a"}\n5\n', r"a row is an object or a string, not 5"),
+        ('{"text": "a \\ud800 b"}\n', r"surrogates not allowed"),
+        ("[" * 100_000, r"recursion"),
+    ],
+)
+def test_json_that_does_not_parse(tmp_path: Path, content: str, words: str) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "good"}])
+    (tmp_path / "b.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=rf"^/.*b\.jsonl cannot be read as json: .*{words}") as error:
+        documents(source="json", files=f"{tmp_path}/*.jsonl")
+    assert "\n" not in str(error.value)
+    assert "a.jsonl" not in str(error.value)
+
+
+def test_files_without_rows_are_left_out(tmp_path: Path) -> None:
+    import pandas as pd
+
+    (tmp_path / "a.jsonl").touch()
+    write_jsonl(tmp_path / "b.jsonl", [{"text": "b"}])
+    (tmp_path / "c.json").write_text("[]")
+    pd.DataFrame({"text": []}).to_parquet(tmp_path / "a.parquet")
+    pq.write_table(pa.table({"text": ["b"]}), tmp_path / "b.parquet")
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "c.parquet")
+    pd.DataFrame({}).to_parquet(tmp_path / "d.parquet")
+    for kind, count in (("json", 2), ("parquet", 3)):
+        source = open_source(DataConfig(source=kind, files=f"{tmp_path}/*.{kind}*"))  # type: ignore[arg-type]
+        assert list(source) == ["b"]
+        assert source.skipped == {"file(s) without rows": count}
+
+
+def test_parquet_rows(tmp_path: Path) -> None:
     texts = make_texts(20)
     pq.write_table(pa.table({"text": texts[:9], "n": list(range(9))}), tmp_path / "a.parquet")
     pq.write_table(pa.table({"text": texts[9:], "n": list(range(11))}), tmp_path / "b.parquet")
-    assert documents(source="parquet", files=f"{tmp_path}/*.parquet", streaming=streaming) == texts
+    assert documents(source="parquet", files=f"{tmp_path}/*.parquet") == texts
 
 
-@pytest.mark.parametrize("streaming", [True, False])
-def test_missing_field_names_the_others(tmp_path: Path, streaming: bool) -> None:
+def test_missing_field_names_the_others(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "x.jsonl", [{"id": 1, "body": "a"}])
     with pytest.raises(ValueError, match=r"data\.field='text' is not in the data, whose fields are id, body"):
-        documents(source="json", files=str(tmp_path / "x.jsonl"), streaming=streaming)
+        documents(source="json", files=str(tmp_path / "x.jsonl"))
+    pq.write_table(pa.table({"id": [1], "body": ["a"]}), tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=r"x\.parquet .*data\.field='text' is not in the data, .* are id, body"):
+        documents(source="parquet", files=str(tmp_path / "x.parquet"))
 
 
 def test_field_that_is_no_text(tmp_path: Path) -> None:
@@ -177,12 +278,13 @@ def test_field_that_is_no_text(tmp_path: Path) -> None:
         documents(source="json", files=str(tmp_path / "x.jsonl"), field="id")
 
 
-@pytest.mark.parametrize("streaming", [True, False])
-def test_broken_file_is_one_sentence(tmp_path: Path, streaming: bool) -> None:
+def test_broken_file_is_one_sentence(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["good"]}), tmp_path / "a.parquet")
     (tmp_path / "x.parquet").write_bytes(b"PAR1 but not for long")
-    with pytest.raises(ValueError, match=r"`datasets` cannot read 'parquet'") as error:
-        documents(source="parquet", files=str(tmp_path / "x.parquet"), streaming=streaming)
+    with pytest.raises(ValueError, match=r"^/.*x\.parquet cannot be read as parquet: ") as error:
+        documents(source="parquet", files=f"{tmp_path}/*.parquet")
     assert "\n" not in str(error.value)
+    assert "a.parquet" not in str(error.value)
 
 
 # Hub, on local dataset directories
