@@ -11,8 +11,10 @@ last column closes it: total tokens, then zeros, then total bytes.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import mmap
 import os
 from array import array
 from dataclasses import dataclass
@@ -28,6 +30,8 @@ MANIFEST = "manifest.json"
 SPLITS = ("train", "validation")
 # Reading this much to compare checksums costs well under a second; above it only sizes are compared on opening.
 _VERIFY_BYTES = 256 << 20
+# Shards of a split that are open at once, each by one descriptor, of which a process often may have 1,024.
+_OPEN_SHARDS = 256
 
 
 class ShardError(RuntimeError):
@@ -199,9 +203,9 @@ class TokenStream:
         try:
             # Plain views: indexing a np.memmap itself is many times slower.
             self._index = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
-        except (OSError, ValueError) as error:
+        except (FileNotFoundError, ValueError) as error:
             raise _damaged(path, f"cannot be read ({error})") from error
-        self._shards: dict[int, tuple[IO[bytes], np.ndarray, int]] = {}
+        self._opened_shard = functools.lru_cache(_OPEN_SHARDS)(self._open_shard)
 
     def __getstate__(self) -> dict[str, Any]:
         # Workers that are spawned reopen the files; only their place travels.
@@ -240,22 +244,20 @@ class TokenStream:
 
     def _slice(self, number: int, start: int, stop: int) -> np.ndarray:
         shard, offset = int(self._index[1, number]), int(self._index[2, number])
-        if shard not in self._shards:
-            self._shards[shard] = self._open_shard(shard)
-        file, tokens, size = self._shards[shard]
+        opened, tokens, path, size = self._opened_shard(shard)
         # Reading a map beyond the end of its file kills the process without a word (SIGBUS); asking first costs 1 us.
-        actual = os.fstat(file.fileno()).st_size
+        actual = opened.size()
         if actual != size:
-            raise _damaged(Path(file.name), f"changed from {size} to {actual} bytes while in use")
+            raise _damaged(path, f"changed from {size} to {actual} bytes while in use")
         return tokens[offset + start : offset + stop]
 
-    def _open_shard(self, shard: int) -> tuple[IO[bytes], np.ndarray, int]:
+    def _open_shard(self, shard: int) -> tuple[mmap.mmap, np.ndarray, Path, int]:
         path = self.directory / f"tokens-{shard:05d}.bin"
         try:
-            file = open(path, "rb")  # noqa: SIM115 - open as long as its map
-            tokens = np.memmap(file, dtype=self._dtype, mode="r").view(np.ndarray)
-            return file, tokens, self.manifest["files"][path.name]["bytes"]
-        except (OSError, ValueError) as error:
+            with open(path, "rb") as file:  # the map has a descriptor of its own
+                opened = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            return opened, np.frombuffer(opened, dtype=self._dtype), path, self.manifest["files"][path.name]["bytes"]
+        except (FileNotFoundError, ValueError) as error:
             raise _damaged(path, f"cannot be read ({error})") from error
 
 
@@ -267,7 +269,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
             raise ShardError(
                 f"{directory} holds tokens of format {manifest['format']}, this version reads {FORMAT}; delete it"
             )
-    except (OSError, ValueError, KeyError) as error:
+    except (FileNotFoundError, ValueError, KeyError) as error:
         raise _damaged(path, f"cannot be read ({error})") from error
     return manifest
 
@@ -284,5 +286,5 @@ def _verify(directory: Path, manifest: dict[str, Any]) -> None:
                 raise _damaged(path, f"holds {size} bytes instead of {entry['bytes']}")
             if check_content and sha256_file(path) != entry["sha256"]:
                 raise _damaged(path, "does not have the content that was written")
-        except OSError as error:
+        except FileNotFoundError as error:
             raise _damaged(path, f"cannot be read ({error.strerror})") from error

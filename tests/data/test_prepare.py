@@ -7,6 +7,7 @@ import os
 import pickle
 import pty
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -274,6 +275,38 @@ def test_shard_truncated_while_in_use(text_config: Build) -> None:
     os.truncate(stream.directory / "tokens-00000.bin", 2)
     with pytest.raises(ShardError, match=r"tokens-00000\.bin changed from \d+ to 2 bytes while in use"):
         stream.read(0, 10)
+
+
+def test_any_number_of_shards_takes_few_descriptors(tmp_path: Path) -> None:
+    texts = make_texts(400, longest=2)
+    store = prepare_texts(tmp_path / "a", texts, shard_tokens=1)
+    assert store.manifest["num_shards"] == len(texts)
+    stream = store.split("train")
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(2):
+        tokens, begins = stream.read(0, stream.num_tokens)
+        assert len(begins) == stream.num_documents > 300
+        assert 200 < len(os.listdir("/proc/self/fd")) - before <= 256
+    whole = prepare_texts(tmp_path / "b", texts).split("train")
+    assert (tokens == whole.read(0, whole.num_tokens)[0]).all()
+
+
+def test_lack_of_descriptors_is_no_damage(text_config: Build) -> None:
+    store = prepare(text_config())
+    stream = store.split("train")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        for read in (
+            lambda: stream.read(0, 10),
+            lambda: store.split("validation"),
+            lambda: TokenStore(store.directory),
+        ):
+            with pytest.raises(OSError, match="Too many open files"):
+                read()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    stream.read(0, 10)
 
 
 def test_tokens_outside_the_vocabulary(text_config: Build, monkeypatch: pytest.MonkeyPatch) -> None:
