@@ -32,7 +32,7 @@ class TokenizerConfig:
     kind: str = "bpe"
     # Ids of a `bpe` tokenizer with the end-of-document token; a small corpus may yield fewer.
     vocab_size: int = 4096
-    # Text that a `bpe` tokenizer is trained on, in UTF-8 bytes from the start of the training split.
+    # Text that a `bpe` tokenizer is trained on, in UTF-8 bytes: the first documents of the training split that hold it.
     train_bytes: int = 256_000_000
     # `pretrained` only: a tokenizer.json, a directory that holds one, or a Hugging Face Hub name.
     path: str | None = None

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -29,6 +29,9 @@ from .tokenizers import Tokenizer, byte_tokenizer, pretrained_identity, pretrain
 _BATCH_CHARACTERS = 16 << 20
 # How long other local ranks let rank 0, whose terminal shows progress, take the lock first.
 _HEAD_START_SECONDS = 10.0
+
+# Split and text, or None with a part of a text that is not its last.
+_Piece: TypeAlias = tuple[str, str] | None
 
 
 def default_cache_dir() -> Path:
@@ -211,12 +214,14 @@ def _make_tokenizer(config: DataConfig, source: Source, progress: Progress) -> T
 
 
 def _limited(pieces: Iterator[tuple[str, str]], num_bytes: int) -> Iterator[str]:
-    """Yield the texts of the training split until they hold `num_bytes`."""
+    """Yield the texts of the training split until they hold `num_bytes`; one that alone is longer is cut there."""
+    left = num_bytes
     for split, text in pieces:
         if split == "train":
-            yield text
-            num_bytes -= len(text.encode())
-            if num_bytes <= 0:
+            data = text.encode()
+            yield text if len(data) <= num_bytes else data[:num_bytes].decode(errors="ignore")
+            left -= len(data)
+            if left <= 0:
                 return
 
 
@@ -244,24 +249,41 @@ def _encoded(tokenizer: Tokenizer, pieces: Iterator[tuple[str, str]]) -> Iterato
     """Yield (split, text, tokens) in order; one batch is tokenized on all cores while its neighbours are read and
     written on one.
     """
-    waiting: list[tuple[str, str]] = []
+    tokens: list[np.ndarray] = []
+    for piece, part in _encoded_parts(tokenizer, pieces):
+        tokens.append(part)
+        if piece is not None:
+            yield *piece, part if len(tokens) == 1 else np.concatenate(tokens)
+            tokens = []
+
+
+def _encoded_parts(tokenizer: Tokenizer, pieces: Iterator[tuple[str, str]]) -> Iterator[tuple[_Piece, np.ndarray]]:
+    """Yield the tokens of each part of each piece, with the last part the piece."""
+    waiting: list[_Piece] = []
     with ThreadPoolExecutor(1) as pool:
         encoding: Future[list[np.ndarray]] | None = None
-        for batch in _batches(pieces):
-            following = pool.submit(tokenizer.encode_batch, [text for _, text in batch])
+        for batch in _batches(_parts(tokenizer, pieces)):
+            following = pool.submit(tokenizer.encode_batch, [part for _, part in batch])
             if encoding is not None:
-                yield from ((*piece, tokens) for piece, tokens in zip(waiting, encoding.result(), strict=True))
-            waiting, encoding = batch, following
+                yield from zip(waiting, encoding.result(), strict=True)
+            waiting, encoding = [piece for piece, _ in batch], following
         if encoding is not None:
-            yield from ((*piece, tokens) for piece, tokens in zip(waiting, encoding.result(), strict=True))
+            yield from zip(waiting, encoding.result(), strict=True)
 
 
-def _batches(pieces: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    batch: list[tuple[str, str]] = []
-    characters = 0
+def _parts(tokenizer: Tokenizer, pieces: Iterator[tuple[str, str]]) -> Iterator[tuple[_Piece, str]]:
     for piece in pieces:
-        batch.append(piece)
-        characters += len(piece[1])
+        *parts, last = tokenizer.parts(piece[1])
+        yield from ((None, part) for part in parts)
+        yield piece, last
+
+
+def _batches(parts: Iterator[tuple[_Piece, str]]) -> Iterator[list[tuple[_Piece, str]]]:
+    batch: list[tuple[_Piece, str]] = []
+    characters = 0
+    for piece, part in parts:
+        batch.append((piece, part))
+        characters += len(part)
         if characters >= _BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,10 @@ EOD = "<|endoftext|>"
 KNOWN_EOD = (EOD, "<|end_of_text|>", "<|end▁of▁sentence|>", "<eos>", "</s>", "<|eos|>", "[EOS]")
 _FILE = "tokenizer.json"
 _META = "tokenizer_meta.json"
+# Long texts are tokenized in parts of about so many characters, which end with a word: byte-level BPE splits a text
+# there in any case, before it looks for tokens.
+_PART_CHARACTERS = 1 << 16
+_WORD_END = re.compile(r"[0-9A-Za-z](?=[ \n])")
 
 
 def _hf() -> Any:
@@ -81,6 +86,20 @@ class Tokenizer:
         """Return the ids of `text`, (n,) uint32."""
         return self.encode_batch([text])[0]
 
+    def parts(self, text: str) -> Iterator[str]:
+        """Yield `text` in parts of which the tokens, one after another, are those of the whole.
+
+        A pretrained tokenizer may join any two characters, so its texts stay whole; for bytes parts save nothing.
+        """
+        start = 0
+        while self.kind == "bpe" and len(text) - start > _PART_CHARACTERS:
+            cut = _WORD_END.search(text, start + _PART_CHARACTERS)
+            if cut is None:
+                break
+            yield text[start : cut.end()]
+            start = cut.end()
+        yield text[start:]
+
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the ids of each text, (n,) uint32, using all cores."""
         if self.kind == "bytes":
@@ -126,7 +145,7 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Return a byte-level BPE tokenizer trained on `texts` with at most `vocab_size` ids; the same for any order."""
+    """Return a byte-level BPE tokenizer of at most `vocab_size` ids, trained on `texts` in any order."""
     hf = _hf()
     backend = hf.Tokenizer(hf.models.BPE())
     backend.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 
 from powertrain.data.config import DataConfig, TokenizerConfig
-from powertrain.data.prepare import default_cache_dir, prepare, split_of
+from powertrain.data.prepare import _limited, default_cache_dir, prepare, split_of
 from powertrain.data.shards import SPLITS, ShardError, ShardWriter, TokenStore
 from powertrain.data.sources import PythonFiles
-from powertrain.data.tokenizers import train_bpe
+from powertrain.data.tokenizers import Tokenizer, train_bpe
 
 from .conftest import make_texts, write_texts
 
@@ -91,6 +91,32 @@ def test_tokenizer_is_trained_on_the_first_bytes(tmp_path: Path) -> None:
     store = prepare_texts(tmp_path / "a", texts, tokenizer=limited)
     assert store.tokenizer().fingerprint == train_bpe(train[:10], 300).fingerprint
     assert store.tokenizer().fingerprint != train_bpe(train[:11], 300).fingerprint
+
+
+def test_a_document_longer_than_the_tokenizer_is_trained_on_is_cut() -> None:
+    assert list(_limited(iter([("validation", "v"), ("train", "é" * 1000), ("train", "b")]), 11)) == ["é" * 5]
+    assert list(_limited(iter([("train", "a" * 6), ("train", "b" * 6), ("train", "c")]), 11)) == ["a" * 6, "b" * 6]
+
+
+def test_long_documents_are_tokenized_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory for tokenizing is that of a batch, not of a document, and tokens are those of the whole document."""
+    texts = ["\n".join(make_texts(30, seed)) for seed in range(10)]
+    whole = prepare_texts(tmp_path / "a", texts, tokenizer=BPE)
+    monkeypatch.setattr("powertrain.data.tokenizers._PART_CHARACTERS", 100)
+    monkeypatch.setattr("powertrain.data.prepare._BATCH_CHARACTERS", 1000)
+    longest = []
+    encode_batch = Tokenizer.encode_batch
+
+    def spy(self: Tokenizer, parts: list[str]) -> list[np.ndarray]:
+        longest.append(max(map(len, parts)))
+        return encode_batch(self, parts)
+
+    monkeypatch.setattr(Tokenizer, "encode_batch", spy)
+    parts = prepare_texts(tmp_path / "b", texts, tokenizer=BPE)
+    assert parts.fingerprint == whole.fingerprint
+    for split in SPLITS:
+        assert texts_of(parts, split) == texts_of(whole, split)
+    assert max(longest) < 200 < min(map(len, texts))
 
 
 def test_large_vocabularies_take_four_bytes(text_config: Build, tmp_path: Path) -> None:

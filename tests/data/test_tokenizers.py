@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,19 @@ def test_round_trip_and_exact_bytes(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(ids) == text
     assert tokenizer.token_bytes[ids].sum() == len(text.encode())
     assert tokenizer.eod_id not in ids
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 50])
+def test_tokens_of_parts_are_those_of_the_whole(bpe: Tokenizer, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr("powertrain.data.tokenizers._PART_CHARACTERS", size)
+    rng = random.Random(size)
+    characters = [*"abst1'. \n\r\t", "'s ", "  ", "\u3000", "\xa0", "é", "日", "e\u0301", "🙂"]
+    texts = ["".join(rng.choices(characters, k=rng.randint(0, 60))) for _ in range(1000)]
+    for text in [*texts, *HOSTILE, *make_texts(20)]:
+        parts = list(bpe.parts(text))
+        assert "".join(parts) == text
+        assert np.concatenate(bpe.encode_batch(parts)).tolist() == bpe.encode(text).tolist()
+    assert len(list(bpe.parts("word " * 100))) > 1
 
 
 def test_vocabulary(tokenizer: Tokenizer) -> None:
