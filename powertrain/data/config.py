@@ -12,6 +12,8 @@ SPLITS = ("document", "tail")
 
 # 256 bytes and the end-of-document token: below this a byte-level vocabulary cannot spell every text.
 MIN_BPE_VOCAB = 257
+# Far beyond any in use; `tokenizers` reserves memory for all ids, and ends the process where it gets none.
+MAX_BPE_VOCAB = 1 << 24
 
 
 def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -22,6 +24,11 @@ def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
 def _check_at_least(name: str, value: Any, low: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise ValueError(f"{name}={value!r} has to be an integer of at least {low}")
+
+
+def _check_at_most(name: str, value: int, high: int) -> None:
+    if value > high:
+        raise ValueError(f"{name}={value!r} has to be an integer of at most {high}")
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,7 @@ class TokenizerConfig:
     def __post_init__(self) -> None:
         _check_choice("data.tokenizer.kind", self.kind, TOKENIZERS)
         _check_at_least("data.tokenizer.vocab_size", self.vocab_size, MIN_BPE_VOCAB)
+        _check_at_most("data.tokenizer.vocab_size", self.vocab_size, MAX_BPE_VOCAB)
         _check_at_least("data.tokenizer.train_bytes", self.train_bytes, 1)
         if self.kind == "pretrained" and not self.path:
             raise ValueError(
@@ -119,10 +127,17 @@ class DataConfig:
             raise ValueError("data.source=hub needs data.hub_path: a dataset name on the Hub or a dataset directory")
         if self.source != "hub" and self.hub_path:
             raise ValueError(f"data.hub_path={self.hub_path!r} belongs to data.source=hub, not to {self.source}")
+        try:
+            "".encode(self.encoding)
+        except (LookupError, ValueError) as error:
+            raise ValueError(
+                f"data.encoding={self.encoding!r} is no encoding of text that Python knows, such as utf-8 or latin-1"
+            ) from error
         if not 0.0 < self.val_fraction < 1.0:
             raise ValueError(f"data.val_fraction={self.val_fraction!r} has to lie between 0 and 1, both excluded")
         for name, low in (("shard_tokens", 1), ("num_workers", 0), ("split_seed", 0)):
             _check_at_least(f"data.{name}", getattr(self, name), low)
+        _check_at_most("data.split_seed", self.split_seed, (1 << 64) - 1)
         for name in ("document_bytes", "max_documents", "max_val_tokens"):
             if getattr(self, name) is not None:
                 _check_at_least(f"data.{name}", getattr(self, name), 1)

@@ -30,6 +30,10 @@ def test_defaults_are_usable() -> None:
         ({"document_bytes": 0}, ["data.document_bytes=0", "at least 1"]),
         ({"source": "text", "files": "*", "document_bytes": 9}, ["data.document_bytes=9", "text"]),
         ({"shard_tokens": 0}, ["data.shard_tokens=0"]),
+        ({"split_seed": 2**64}, ["data.split_seed=18446744073709551616", f"at most {2**64 - 1}"]),
+        ({"encoding": "foo"}, ["data.encoding='foo'", "utf-8"]),
+        ({"encoding": "hex"}, ["data.encoding='hex'"]),
+        ({"encoding": "a\0b"}, ["data.encoding='a\\x00b'"]),
     ],
 )
 def test_contradictions_are_one_sentence(options: dict, words: list[str]) -> None:
@@ -45,6 +49,7 @@ def test_contradictions_are_one_sentence(options: dict, words: list[str]) -> Non
     [
         ({"kind": "wordpiece"}, ["data.tokenizer.kind='wordpiece'", "bytes, bpe, pretrained"]),
         ({"vocab_size": 256}, ["data.tokenizer.vocab_size=256", "257"]),
+        ({"vocab_size": 10**12}, ["data.tokenizer.vocab_size=1000000000000", "at most 16777216"]),
         ({"kind": "pretrained"}, ["data.tokenizer.path"]),
         ({"kind": "bpe", "path": "gpt2"}, ["data.tokenizer.path='gpt2'", "pretrained"]),
     ],
