@@ -126,11 +126,23 @@ class Tokenizer:
         return hashlib.sha256(rules.encode()).hexdigest()[:32]
 
     def save(self, directory: str | Path) -> None:
-        """Write `tokenizer.json` (readable by any Hugging Face tool) and its metadata into `directory`."""
+        """Write `tokenizer.json` (readable by any Hugging Face tool) and its metadata into `directory`.
+
+        Each file appears whole or not at all; one that holds the same already is left as it is.
+        """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / _FILE).write_text(self.backend.to_str(pretty=True), encoding="utf-8")
-        (directory / _META).write_text(json.dumps({"kind": self.kind, "eod": self.eod}) + "\n", encoding="utf-8")
+        meta = json.dumps({"kind": self.kind, "eod": self.eod}) + "\n"
+        for name, content in ((_FILE, self.backend.to_str(pretty=True).encode()), (_META, meta.encode())):
+            path = directory / name
+            if path.exists() and path.read_bytes() == content:
+                continue
+            temporary = path.with_name(f".{name}.tmp")
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -211,10 +223,14 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     directory = Path(directory)
     try:
         meta = json.loads((directory / _META).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        kind, eod = meta["kind"], meta["eod"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{directory} does not hold a saved tokenizer ({_META}): {error}") from error
-    backend = _hf().Tokenizer.from_file(str(directory / _FILE))
-    return Tokenizer(backend, kind=meta["kind"], eod=meta["eod"])
+    try:
+        backend = _hf().Tokenizer.from_file(str(directory / _FILE))
+    except Exception as error:  # tokenizers raises bare Exception for every cause
+        raise ValueError(f"{directory} does not hold a saved tokenizer ({_FILE}): {error}") from error
+    return Tokenizer(backend, kind=kind, eod=eod)
 
 
 def _token_bytes(backend: tokenizers.Tokenizer, vocab_size: int) -> np.ndarray:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import random
 from pathlib import Path
@@ -84,6 +85,32 @@ def test_save_and_load(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert (loaded.vocab_size, loaded.eod_id, loaded.kind) == (tokenizer.vocab_size, tokenizer.eod_id, tokenizer.kind)
     for text in HOSTILE:
         assert (loaded.encode(text) == tokenizer.encode(text)).all()
+
+
+def test_saving_leaves_no_half_and_writes_nothing_twice(
+    bpe: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    byte_tokenizer().save(tmp_path)
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        bpe.save(tmp_path)
+    assert load_tokenizer(tmp_path).fingerprint == byte_tokenizer().fingerprint
+    byte_tokenizer().save(tmp_path)  # the same: nothing is written
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("tokenizer.json", '{"version"'), ("tokenizer_meta.json", "{}"), ("tokenizer_meta.json", "[]")],
+)
+def test_half_a_tokenizer_is_one_sentence(bpe: Tokenizer, tmp_path: Path, name: str, content: str) -> None:
+    bpe.save(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"does not hold a saved tokenizer \({name}\): ") as error:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_batches_equal_single_texts(tokenizer: Tokenizer) -> None:
