@@ -236,8 +236,9 @@ def share_dir(name: str) -> Path:
         FileNotFoundError: neither is there.
     """
     package = Path(__file__).resolve().parent
-    for candidate in (package.parent / name, package / "_share" / name):
-        if candidate.is_dir() and (package.parent / "pyproject.toml").exists() == (candidate.parent == package.parent):
+    # What a wheel carries comes first: beside it may be another package's directory of that name.
+    for candidate in (package / "_share" / name, package.parent / name):
+        if candidate.is_dir():
             return candidate
     raise FileNotFoundError(
         f"powertrain's directory '{name}' is missing beside or inside {package}; reinstall powertrain"

@@ -21,6 +21,7 @@ from powertrain.train import EXTENDABLE, RunResult, check_same_run, is_main_proc
 from powertrain.wording import counted
 
 if TYPE_CHECKING:
+    from powertrain.training.batching import Devices
     from powertrain.training.signals import StopSignals
 
 EXAMPLES = """\
@@ -124,32 +125,43 @@ def _plan(config: RunConfig, *, submits: bool) -> int:
 
 
 def _train_here(config: RunConfig, arguments: argparse.Namespace, argv: list[str], signals: StopSignals) -> int:
-    from powertrain.training.batching import resolve_devices
-    from powertrain.training.launch import end_with_launcher, launch, launcher
     from powertrain.training.signals import Stopped
 
-    devices = resolve_devices(config.trainer)
-    if devices.torch_device.type == "cuda":
-        from powertrain.ops.cuda import library_problem
+    again_as = shlex.join([_program(), "train", *argv])
+    try:
+        # Imports and the kernels' compilation take the longest of a start, and a signal may come meanwhile.
+        from powertrain.training.batching import resolve_devices
+        from powertrain.training.launch import end_with_launcher, launch, launcher
 
-        library_problem()  # builds the kernels, with progress, before any process waits for another
-    if devices.per_node > 1 and launcher() is None:
-        again = [sys.executable, "-m", "powertrain", "train", *argv]
-        return launch(again, devices.per_node, num_nodes=devices.num_nodes)
-    command, again_as = (shlex.join([program, "train", *argv]) for program in ("powertrain", _program()))
-    end_with_launcher()
+        devices = resolve_devices(config.trainer)
+        if devices.torch_device.type == "cuda":
+            from powertrain.ops.cuda import library_problem
+
+            library_problem()  # builds the kernels, with progress, before any process waits for another
+        if devices.per_node > 1 and launcher() is None:
+            again = [sys.executable, "-m", "powertrain", "train", *argv]
+            return launch(again, devices.per_node, num_nodes=devices.num_nodes)
+        end_with_launcher()
+        return _train_as_rank(config, arguments, argv, signals, devices)
+    except Stopped as stop:
+        return _interrupted(config, stop.signum, "No step was under way", again_as)
+
+
+def _train_as_rank(
+    config: RunConfig, arguments: argparse.Namespace, argv: list[str], signals: StopSignals, devices: Devices
+) -> int:
+    """Train as one of the processes that `devices` counts, and report."""
+    again_as = shlex.join([_program(), "train", *argv])
     # Before the data are prepared, which may take long as well.
     if devices.torch_device.type == "cpu" and (note := long_on_cpu(config)):
         say(note)
     try:
-        result = run(config, command=command, signals=signals)
+        result = run(config, command=shlex.join(["powertrain", "train", *argv]), signals=signals)
         if result.fit.interrupted_by is not None:
             step = result.fit.counters.step
             saved = f"Everything is saved at step {step}" if result.fit.checkpoint else "No step was under way"
             return _interrupted(config, result.fit.interrupted_by, saved, again_as)
         _report(config, result, arguments.overrides if arguments.config is None else None)
-    except Stopped as stop:
-        return _interrupted(config, stop.signum, "No step was under way", again_as)
     except Exception as error:
         if devices.world_size > 1:
             _end_rank(error)

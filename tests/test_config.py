@@ -268,6 +268,15 @@ def test_traceback_on_request(monkeypatch):
         main(["train", "--cfg", "job", "modle=1m"])
 
 
+def test_share_dir_of_an_installed_package_is_its_own(monkeypatch, tmp_path):
+    monkeypatch.setattr(run_config, "__file__", str(tmp_path / "powertrain" / "config.py"))
+    # As other packages leave in site-packages by mistake.
+    (tmp_path / "pyproject.toml").touch()
+    for directory in (tmp_path / "conf", tmp_path / "powertrain" / "_share" / "conf"):
+        directory.mkdir(parents=True)
+    assert share_dir("conf") == directory
+
+
 def test_share_dir_says_what_is_missing(monkeypatch, tmp_path):
     monkeypatch.setattr(run_config, "__file__", str(tmp_path / "powertrain" / "config.py"))
     with pytest.raises(FileNotFoundError, match="'conf' is missing"):

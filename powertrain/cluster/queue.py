@@ -84,6 +84,11 @@ def current_job_id(environment: Mapping[str, str] = os.environ) -> str | None:
     return environment.get("SLURM_JOB_ID") or None
 
 
+def this_restart(environment: Mapping[str, str] = os.environ) -> int:
+    """Return how often Slurm had started this process's job before."""
+    return int(environment.get("SLURM_RESTART_COUNT", "0"))
+
+
 @dataclass(frozen=True)
 class JobState:
     """A job as the controller sees it."""
@@ -91,6 +96,7 @@ class JobState:
     state: str  # RUNNING, PENDING, COMPLETING, ...
     reason: str  # TimeLimit, None, ...
     preempted: bool  # it runs on for a while, to make room for another job
+    restarts: int  # how often it was queued again, from the moment that Slurm agrees to it
 
 
 def job_state(job_id: str) -> JobState:
@@ -104,7 +110,13 @@ def job_state(job_id: str) -> JobState:
         key, _, value = word.partition("=")
         fields.setdefault(key, value)
     preempted = fields.get("PreemptTime", "None") != "None"
-    return JobState(fields.get("JobState", "UNKNOWN"), fields.get("Reason", ""), preempted)
+    restarts = fields.get("Restarts", "0")
+    return JobState(
+        fields.get("JobState", "UNKNOWN"),
+        fields.get("Reason", ""),
+        preempted,
+        int(restarts) if restarts.isdigit() else 0,
+    )
 
 
 class QueuedJob(NamedTuple):
@@ -125,10 +137,13 @@ def queued_jobs(job_ids: Iterable[str]) -> dict[str, QueuedJob]:
         return {}
     if shutil.which("squeue") is None:
         raise SlurmError("squeue is not installed here")
-    # All of the queue: asked for one id that has left it, squeue fails instead of printing nothing.
+    # All of the queue, hidden partitions too: asked for one id that has left it, squeue fails instead of printing
+    # nothing. What the user has squeue leave out by variables counts as well.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("SQUEUE_")}
     lines = slurm(
-        "squeue", "--noheader", "--array", "--format=%i|%T|%S", environment={**os.environ, "SLURM_TIME_FORMAT": "%s"}
-    ).splitlines()
+        "squeue", "--noheader", "--all", "--array", "--format=%i|%T|%S",
+        environment={**environment, "SLURM_TIME_FORMAT": "%s"},
+    ).splitlines()  # fmt: skip
     jobs = (line.strip().split("|") for line in lines)
     return {
         job: QueuedJob(state, float(started) if started.isdigit() else None)

@@ -18,7 +18,15 @@ from typing import NamedTuple
 import yaml
 
 from powertrain.cluster.config import ClusterConfig
-from powertrain.cluster.queue import SlurmError, SlurmRefusal, current_job_id, job_state, patiently, slurm
+from powertrain.cluster.queue import (
+    SlurmError,
+    SlurmRefusal,
+    current_job_id,
+    job_state,
+    patiently,
+    slurm,
+    this_restart,
+)
 
 ATTEMPTS_FILE = "attempts.json"
 # Left for the batch script where Slurm did not answer rank 0: the number of the signal.
@@ -55,7 +63,7 @@ def requeue_job(signum: int, signal_seconds: int, check: Callable[[str], None] =
     assert job_id is not None, "requeue_job is for processes of a Slurm job"
     seconds = ASKING_SHARE * signal_seconds
     try:
-        return patiently(_Wish(job_id, signum, check).ask, seconds)
+        return patiently(lambda: _ask(job_id, signum, check), seconds)
     except SlurmRefusal:
         raise
     except SlurmError as error:
@@ -64,27 +72,19 @@ def requeue_job(signum: int, signal_seconds: int, check: Callable[[str], None] =
         ) from error
 
 
-class _Wish:
-    """Another attempt for one job, wished for until Slurm answers."""
-
-    def __init__(self, job_id: str, signum: int, check: Callable[[str], None]) -> None:
-        self.job_id = job_id
-        self.signum = signum
-        self.check = check
-        # Slurm ends a job's processes as it queues the job again, the one that waits for its answer among them.
-        self.unanswered = False
-
-    def ask(self) -> Answer:
-        job, now = self.job_id, job_state(self.job_id)
-        # Cancelled, preempted without grace, or queued again already: all of them are COMPLETING, for other reasons.
-        wanted = now.state == "RUNNING" and (self.signum != signal.SIGTERM or now.preempted)
-        if wanted or now.reason == "TimeLimit":
-            self.check(job)
-            self.unanswered = True
-            slurm("scontrol", "requeue", job)
-        elif not self.unanswered:
-            return Answer(False, f"job {job} is {now.state}: no other attempt is asked for")
-        return Answer(True, f"job {job} is queued again and will continue from what is saved")
+def _ask(job_id: str, signum: int, check: Callable[[str], None]) -> Answer:
+    now = job_state(job_id)
+    again = Answer(True, f"job {job_id} is queued again and will continue from what is saved")
+    # By Slurm itself; or as asked for, and the one who asked was ended with the job before it heard.
+    if now.restarts > this_restart():
+        return again
+    # Cancelled or preempted without grace: such jobs are COMPLETING, too.
+    wanted = now.state == "RUNNING" and (signum != signal.SIGTERM or now.preempted)
+    if not (wanted or now.reason == "TimeLimit"):
+        return Answer(False, f"job {job_id} is {now.state}: no other attempt is asked for")
+    check(job_id)
+    slurm("scontrol", "requeue", job_id)
+    return again
 
 
 def requeue(run_dir: Path, signum: int) -> Answer:
@@ -154,7 +154,7 @@ def _count_attempt(run_dir: Path, job_id: str) -> _Attempt:
     is judged by what it gains from there.
     """
     path = run_dir / "slurm" / ATTEMPTS_FILE
-    restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    restarts = this_restart()
     before = _last_attempt(path, job_id)
     if before.restarts == restarts:
         return before

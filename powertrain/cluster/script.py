@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,6 +84,7 @@ def _directives(cluster: ClusterConfig, job: BatchJob) -> list[str]:
 
 def batch_script(cluster: ClusterConfig, job: BatchJob) -> str:
     """Return the script that `sbatch` takes."""
+    processes = cluster.processes_per_node
     lines = ["#!/bin/bash", *_directives(cluster, job), "", "set -eo pipefail", ""]
     if cluster.setup:
         lines += ["# cluster.setup", *cluster.setup, ""]
@@ -96,8 +98,9 @@ def batch_script(cluster: ClusterConfig, job: BatchJob) -> str:
         "# Processes meet at the first machine; set MASTER_ADDR where its name does not resolve.",
         'export MASTER_ADDR="${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}"',
         "# srun does not take this over from sbatch by itself (Slurm 22.05 and later).",
-        'export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"',
-        'export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}"',
+        'if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"; fi',
+        f"share=$(( SLURM_CPUS_ON_NODE > {processes} ? SLURM_CPUS_ON_NODE / {processes} : 1 ))",
+        'export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-$share}}"',
         "export PYTHONUNBUFFERED=1",
         "",
     ]
@@ -115,21 +118,23 @@ def batch_script(cluster: ClusterConfig, job: BatchJob) -> str:
             "",
         ]
     lines += [
-        "# The first process that fails ends all of them. In the background, because bash runs a trap only between",
-        "# commands; the trap ends a wait early.",
-        f"srun --kill-on-bad-exit=1 --label {shlex.join(job.command)} &",
+        "# The first process that fails ends all of them, and one that ends well none: rank 0 may still report, or",
+        "# ask for another attempt. In the background, because bash runs a trap only between commands; the trap ends a",
+        "# wait early.",
+        f"srun --kill-on-bad-exit=1 --wait=0 --label {shlex.join(job.command)} &",
         "ranks=$!",
+        'while kill -0 "$ranks" 2> /dev/null; do wait "$ranks" || true; done',
         "code=0",
-        'wait "$ranks" || code=$?',
-        'while kill -0 "$ranks" 2> /dev/null; do',
-        "  code=0",
-        '  wait "$ranks" || code=$?',
-        "done",
+        'wait "$ranks" || code=$?  # of srun, which bash keeps',
     ]
     if job.last_resort is not None and job.unanswered is not None:
+        unanswered = shlex.quote(str(job.unanswered))
+        usr1 = signal.SIGUSR1.value
         lines += [
+            "# A signal that came before the run took signals has ended it.",
+            f'[ "$code" -ne {128 + usr1} ] || echo {usr1} > {unanswered}',
             "# Where Slurm has not answered the run in time, this asks again.",
-            f"if [ -e {shlex.quote(str(job.unanswered))} ]; then {shlex.join(job.last_resort)} || true; fi",
+            f"if [ -e {unanswered} ]; then {shlex.join(job.last_resort)} || true; fi",
         ]
     lines.append('exit "$code"')
     return "\n".join(lines) + "\n"

@@ -55,7 +55,8 @@ def _files(root: Path) -> Iterator[Path]:
             yield source
         for directory, folders, names in os.walk(source):
             folders[:] = sorted(name for name in folders if name not in SKIPPED and not name.startswith("."))
-            yield from (Path(directory, name) for name in sorted(names) if not name.startswith("."))
+            paths = (Path(directory, name) for name in sorted(names) if not name.startswith("."))
+            yield from (path for path in paths if path.is_file())  # not links that lead nowhere
 
 
 def _digest(root: Path) -> str:
@@ -69,7 +70,7 @@ def _digest(root: Path) -> str:
 def copy_path(directory: Path) -> Path | None:
     """Return where `copy_code` puts the copy: `directory/<digest of the files>`; None where it makes none."""
     root = _root()
-    return directory / _digest(root) if (root / "pyproject.toml").exists() else None
+    return None if (root / "powertrain" / "_share").is_dir() else directory / _digest(root)
 
 
 def copy_code(directory: Path) -> Path | None:

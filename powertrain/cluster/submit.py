@@ -197,7 +197,7 @@ def _kernels() -> tuple[tuple[str, ...], ...]:
 
     try:
         build_missing()
-    except KernelsUnavailable:
+    except (KernelsUnavailable, OSError):
         return (python_command("powertrain", "kernels", "build"),)
     except KernelBuildError as error:
         raise SlurmError(f"nothing was submitted: {error}") from error

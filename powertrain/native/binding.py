@@ -8,10 +8,8 @@ seconds to compile. A wheel may carry it for some releases of torch beside the k
 import ctypes
 import functools
 import hashlib
-import os
 import platform
 import shlex
-import shutil
 import subprocess
 import tempfile
 import time
@@ -22,7 +20,7 @@ from powertrain.native.build import build_library, find_library
 from powertrain.native.errors import KernelBuildError, KernelsUnavailable
 from powertrain.native.loader import library
 from powertrain.native.store import cache_root
-from powertrain.native.toolchain import kernel_sources
+from powertrain.native.toolchain import find_compiler, kernel_sources
 
 BINDING_NAME = "libpowertrain_torch.so"
 _SOURCE = Path(__file__).with_name("torch_binding.cpp")
@@ -38,17 +36,6 @@ def binding_key() -> str:
     release = f"{torch.__version__}\0{torch.version.git_version}\0{_abi_flag()}\0{platform.machine()}"
     key.update(f"\0{' '.join(_FLAGS)}\0{release}".encode())
     return key.hexdigest()[:24]
-
-
-def find_compiler() -> str:
-    """The C++ compiler: `$CXX`, else c++, g++ or clang++ of PATH."""
-    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
-        if name and (path := shutil.which(name)):
-            return path
-    raise KernelsUnavailable(
-        "A C++ compiler was not found, and the kernels need one to be joined to the installed torch: install g++ (or "
-        "set CXX) and run `powertrain kernels build`; until then power_retention takes its PyTorch path."
-    )
 
 
 def find_binding() -> Path | None:

@@ -19,6 +19,7 @@ from powertrain.native.toolchain import (
     LINK_FLAGS,
     Nvcc,
     Unit,
+    find_compiler,
     find_ninja,
     find_nvcc,
     include_flags,
@@ -47,7 +48,9 @@ def find_library() -> Path | None:
     return store.find(LIBRARY_NAME, key, (cache_root() / key, sources / "lib"))
 
 
-def build_library(*, jobs: int | None = None, output: Path | None = None, force: bool = False) -> Path:
+def build_library(
+    *, jobs: int | None = None, output: Path | None = None, force: bool = False, objects: bool = False
+) -> Path:
     """Builds the library for the present sources unless it is in the cache, and returns its path.
 
     Safe when many processes start at once: one builds, the others wait for the lock and take the result. A library
@@ -57,6 +60,7 @@ def build_library(*, jobs: int | None = None, output: Path | None = None, force:
         jobs: compilers run at once; default: the CPUs of this process.
         output: a folder to copy the library and its manifest into as well (how a wheel comes to carry them).
         force: build even if the cache holds the library; objects are compiled anew too.
+        objects: build also where the cache lacks objects of the present compiler, which `compiler_reports` reads.
 
     Raises:
         KernelsUnavailable: no compiler, or no sources.
@@ -66,7 +70,8 @@ def build_library(*, jobs: int | None = None, output: Path | None = None, force:
     key = library_key(sources)
     folder = cache_root() / key
     with store.building():
-        if force or store.find(LIBRARY_NAME, key, (folder,)) is None:
+        found = store.find(LIBRARY_NAME, key, (folder,)) is not None
+        if force or not found or (objects and _not_compiled(sources, find_nvcc())):
             _build_locked(sources, key, cache_root(), jobs=jobs or len(os.sched_getaffinity(0)), force=force)
     if output is not None:
         store.copy_out(folder / LIBRARY_NAME, output)
@@ -116,6 +121,10 @@ def parse_ptxas(unit: str, text: str) -> list[KernelReport]:
     return reports
 
 
+def _not_compiled(sources: Path, nvcc: Nvcc) -> list[Unit]:
+    return [unit for unit in units(sources) if not _object(cache_root(), unit, nvcc).is_file()]
+
+
 def _object(home: Path, unit: Unit, nvcc: Nvcc) -> Path:
     key = hashlib.sha256(f"{unit.name}\0{unit.digest}\0{' '.join(unit.flags)}\0{nvcc.release}".encode())
     return home / "objects" / f"{key.hexdigest()[:24]}.o"
@@ -123,9 +132,10 @@ def _object(home: Path, unit: Unit, nvcc: Nvcc) -> Path:
 
 def _build_locked(sources: Path, key: str, home: Path, *, jobs: int, force: bool) -> None:
     nvcc, ninja = find_nvcc(), find_ninja()
+    find_compiler()  # which nvcc needs, too
     all_units = units(sources)
     objects = {unit.name: _object(home, unit, nvcc) for unit in all_units}
-    missing = [unit for unit in all_units if force or not objects[unit.name].is_file()]
+    missing = all_units if force else _not_compiled(sources, nvcc)
     (home / "objects").mkdir(parents=True, exist_ok=True)
     store.say(
         f"building the CUDA kernels once: {len(missing)} of {len(all_units)} files to compile "
@@ -158,8 +168,9 @@ def _ninja_file(sources: Path, nvcc: Nvcc, missing: list[Unit], objects: dict[st
     lines = [
         "ninja_required_version = 1.5",
         "rule compile",
-        # The log stays beside the object: `build --check` reads registers, spills and warnings from it.
-        f"  command = ({compiler} $flags {includes} -c $in -o $out.part > $log 2>&1 && mv $out.part $out)"
+        # The log stays beside the object: `build --check` reads registers, spills and warnings from it. $$$$ is the
+        # shell's own number: two builds may compile one object at once, where there are no locks.
+        f"  command = ({compiler} $flags {includes} -c $in -o $out.$$$$.part > $log 2>&1 && mv $out.$$$$.part $out)"
         " || (cat $log; exit 1)",
         "  description = $name",
         "rule link",
@@ -186,9 +197,16 @@ def _run_ninja(command: list[str]) -> None:
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     ) as process:
         assert process.stdout is not None
-        for line in process.stdout:
-            output.append(line)
-            if line.startswith("["):
-                store.say(line.rstrip())
+        try:
+            for line in process.stdout:
+                output.append(line)
+                if line.startswith("["):
+                    store.say(line.rstrip())
+        except BaseException:
+            process.terminate()  # ninja ends its compilers; `with` would wait for them, minutes
+            raise
     if process.returncode != 0:
-        raise KernelBuildError("The kernels did not compile.\n" + "".join(output[-200:]))
+        failed = "".join(line for line in output if line.startswith("FAILED"))
+        # An object of the cache that a crash of the machine has left damaged.
+        advice = " `powertrain kernels build --force` compiles every object anew." if LIBRARY_NAME in failed else ""
+        raise KernelBuildError(f"The kernels did not compile.{advice}\n" + "".join(output[-200:]))

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from powertrain.native.abi import ABI_VERSION
-from powertrain.native.binding import binding_warnings, build_binding, find_binding, find_compiler
+from powertrain.native.binding import binding_warnings, build_binding, find_binding
 from powertrain.native.build import build_library, compiler_reports, find_library
 from powertrain.native.errors import KernelBuildError, KernelsUnavailable
 from powertrain.native.loader import named_library, open_library, open_named_library
 from powertrain.native.store import cache_root, verify_library
-from powertrain.native.toolchain import find_nvcc, kernel_sources, library_key, units
+from powertrain.native.toolchain import find_compiler, find_nvcc, kernel_sources, library_key, units
 
 _BUILDS = "`powertrain kernels build` (or the first call on a GPU) builds it"
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _build(arguments: argparse.Namespace) -> int:
-    path = build_library(jobs=arguments.jobs, output=arguments.output, force=arguments.force)
+    path = build_library(jobs=arguments.jobs, output=arguments.output, force=arguments.force, objects=arguments.check)
     open_library(path)
     print(path)
     print(build_binding(output=arguments.output, force=arguments.force))

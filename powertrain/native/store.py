@@ -31,14 +31,24 @@ class Manifest:
 
 
 def cache_root() -> Path:
-    """`$POWERTRAIN_CACHE`, else the user's cache directory; the kernels live in its `kernels/`."""
+    """`$POWERTRAIN_CACHE`, else the user's cache directory; the kernels live in its `kernels/`.
+
+    Raises:
+        KernelsUnavailable: this process has no home directory, and nothing names another one.
+    """
     if os.environ.get("POWERTRAIN_CACHE"):
         root = Path(os.environ["POWERTRAIN_CACHE"])
     elif os.environ.get("XDG_CACHE_HOME"):
         root = Path(os.environ["XDG_CACHE_HOME"]) / "powertrain"
     else:
-        root = Path.home() / ".cache" / "powertrain"
-    return root / "kernels"
+        try:
+            root = Path.home() / ".cache" / "powertrain"
+        except RuntimeError:
+            raise KernelsUnavailable(
+                "This user has no home directory to keep the kernels in: set POWERTRAIN_CACHE to a directory."
+            ) from None
+    # Absolute: the build runs in a directory of its own.
+    return (root / "kernels").absolute()
 
 
 def find(name: str, key: str, folders: tuple[Path, ...]) -> Path | None:

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -102,12 +103,13 @@ def _include_folders(root: Path) -> tuple[Path, ...]:
 def library_key(root: Path) -> str:
     """The content key of the library that these sources and flags give.
 
-    The compiler's release is left out on purpose: a compute node without nvcc must find what a login node built.
+    The machine's architecture counts, since two may share a home directory. The compiler's release is left out on
+    purpose: a compute node without nvcc must find what a login node built.
     """
     key = hashlib.sha256()
     for unit in units(root):
         key.update(f"{unit.name}\0{unit.digest}\0{' '.join(unit.flags)}\0".encode())
-    key.update(" ".join(LINK_FLAGS).encode())
+    key.update(f"{' '.join(LINK_FLAGS)}\0{platform.machine()}".encode())
     return key.hexdigest()[:24]
 
 
@@ -145,6 +147,17 @@ def _nvcc_version(path: Path) -> tuple[int, int]:
     if not match:
         raise KernelsUnavailable(f"{path} --version does not name a release; set CUDA_HOME to a working CUDA toolkit.")
     return int(match[1]), int(match[2])
+
+
+def find_compiler() -> str:
+    """The C++ compiler: `$CXX`, else c++, g++ or clang++ of PATH."""
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        if name and (path := shutil.which(name)):
+            return path
+    raise KernelsUnavailable(
+        "A C++ compiler was not found, and the kernels need one to be joined to the installed torch: install g++ (or "
+        "set CXX) and run `powertrain kernels build`; until then power_retention takes its PyTorch path."
+    )
 
 
 def find_ninja() -> str:

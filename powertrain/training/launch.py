@@ -37,7 +37,8 @@ def launcher() -> str | None:
     # A batch script sees Slurm's variables too, but only srun starts processes; a shell under srun is one of one.
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         return "srun"
-    return "powertrain" if "LOCAL_RANK" in os.environ else None
+    # Ours, or any other that gives torchrun's variables; LOCAL_RANK alone may be left over from something else.
+    return "powertrain" if {"LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys() else None
 
 
 def launch(command: list[str], processes: int, *, num_nodes: int = 1) -> int:
@@ -46,7 +47,7 @@ def launch(command: list[str], processes: int, *, num_nodes: int = 1) -> int:
     Args:
         num_nodes: machines; with several, NODE_RANK, MASTER_ADDR and MASTER_PORT say which this is and where to meet.
     Returns:
-        0, or the exit code of the process that failed first: 128 + signal where one ended it.
+        0, or the exit code of the process that failed first: 128 + signal where one ended it, or came before any began.
     Errors:
         ValueError: several machines, and nothing says where they meet.
     """
@@ -56,11 +57,13 @@ def launch(command: list[str], processes: int, *, num_nodes: int = 1) -> int:
             f"trainer.num_nodes={num_nodes} needs a launcher that knows the other machines: use torchrun or"
             f" cluster=slurm, or set {', '.join(missing)} on each."
         )
-    node = int(os.environ.get("NODE_RANK", "0"))
+    node, address, port = 0, "127.0.0.1", str(_free_port())
+    if num_nodes > 1:
+        node, address, port = int(os.environ["NODE_RANK"]), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     shared = {
         **os.environ,
-        "MASTER_ADDR": os.environ.get("MASTER_ADDR", "127.0.0.1"),
-        "MASTER_PORT": os.environ.get("MASTER_PORT") or str(_free_port()),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": port,
         "NODE_RANK": str(node),
         "WORLD_SIZE": str(processes * num_nodes),
         LAUNCHER: str(os.getpid()),
@@ -68,17 +71,22 @@ def launch(command: list[str], processes: int, *, num_nodes: int = 1) -> int:
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // processes)),
     }
     running: dict[int, subprocess.Popen[bytes]] = {}
+    received: list[int] = []  # and not passed on yet
 
-    def forward(signum: int, frame: FrameType | None) -> None:
-        _send(running, signum)
+    def take(signum: int, frame: FrameType | None) -> None:
+        received.append(signum)
 
-    previous: dict[int, Any] = {signum: signal.signal(signum, forward) for signum in _FORWARDED}
+    previous: dict[int, Any] = {signum: signal.signal(signum, take) for signum in _FORWARDED}
     try:
         for local in range(processes):
+            if received:
+                break
             environment = {**shared, "LOCAL_RANK": str(local), "RANK": str(node * processes + local)}
             # A session of its own: a terminal's Ctrl-C comes once, from here.
             running[local] = subprocess.Popen(command, env=environment, start_new_session=True)
-        return _supervise(running, node * processes)
+        if not running:
+            return 128 + received[0]
+        return _supervise(running, node * processes, received)
     finally:
         _send(running, signal.SIGKILL)
         for signum, handler in previous.items():
@@ -96,10 +104,12 @@ def _send(running: dict[int, subprocess.Popen[bytes]], signum: int) -> None:
         process.send_signal(signum)
 
 
-def _supervise(running: dict[int, subprocess.Popen[bytes]], first_rank: int) -> int:
-    """Wait until every process has ended; from the first failure on, for `GRACE` seconds at most."""
+def _supervise(running: dict[int, subprocess.Popen[bytes]], first_rank: int, received: list[int]) -> int:
+    """Pass signals on and wait until all processes have ended; from the first failure on, `GRACE` seconds at most."""
     code, deadline = 0, None
     while running:
+        while received:
+            _send(running, received.pop(0))
         for local, process in list(running.items()):
             result = process.poll()
             if result is None:

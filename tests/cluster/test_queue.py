@@ -36,11 +36,16 @@ def test_the_state_of_a_job(stub):
     assert json.loads(calls.read_text())["argv"] == ["--oneliner", "show", "job", "7"]
 
 
-def test_the_queue_is_asked_for_jobs_and_tasks_of_arrays(stub):
+def test_the_queue_is_asked_for_jobs_and_tasks_of_arrays(stub, monkeypatch):
+    monkeypatch.setenv("SQUEUE_STATES", "RUNNING")
     calls = stub("squeue", "7|RUNNING|1795694644\n8_0|PENDING|N/A\n8_1|PENDING|N/A\n9|PENDING|N/A\n")
     assert queued_jobs(["7", "8_1", "6"]) == {"7": ("RUNNING", 1795694644.0), "8_1": ("PENDING", None)}
     # Seconds since 1970, whatever the time zones and the user's taste.
-    assert json.loads(calls.read_text())["env"]["SLURM_TIME_FORMAT"] == "%s"
+    call = json.loads(calls.read_text())
+    assert call["env"]["SLURM_TIME_FORMAT"] == "%s"
+    # The jobs of hidden partitions, and whatever the user wants left out of his own tables.
+    assert "--all" in call["argv"]
+    assert "SQUEUE_STATES" not in call["env"]
 
 
 def test_without_jobs_nobody_is_asked(stub):

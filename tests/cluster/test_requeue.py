@@ -16,11 +16,13 @@ from powertrain.scaling.run import Outcome
 def in_job(monkeypatch, stub):
     """Return a function that makes this process one of a job in a state, and returns the calls of scontrol."""
 
-    def enter(state, reason="None", preempted=None):
+    def enter(state, reason="None", preempted=None, restarts=0):
         monkeypatch.setenv("SLURM_JOB_ID", "7")
         monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "5")
         monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
-        return stub("scontrol", f"JobId=7 JobState={state} Reason={reason} PreemptTime={preempted}\n")
+        return stub(
+            "scontrol", f"JobId=7 JobState={state} Reason={reason} Restarts={restarts} PreemptTime={preempted}\n"
+        )
 
     return enter
 
@@ -65,6 +67,29 @@ def test_a_job_that_failed_is_cancelled_or_queued_already_is_left_alone(in_job, 
     calls = in_job(state)
     assert requeue(tmp_path, signum) == (False, f"job 5_2 is {state}: no other attempt is asked for")
     assert requeued(calls) == []
+
+
+@pytest.mark.parametrize(
+    ("restarts", "before", "signum"),
+    [
+        # The one that asked was ended with the job before it heard; Slurm preempted it, or lost a machine.
+        (1, None, signal.SIGUSR1),
+        (1, None, signal.SIGTERM),
+        (4, "3", signal.SIGTERM),
+    ],
+)
+def test_a_job_that_slurm_has_queued_again_is_said_to_be(in_job, tmp_path, monkeypatch, restarts, before, signum):
+    if before is not None:
+        monkeypatch.setenv("SLURM_RESTART_COUNT", before)
+    calls = in_job("COMPLETING", restarts=restarts)
+    assert requeue(tmp_path, signum) == (True, "job 5_2 is queued again and will continue from what is saved")
+    assert requeued(calls) == []
+
+
+def test_a_job_that_is_cancelled_while_it_asks_is_not_said_to_be_queued_again(flaky, tmp_path):
+    (tmp_path / "stubs" / "scontrol").write_text(CANCELLED_MEANWHILE.format(directory=tmp_path))
+    answer = requeue(tmp_path, signal.SIGUSR1)
+    assert answer == (False, "job 5_2 is COMPLETING: no other attempt is asked for")
 
 
 @pytest.fixture
@@ -164,6 +189,12 @@ def test_the_batch_script_gets_a_sentence_and_a_code(in_job, tmp_path, capsys, s
     assert "Unable to contact slurm controller" in capsys.readouterr().err
 
 
+CANCELLED_MEANWHILE = """\
+#!/bin/sh
+if [ "$1" = requeue ]; then touch {directory}/asked; echo "Socket timed out" >&2; exit 1; fi
+[ -e {directory}/asked ] && state=COMPLETING || state=RUNNING
+echo "JobState=$state Reason=None Restarts=0 PreemptTime=None"
+"""
 FLAKY = """\
 #!/bin/sh
 echo "$1 $2" >> {directory}/asked
@@ -193,23 +224,6 @@ def test_a_controller_that_does_not_answer_at_first_is_asked_again(flaky, tmp_pa
     assert requeue(tmp_path, signal.SIGUSR1).queued
     assert asked() == ["--oneliner", "--oneliner", "--oneliner", "requeue"]
     assert not (tmp_path / "slurm" / UNANSWERED_FILE).exists()
-
-
-ENDED_WITH_ITS_JOB = """\
-#!/bin/sh
-[ "$1" = requeue ] || {{ echo "JobState=$(cat {state}) Reason=None PreemptTime=2026-01-01T00:00:00"; exit; }}
-echo {becomes} > {state}
-kill -TERM $$
-"""
-
-
-@pytest.mark.parametrize("becomes", ["COMPLETING", "PENDING", "REQUEUED"])
-def test_a_request_that_slurm_grants_by_ending_the_one_that_waits_for_the_answer(flaky, tmp_path, becomes):
-    state = tmp_path / "state"
-    state.write_text("RUNNING")
-    (tmp_path / "stubs" / "scontrol").write_text(ENDED_WITH_ITS_JOB.format(state=state, becomes=becomes))
-    answer = requeue(tmp_path, signal.SIGTERM)
-    assert answer == (True, "job 5_2 is queued again and will continue from what is saved")
 
 
 def test_where_it_never_answers_the_batch_script_asks_again_for_the_same_signal(

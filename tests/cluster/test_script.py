@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def test_commands_and_variables_reach_the_job_as_they_are(tmp_path, stub):
     assert done.returncode == 0, done.stderr
     first, ranks = map(json.loads, calls.read_text().splitlines())
     assert first["argv"] == ["--nodes=1", "--ntasks=1", "first", *HOSTILE]
-    assert ranks["argv"] == ["--kill-on-bad-exit=1", "--label", "program", *HOSTILE]
+    assert ranks["argv"] == ["--kill-on-bad-exit=1", "--wait=0", "--label", "program", *HOSTILE]
     assert {key: ranks["env"][key] for key in env} == env
     assert ranks["env"]["MASTER_ADDR"] == "n1"
     assert not list(tmp_path.glob("**/canary"))
@@ -51,10 +52,17 @@ def test_threads_and_address_follow_the_job_and_yield_to_the_configuration(tmp_p
     plain = ClusterConfig(kind="slurm")
     variables = {"SLURM_CPUS_PER_TASK": "7", "OMP_NUM_THREADS": ""}
     assert run_script(batch_script(plain, job()), tmp_path, **variables).returncode == 0
-    one, two = (json.loads(line)["env"] for line in calls.read_text().splitlines())
+    # Where nobody says how many, whatever Slurm gives: an explicit 1 would be all that a process gets.
+    shared = ClusterConfig(kind="slurm", tasks_per_node=2, cpus_per_task=None)
+    variables = {"SLURM_CPUS_ON_NODE": "8", "OMP_NUM_THREADS": ""}
+    assert run_script(batch_script(shared, job()), tmp_path, **variables).returncode == 0
+    assert run_script(batch_script(shared, job()), tmp_path, OMP_NUM_THREADS="").returncode == 0
+    one, two, three, four = (json.loads(line)["env"] for line in calls.read_text().splitlines())
     assert (one["MASTER_ADDR"], one["OMP_NUM_THREADS"], one["X"]) == ("10.0.0.1", "3", "1")
     assert one["PYTHONPATH"] == "/co de:/old"
     assert (two["SRUN_CPUS_PER_TASK"], two["OMP_NUM_THREADS"]) == ("7", "7")
+    assert (three.get("SRUN_CPUS_PER_TASK"), three["OMP_NUM_THREADS"]) == (None, "4")
+    assert (four.get("SRUN_CPUS_PER_TASK"), four["OMP_NUM_THREADS"]) == (None, "1")
 
 
 @pytest.mark.parametrize("code", [0, 1, 143])
@@ -84,6 +92,23 @@ def test_a_last_resort_that_fails_leaves_the_processes_their_time_to_save(tmp_pa
     (tmp_path / "stubs" / "srun").chmod(0o755)
     done = run_script(batch_script(ClusterConfig(), job(last_resort=("sh", "-c", "echo asked; false"))), tmp_path)
     assert (done.returncode, done.stdout.split()) == (3, ["asked", "saved"])
+
+
+def test_processes_that_end_while_the_last_resort_asks_end_the_job_with_their_code(tmp_path, stub):
+    stub("scontrol", "n1\n")
+    (tmp_path / "stubs" / "srun").write_text("#!/bin/sh\nkill -TERM $PPID\nsleep 0.2\nexit 3\n")
+    (tmp_path / "stubs" / "srun").chmod(0o755)
+    done = run_script(batch_script(ClusterConfig(), job(last_resort=("sleep", "0.8"))), tmp_path)
+    assert done.returncode == 3
+
+
+def test_the_script_asks_where_a_signal_came_before_the_processes_took_any(tmp_path, stub):
+    stub("scontrol", "n1\n")
+    stub("srun", code=128 + signal.SIGUSR1)
+    unanswered = tmp_path / "no answer"
+    script = batch_script(ClusterConfig(), job(last_resort=("cat", str(unanswered)), unanswered=unanswered))
+    done = run_script(script, tmp_path)
+    assert (done.returncode, int(done.stdout)) == (128 + signal.SIGUSR1, signal.SIGUSR1)
 
 
 def test_a_failing_line_of_the_setup_ends_the_job_before_it_trains(tmp_path, stub):

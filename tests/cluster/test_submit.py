@@ -214,9 +214,12 @@ def test_kernels_are_built_at_submission_where_there_is_a_compiler(on_gpus, slur
     assert "kernels build" not in script
 
 
-def test_kernels_are_built_once_in_the_job_where_there_is_none_here(on_gpus, slurm_stubs, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [KernelsUnavailable("no nvcc"), PermissionError(13, "Permission denied", "/cache")])
+def test_kernels_are_built_once_in_the_job_where_they_cannot_be_here(
+    on_gpus, slurm_stubs, tmp_path, monkeypatch, error
+):
     def unavailable():
-        raise KernelsUnavailable("no nvcc")
+        raise error
 
     monkeypatch.setattr("powertrain.native.build_missing", unavailable)
     assert main(["train", *on_gpus]) == 0

@@ -71,7 +71,7 @@ def test_compile_error_shows_the_compilers_words_and_leaves_nothing(source: Path
 
 @pytest.mark.usefixtures("source")
 def test_missing_compiler_is_one_sentence_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(binding.shutil, "which", lambda _: None)
+    monkeypatch.setattr("shutil.which", lambda _: None)
     with pytest.raises(KernelsUnavailable) as error:
         binding.build_binding()
     message = str(error.value)

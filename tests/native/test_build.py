@@ -1,14 +1,18 @@
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from powertrain.native import build, loader, toolchain
 from powertrain.native.errors import KernelBuildError, KernelsUnavailable
+from powertrain.training.signals import Stopped
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 
@@ -22,7 +26,9 @@ def test_key_follows_sources_headers_and_flags(tree: Path, monkeypatch: pytest.M
     keys.append(toolchain.library_key(tree))
     monkeypatch.setattr(toolchain, "COMMON_FLAGS", (*toolchain.COMMON_FLAGS, "-DEXTRA"))
     keys.append(toolchain.library_key(tree))
-    assert len(set(keys)) == 4
+    monkeypatch.setattr("platform.machine", lambda: "another")  # two may share a home directory
+    keys.append(toolchain.library_key(tree))
+    assert len(set(keys)) == 5
     (tree / "README.md").write_text("no source")
     assert toolchain.library_key(tree) == keys[-1]
 
@@ -127,6 +133,97 @@ def test_build_load_reuse_damage_and_check(
     monkeypatch.setattr(loader, "ABI_VERSION", loader.ABI_VERSION + 1)
     with pytest.raises(KernelsUnavailable, match=r"speaks ABI version \d+"):
         loader.open_library(path)
+
+
+FAKE_NVCC = """\
+#!/bin/sh
+[ "$1" = --version ] && { echo "Cuda compilation tools, release 13.1"; exit; }
+echo $$ > %s
+exec sleep 60
+"""
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Stopped])
+def test_compilers_end_with_the_build(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    compiler, running = tmp_path / "toolkit" / "bin" / "nvcc", tmp_path / "running"
+    compiler.parent.mkdir(parents=True)
+    compiler.write_text(FAKE_NVCC % running)
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "toolkit"))
+
+    def interrupt(signum: int, frame: object) -> None:
+        raise error(signum)
+
+    def wait_and_interrupt() -> None:
+        while not (running.exists() and running.read_text().strip()):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGUSR2)
+
+    previous = signal.signal(signal.SIGUSR2, interrupt)
+    thread = threading.Thread(target=wait_and_interrupt, daemon=True)
+    try:
+        thread.start()
+        started = time.monotonic()
+        with pytest.raises(error):
+            build.build_library()
+        assert time.monotonic() - started < 30
+    finally:
+        signal.signal(signal.SIGUSR2, previous)
+    # That of one that has ended, and that its parent has not looked at yet, is empty.
+    command_line = Path("/proc", running.read_text().strip(), "cmdline")
+    while command_line.exists() and command_line.read_bytes():
+        assert time.monotonic() - started < 30
+        time.sleep(0.02)
+
+
+@needs_nvcc
+def test_a_cache_may_be_named_from_the_working_directory(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("POWERTRAIN_CACHE", "near")
+    assert build.build_library().is_relative_to(tmp_path / "near" / "kernels")
+    assert build.compiler_reports()[0]
+
+
+@needs_nvcc
+def test_objects_of_another_compiler_are_not_those_that_are_checked(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    build.build_library()
+    real = toolchain.find_nvcc()
+    newer = toolchain.Nvcc(real.path, (real.version[0], real.version[1] + 1))
+    monkeypatch.setattr(build, "find_nvcc", lambda: newer)
+    build.build_library()
+    with pytest.raises(KernelsUnavailable, match="was not compiled into this cache"):
+        build.compiler_reports()
+    capfd.readouterr()
+    build.build_library(objects=True)
+    assert "1 of 1 files" in capfd.readouterr().err
+    assert build.compiler_reports()[0]
+
+
+@needs_nvcc
+def test_a_damaged_object_says_how_to_be_rid_of_it(tree: Path) -> None:
+    build.build_library().unlink()
+    (damaged,) = (build.cache_root() / "objects").glob("*.o")
+    damaged.write_bytes(damaged.read_bytes()[:500])
+    with pytest.raises(KernelBuildError, match="`powertrain kernels build --force` compiles every object anew"):
+        build.build_library()
+    assert loader.open_library(build.build_library(force=True))
+
+
+def test_a_user_without_a_home_is_told_what_to_set(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("POWERTRAIN_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", nowhere)
+    with pytest.raises(KernelsUnavailable, match="set POWERTRAIN_CACHE"):
+        build.cache_root()
 
 
 @needs_nvcc

@@ -201,6 +201,29 @@ def test_each_process_is_told_who_it_is_and_gets_the_launchers_signals(tmp_path,
     assert (tmp_path / "3").read_text() == "1 1 4 10.0.0.1"
 
 
+def test_processes_of_one_machine_meet_there_whatever_the_environment_says(tmp_path, monkeypatch):
+    code = f"import os; open('{tmp_path}/' + os.environ['RANK'], 'w').write(os.environ['MASTER_ADDR'])"
+    for name, value in {"NODE_RANK": "3", "MASTER_ADDR": "no-such-host", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert launch([sys.executable, "-c", code], 2) == 0
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["127.0.0.1"] * 2
+
+
+def test_a_signal_while_processes_are_started_reaches_those_there_are_and_starts_no_more(monkeypatch):
+    start, started = subprocess.Popen, []
+
+    def start_and_signal(*arguments, **keywords):
+        started.append(start(*arguments, **keywords))
+        os.kill(os.getpid(), signal.SIGTERM)
+        return started[-1]
+
+    monkeypatch.setattr(launching.subprocess, "Popen", start_and_signal)
+    began = time.monotonic()
+    assert launch(["sleep", "60"], 2) == 128 + signal.SIGTERM
+    assert time.monotonic() - began < 30
+    assert len(started) == 1
+
+
 def test_several_machines_need_to_know_where_to_meet(monkeypatch):
     for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
@@ -209,12 +232,14 @@ def test_several_machines_need_to_know_where_to_meet(monkeypatch):
 
 
 def test_who_started_this_process(monkeypatch):
-    for name in ("LOCAL_RANK", "TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_TASKS"):
+    for name in ("LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
     assert launcher() is None
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
     assert launcher() is None
     monkeypatch.setenv("LOCAL_RANK", "0")
+    assert launcher() is None
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert launcher() == "powertrain"
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     assert launcher() == "srun"
