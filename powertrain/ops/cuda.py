@@ -18,7 +18,9 @@ from powertrain import native
 from powertrain.ops.cuda_ops import power_retention_cuda_op
 from powertrain.ops.cuda_plan import BLOCK, DTYPES, choose_chunk_size, unsupported
 
-_arch = int(os.environ.get("POWERTRAIN_KERNELS_ARCH", "0"))
+_arch = {"80": 80, "90": 90}.get(_named := os.environ.get("POWERTRAIN_KERNELS_ARCH", ""), 0)
+if _named and not _arch:
+    raise ValueError(f"POWERTRAIN_KERNELS_ARCH={_named} is not allowed: it must be 80 or 90, or not set")
 
 _warned: set[str] = set()
 

@@ -65,12 +65,22 @@ def _common_store(rank: int, size: int, address: str, port: str, timeout: timede
     """Connect to the store of all processes, which rank 0 (or torchrun) keeps for as long as it lives.
 
     Address and port are those of the environment, which is where they are read from.
+
+    Errors:
+        OSError: another program has the port.
     """
     if _keeps_store(rank):
-        # Without waiting for the others: native code that waits lets no signal through.
-        return torch.distributed.TCPStore(
-            address, int(port), size, True, timeout, wait_for_workers=False, multi_tenant=True
-        )
+        try:
+            # Without waiting for the others: native code that waits lets no signal through.
+            return torch.distributed.TCPStore(
+                address, int(port), size, True, timeout, wait_for_workers=False, multi_tenant=True
+            )
+        except torch.distributed.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            raise OSError(
+                f"another program has port {port} of {address}, where the processes meet: set MASTER_PORT to a free one"
+            ) from None
     store, _, _ = next(torch.distributed.rendezvous("env://", rank, size, timeout=timeout))
     return store
 

@@ -6,11 +6,12 @@ import contextlib
 import faulthandler
 import os
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import lightning.pytorch as pl
 import torch
@@ -70,8 +71,7 @@ class HangWatch(pl.Callback):
 
     def _watch(self) -> None:
         path = self.directory / f"rank-{self.ranks.rank}.txt"
-        self.directory.mkdir(parents=True, exist_ok=True)
-        with path.open("w+") as file:
+        with self._report(path) as file:
             while not self._stop.wait(self._interval):
                 # Where native code holds Python's lock this thread stands too, and faulthandler's own takes over.
                 faulthandler.dump_traceback_later(self.timeout + 10 * self._interval, exit=True, file=file)
@@ -79,9 +79,17 @@ class HangWatch(pl.Callback):
                 if idle > self.timeout or self._told():
                     self._end(idle, file)
             faulthandler.cancel_dump_traceback_later()
-        path.unlink()
         with contextlib.suppress(OSError):
+            path.unlink()
             self.directory.rmdir()
+
+    def _report(self, path: Path) -> IO[str]:
+        """Open the file of the stacks; where that fails, one that only stderr shows. The watch must not end for it."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return path.open("w+")
+        except OSError:
+            return tempfile.TemporaryFile("w+")
 
     def _told(self) -> bool:
         try:

@@ -59,6 +59,8 @@ ReturnToService=1
 JobRequeue=1
 MinJobAge=3600
 KillWait=10
+# Of srun, from the first process that ends on: shorter than some of what a process may do alone.
+WaitTime=3
 PropagateResourceLimits=NONE
 SlurmdTimeout=30
 PreemptType=preempt/partition_prio

@@ -237,6 +237,42 @@ def test_before_its_time_limit_a_run_saves_and_continues(slurm, tmp_path):
     assert_trained_on(slurm, run, run.wait_for_another_attempt("SIGUSR1"))
 
 
+def wait_for_process(word):
+    """Wait until a Python process has `word` among its arguments, and return its id."""
+
+    def started():
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                program, *arguments = path.read_text().split("\0")
+            except OSError:
+                continue  # it has ended meanwhile
+            if "python" in Path(program).name and word in arguments:
+                return path.parent.name
+
+    return wait_until(started, f"a process runs with {word}")
+
+
+# In the middle of imports, and (0) perhaps before Python takes any signal: the batch script asks in place of the run.
+@pytest.mark.parametrize("seconds", [0, 1.5])
+def test_a_signal_while_a_run_starts_has_it_queued_again(slurm, tmp_path, seconds):
+    run = Training(tmp_path, *ENDLESS_TRAINING)
+    process = wait_for_process(str(run.run_dir / "slurm" / "config.yaml"))
+    time.sleep(seconds)
+    slurm.command("scancel", "--signal=USR1", run.job_id)
+    wait_until(lambda: not Path("/proc", process).exists(), "the process ends")
+    run.wait_for_step(5)
+    assert show(slurm, run.job_id)["Restarts"] == "1"
+    slurm.command("scancel", run.job_id)
+    wait_for_state(slurm, run.job_id, "CANCELLED")
+
+
+def test_processes_that_end_well_leave_the_others_their_time(slurm, tmp_path):
+    command = ("bash", "-c", 'if [ "$SLURM_PROCID" = 0 ]; then sleep 8; fi')
+    job = BatchJob(name="wait", command=command, work_dir=tmp_path, log_dir=tmp_path / "logs")
+    job_id = submit_job(ClusterConfig(kind="slurm", nodes=2), job, tmp_path / "job.sh")
+    assert wait_for_state(slurm, job_id, "COMPLETED", "FAILED")["JobState"] == "COMPLETED"
+
+
 def test_the_first_rank_that_fails_ends_all_with_its_error(slurm, tmp_path):
     run = FakeRun(tmp_path, *ENDLESS, "--fail-rank", "3", nodes=2, tasks_per_node=2)
     assert wait_for_state(slurm, run.job_id, "FAILED")["Restarts"] == "0"

@@ -2,10 +2,12 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,10 @@ import torch
 
 from powertrain.run_status import read_status
 from powertrain.training import launch as launching
+from powertrain.training.distribution import _common_store
 from powertrain.training.launch import launch, launcher
 from powertrain.training.records import read_metrics
+from powertrain.training.watchdog import EXIT_CODE
 from tests.forked import Forked
 from tests.training import faulty_train
 
@@ -229,6 +233,32 @@ def test_several_machines_need_to_know_where_to_meet(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ValueError, match=r"trainer\.num_nodes=2 needs a launcher .* set NODE_RANK, MASTER_ADDR"):
         launch(["true"], 2, num_nodes=2)
+
+
+def test_a_port_that_is_taken_is_one_sentence():
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        with pytest.raises(OSError, match=rf"another program has port {port} of 127\.0\.0\.1.*set MASTER_PORT"):
+            _common_store(0, 2, "127.0.0.1", port, timedelta(seconds=5))
+
+
+def test_a_watch_that_cannot_write_its_file_still_ends_what_hangs(tmp_path):
+    (tmp_path / "hang").touch()
+    code = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from powertrain.training.ranks import ALONE\n"
+        "from powertrain.training.watchdog import HangWatch\n"
+        "watch = HangWatch(0.2, Path(sys.argv[1]))\n"
+        "watch.start(ALONE)\n"
+        "time.sleep(60)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == EXIT_CODE
+    assert "nothing was finished for" in done.stderr
+    assert 'File "<string>", line 7' in done.stderr
 
 
 def test_who_started_this_process(monkeypatch):
