@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from powertrain.cluster.queue import current_job_id
 from powertrain.cluster.snapshot import code_version
 from powertrain.config import RunConfig, changes, compose, from_values, planned_vocabulary, to_values
+from powertrain.data.progress import is_rank_zero
 from powertrain.run_status import StatusReport
 from powertrain.schema import ConfigError
 from powertrain.wording import counted
@@ -84,7 +85,7 @@ def run(config: RunConfig, *, command: str = "", signals: StopSignals | None = N
     length = _length(config, model_config)
     _check_data(config, datamodule, length)
     with _claimed(run_dir, config) as report, isolate_rng():
-        if is_main_process():
+        if is_rank_zero():
             _describe_run(run_dir, config, command)
             datamodule.tokenizer.save(run_dir / "tokenizer")
         pl.seed_everything(config.seed, workers=True, verbose=False)
@@ -116,16 +117,9 @@ def run(config: RunConfig, *, command: str = "", signals: StopSignals | None = N
     return RunResult(run_id, run_dir, result, latest, length)
 
 
-def is_main_process() -> bool:
-    """Return whether this is the process of several that speaks and writes for all."""
-    from lightning.pytorch.utilities import rank_zero_only
-
-    return getattr(rank_zero_only, "rank", 0) == 0
-
-
 def say(text: str = "") -> None:
     """Print a line for the user, in the main process only."""
-    if is_main_process():
+    if is_rank_zero():
         print(text, flush=True)
 
 
@@ -154,7 +148,7 @@ def _claimed(run_dir: Path, config: RunConfig) -> Iterator[StatusReport]:
     """Make this process the only one that writes in the run directory, before it writes anything."""
     from powertrain.training.fit import sole_writer
 
-    if not is_main_process():
+    if not is_rank_zero():
         yield StatusReport(run_dir, enabled=False)
         return
     run_dir.mkdir(parents=True, exist_ok=True)

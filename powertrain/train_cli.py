@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, NoReturn
 
 from powertrain.cluster.queue import SlurmError, current_job_id
 from powertrain.config import GROUPS, RunConfig, compose, from_values, options, share_dir, to_values
+from powertrain.data.progress import is_rank_zero
 from powertrain.run_status import RunBusyError
 from powertrain.schema import ConfigError
-from powertrain.train import EXTENDABLE, RunResult, check_same_run, is_main_process, long_on_cpu, plan, run, say
+from powertrain.train import EXTENDABLE, RunResult, check_same_run, long_on_cpu, plan, run, say
 from powertrain.wording import counted
 
 if TYPE_CHECKING:
@@ -191,14 +192,14 @@ def _end_rank(error: Exception) -> NoReturn:
         signal.signal(signum, signal.SIG_DFL)
     if is_lost_peer(error):
         time.sleep(LOST_PEER_DELAY)
-    elif not is_main_process():
+    elif not is_rank_zero():
         time.sleep(OTHER_RANK_DELAY)
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")
     # Errors that all ranks agree on speak for all of them.
     agreed = isinstance(error, _expected_errors())
     known = agreed or isinstance(error, ValueError | OSError)
     text = f"powertrain train: {error if known else f'{type(error).__name__}: {error}'}\n"
-    if not (agreed and is_main_process()):
+    if not (agreed and is_rank_zero()):
         text = text.replace(": ", f": rank {rank}: ", 1)
     if not known or os.environ.get("POWERTRAIN_TRACEBACK", "0") not in ("", "0"):
         text += "".join(traceback.format_exception(error))
@@ -210,12 +211,15 @@ def _end_rank(error: Exception) -> NoReturn:
 
 
 def _interrupted(config: RunConfig, signum: int, saved: str, command: str) -> int:
-    """Say how to resume, or in a Slurm job see to it that the run resumes by itself; return the exit code."""
+    """Say how to resume, or in a Slurm job see to it that the run resumes by itself; return the exit code.
+
+    Without torch, whose import the signal may have cut short.
+    """
     if current_job_id() is None or signum == signal.SIGINT:
         say(f"\nInterrupted. {saved}; resume with:\n  {command}")
         return 128 + signum
     # Of all ranks, since any other code would have srun end rank 0 before it has asked for another attempt.
-    if not is_main_process():
+    if not is_rank_zero():
         return 0
     from powertrain.cluster.requeue import requeue
 
@@ -231,7 +235,7 @@ def _interrupted(config: RunConfig, signum: int, saved: str, command: str) -> in
 
 def _report(config: RunConfig, result: RunResult, overrides: list[str] | None) -> None:
     """Show what came out: losses, the curve, a sample, and how to go on."""
-    if not is_main_process():
+    if not is_rank_zero():
         return
     from powertrain.inference.generate import generate_text, load_run
     from powertrain.training.batching import resolve_devices

@@ -16,6 +16,7 @@ def rank(*names: str) -> int:
 
 
 def is_rank_zero() -> bool:
+    """Return whether this is the process of several that speaks and writes for all."""
     return rank("RANK", "SLURM_PROCID", "LOCAL_RANK") == 0
 
 
