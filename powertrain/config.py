@@ -53,7 +53,7 @@ class SampleConfig:
 
 # What a run may change without becoming another run: where it executes and what it prints, not what it computes.
 NOT_IDENTITY = {
-    "": ("paths", "logger", "debug", "sample", "cluster", "name", "run_id"),
+    "": ("paths", "logger", "sample", "cluster", "name", "run_id"),
     "trainer": (
         "accelerator",
         "devices",
@@ -69,6 +69,7 @@ NOT_IDENTITY = {
         "hang_timeout",
     ),
     "data": ("num_workers",),
+    "debug": ("detect_anomaly", "profiler"),
 }
 
 # Every other key that there was when ids began to be kept (run directories, records of sweeps): these are always
@@ -412,8 +413,10 @@ def planned_vocabulary(config: RunConfig) -> int:
 
 def changes(before: RunConfig, after: RunConfig) -> list[tuple[str, Any, Any]]:
     """Return the dotted keys in which the identities of two configurations differ, with both values."""
-    old, new = _flat(before.identity()), _flat(after.identity())
-    return [(key, old.get(key), new.get(key)) for key in sorted(old | new) if old.get(key) != new.get(key)]
+    keys = sorted(_flat(before.identity()) | _flat(after.identity()))
+    # Identities leave out what is at its default.
+    old, new = _flat(dataclasses.asdict(before)), _flat(dataclasses.asdict(after))
+    return [(key, old[key], new[key]) for key in keys if old[key] != new[key]]
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -165,9 +165,11 @@ def test_run_id_follows_the_numbers_and_not_the_place():
         "trainer.accelerator=gpu",
         "logger=wandb",
         "data.num_workers=3",
+        "debug=anomaly",
+        "debug.profiler=simple",
     ]
     assert compose(same).resolved_run_id() == base
-    for other in ("seed=1", "optim.lr=0.5", "mixer.deg=4", "trainer.max_steps=5", "data.split_seed=1"):
+    for other in ("seed=1", "optim.lr=0.5", "mixer.deg=4", "trainer.max_steps=5", "data.split_seed=1", "debug=overfit"):
         assert compose([other]).resolved_run_id() != base
     assert compose(["run_id=mine"]).resolved_run_id() == "mine"
 

@@ -243,6 +243,21 @@ def test_another_run_of_the_same_id_is_refused_and_nothing_is_lost(tiny, tmp_pat
     assert {p: p.read_bytes() for p in (tmp_path / "runs" / "mine").iterdir() if p.is_file()} == before
 
 
+@pytest.mark.parametrize(
+    ("debug", "change"),
+    [("debug=fast", "debug.max_steps was 3, now None"), ("debug=overfit", "debug.overfit was True, now False")],
+)
+def test_what_debug_computes_is_not_taken_for_the_run(debug, change, tiny, tmp_path, capsys):
+    assert main(["train", *tiny, "trainer.max_steps=4", debug]) == 0
+    debugged = only_run(tmp_path)
+    real = run(compose([*tiny, "trainer.max_steps=4"]))
+    assert real.run_dir != debugged
+    assert real.fit.resumed_step == 0
+    capsys.readouterr()
+    assert main(["train", *tiny, "trainer.max_steps=4", f"run_id={debugged.name}"]) == 2
+    assert f"holds another run ({change}" in capsys.readouterr().err
+
+
 def test_a_second_start_changes_nothing_of_a_live_run(tiny, tmp_path):
     run_dir = run(compose([*tiny, "trainer.max_steps=2", "run_id=mine"])).run_dir
     # Its heartbeat is late, and its lock is not.
