@@ -46,7 +46,9 @@ def restore_before_fit(checkpoint: Checkpoint, module: PowertrainModule, datamod
     """
     read_weights(checkpoint, module.model)
     module.counters = Counters(**checkpoint.values["counters"])
-    datamodule.load_state_dict(checkpoint.values["data"])
+    data = checkpoint.values["data"]
+    # The global batch that is trained on again and again is the first one.
+    datamodule.load_state_dict({**data, "consumed_samples": 0} if module.overfit else data)
 
 
 class RestoreTraining(pl.Callback):

@@ -144,7 +144,7 @@ def test_tokens_per_second_leaves_validation_out(tmp_path):
     assert 0.4 < 256 * 4 / train["train/tokens_per_second"] < train["seconds"] - 1.2
 
 
-def test_debug_limits_the_validation_and_overfits_one_batch(tmp_path):
+def test_debug_limits_the_validation_and_overfits_one_batch_across_a_resume(tmp_path):
     seen = {"training": [], "validating": []}
 
     class Watched(TinyModel):
@@ -152,11 +152,12 @@ def test_debug_limits_the_validation_and_overfits_one_batch(tmp_path):
             seen["training" if self.training else "validating"].append(input_ids.clone())
             return super().forward(input_ids, **kwargs)
 
-    run_tiny(tmp_path / "run", steps=4, debug=DebugConfig(val_batches=1, overfit=True), model=Watched())
-    assert len(seen["validating"]) == 1
+    for steps in (4, 6):
+        run_tiny(tmp_path / "run", steps=steps, debug=DebugConfig(val_batches=1, overfit=True), model=Watched())
+    assert len(seen["validating"]) == 2
     first, second = seen["training"][:2]
     assert not torch.equal(first, second)
-    assert len(seen["training"]) == 8
+    assert len(seen["training"]) == 12
     for number, ids in enumerate(seen["training"]):
         assert torch.equal(ids, (first, second)[number % 2])
 
