@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,8 +46,8 @@ class SampleConfig:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 0:
             raise ValueError(f"sample.max_new_tokens={self.max_new_tokens} is not allowed: it must be 0 or more")
-        if self.temperature < 0:
-            raise ValueError(f"sample.temperature={self.temperature} is not allowed: it must be 0 or more")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"sample.temperature={self.temperature} is not allowed: it must be 0 or more, and finite")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"sample.top_k={self.top_k} is not allowed: it must be at least 1, or null")
 
@@ -115,13 +116,13 @@ class RunConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     name: str = "run"  # first part of the run id
     run_id: str | None = None  # null: `<name>-<hash of identity()>`
-    seed: int = 0  # fixes the initialisation and the order of the data
+    seed: int = 0  # fixes the initialisation and the order of the data; below 2^32
 
     def __post_init__(self) -> None:
         context = self.trainer.context_length
         mixer = self.model.mixer
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed={self.seed} is not allowed: it must be at least 0 and below 2^63")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed} is not allowed: it must be at least 0 and below 2^32")
         for label, text in (("name", self.name), ("run_id", self.run_id)):
             if text is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", text):
                 raise ValueError(

@@ -40,13 +40,14 @@ class RunResult:
     run_id: str
     run_dir: Path
     fit: FitResult
-    metrics: dict[str, float]  # latest record of every key of metrics.jsonl
+    metrics: dict[str, float | None]  # latest record of every key of metrics.jsonl; None for what is not finite
     length: TrainingLength
 
     @property
     def val_loss(self) -> float:
-        """Latest validation loss, nats per token; NaN where none was made."""
-        return self.metrics.get("val/loss", float("nan"))
+        """Latest validation loss, nats per token; NaN where none was made, or it is not finite."""
+        loss = self.metrics.get("val/loss")
+        return float("nan") if loss is None else loss
 
 
 def run(config: RunConfig, *, command: str = "", signals: StopSignals | None = None) -> RunResult:
@@ -111,7 +112,7 @@ def run(config: RunConfig, *, command: str = "", signals: StopSignals | None = N
         )
         if result.interrupted_by is not None:
             report.interrupted(signal.Signals(result.interrupted_by).name)
-    latest: dict[str, float] = {}
+    latest: dict[str, float | None] = {}
     for record in read_metrics(run_dir):
         latest.update(record)
     return RunResult(run_id, run_dir, result, latest, length)

@@ -241,13 +241,16 @@ def _report(config: RunConfig, result: RunResult, overrides: list[str] | None) -
     from powertrain.training.batching import resolve_devices
     from powertrain.training.plots import plot_curve
 
-    m = result.metrics
+    loss, perplexity, per_byte = (result.metrics.get(f"val/{key}") for key in ("loss", "perplexity", "bits_per_byte"))
     if result.fit.resumed_step >= result.length.steps:
         say(f"The run was finished already, at step {result.fit.counters.step:,}.")
     say()
-    if "val/loss" in m:
-        per_byte = f", {m['val/bits_per_byte']:.3f} bits per byte" if "val/bits_per_byte" in m else ""
-        say(f"validation loss {m['val/loss']:.4f} nats per token, perplexity {m['val/perplexity']:.2f}{per_byte}")
+    if loss is not None:
+        shown = "not finite" if perplexity is None else f"{perplexity:.2f}"
+        bits = "" if per_byte is None else f", {per_byte:.3f} bits per byte"
+        say(f"validation loss {loss:.4f} nats per token, perplexity {shown}{bits}")
+    elif "val/loss" in result.metrics:
+        say("validation loss not finite")
     say(f"loss curve      {plot_curve(result.run_dir)}")
     if config.sample.max_new_tokens:
         model, tokenizer = load_run(result.run_dir, resolve_devices(config.trainer).torch_device)
@@ -260,10 +263,14 @@ def _report(config: RunConfig, result: RunResult, overrides: list[str] | None) -
             top_k=config.sample.top_k,
             seed=config.seed,
         )
-        text = config.sample.prompt + "".join(pieces)
-        (result.run_dir / "sample.txt").write_text(text)
-        rule = "-" * 72
-        say(f"\nA sample of {counted(config.sample.max_new_tokens, 'token')}:\n{rule}\n{text}\n{rule}")
+        try:
+            text = config.sample.prompt + "".join(pieces)
+        except ValueError as error:  # the model has diverged
+            say(f"\nNo sample: {error}")
+        else:
+            (result.run_dir / "sample.txt").write_text(text)
+            rule = "-" * 72
+            say(f"\nA sample of {counted(config.sample.max_new_tokens, 'token')}:\n{rule}\n{text}\n{rule}")
     say()
     if overrides is not None:
         kept = [o for o in overrides if not o.startswith((*EXTENDABLE, "budget=", "run_id="))]

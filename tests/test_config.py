@@ -94,7 +94,10 @@ def test_every_group_of_conf_is_known():
         (["trainer.max_steps"], "cannot read the override 'trainer.max_steps'"),
         (["run_id=../x"], "run_id='../x' is not allowed: it names a directory"),
         (["seed=-1"], "seed=-1 is not allowed"),
+        (["seed=4294967296"], "seed=4294967296 is not allowed: it must be at least 0 and below 2^32"),
         (["sample.temperature=-1"], "sample.temperature=-1.0 is not allowed"),
+        (["sample.temperature=nan"], "sample.temperature=nan is not allowed: it must be 0 or more, and finite"),
+        (["sample.temperature=inf"], "sample.temperature=inf is not allowed: it must be 0 or more, and finite"),
     ],
 )
 def test_each_mistake_is_one_clear_sentence(overrides, message, capsys):

@@ -340,6 +340,31 @@ def text_of_the_validation_split(fraction):
     return next(text for n in itertools.count() if split_of(text := f"short {n}", fraction, 0) == "validation")
 
 
+# With a rate to match, one update makes weights of any size.
+DIVERGING = ["optim.weight_decay=0", "model.tied_embeddings=false", "schedule.warmup=0", "trainer.max_steps=1"]
+
+
+def test_a_run_that_diverged_ends_with_what_there_is_to_say(tiny, capsys):
+    assert main(["train", *tiny, *DIVERGING, "optim.lr=100"]) == 0
+    out = capsys.readouterr().out
+    # Of more than 709 nats no float holds the perplexity.
+    assert re.search(r"^validation loss \d+\.\d+ nats per token, perplexity not finite, \d", out, re.MULTILINE)
+    assert "A sample of 8 tokens" in out
+
+
+@pytest.mark.parametrize(
+    ("mixer", "why"), [("power", "log_G must be at most 0"), ("softmax", "the model's logits are not finite")]
+)
+def test_a_run_of_no_numbers_at_all_ends_without_a_sample(mixer, why, tiny, capsys):
+    overrides = [*tiny, *DIVERGING, f"mixer={mixer}", "optim.lr=1e30"]
+    assert main(["train", *overrides]) == 0
+    out = capsys.readouterr().out
+    assert "\nvalidation loss not finite\n" in out
+    assert f"\nNo sample: {why}" in out
+    assert "\nGenerate from it: " in out
+    assert math.isnan(run(compose(overrides)).val_loss)
+
+
 def test_budget_in_flops(tiny, tmp_path):
     result = run(compose([*tiny, "budget=flops", "budget.value=1e8"]))
     per_step = result.length.flops_per_step

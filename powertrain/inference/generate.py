@@ -36,7 +36,8 @@ def generate_tokens(
     fewest likeliest tokens whose probabilities reach p (Holtzman et al. 2020, arXiv:1904.09751); both apply after
     the temperature.
     Equal arguments give equal tokens on one device. The cost per token does not depend on the context for power,
-    linear and window layers. Errors: ValueError for an empty prompt, or a sampling argument out of range.
+    linear and window layers. Errors: ValueError for an empty prompt, a sampling argument out of range, or
+    logits that are not finite.
     """
     _check(prompt, max_new_tokens, temperature, top_k, top_p)
     device = model.embedding.weight.device
@@ -56,9 +57,13 @@ def sample(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
 ) -> Tensor:
     """One token (B,) int64 from logits (B, vocab), fp32; see `generate_tokens` for the arguments."""
+    best = logits.amax(dim=-1, keepdim=True)
+    if not best.isfinite().all():
+        raise ValueError("the model's logits are not finite, so there is nothing to draw from: it has diverged")
     if temperature == 0.0:
         return logits.argmax(dim=-1)
-    logits = logits / temperature
+    # The likeliest token stays 0 whatever the temperature; of a subnormal number, the reciprocal is infinite.
+    logits = (logits - best) / max(temperature, torch.finfo(torch.float32).tiny)
     if top_k is not None and top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[:, -1:], -torch.inf)
     if top_p is not None:

@@ -70,6 +70,19 @@ def test_temperature_zero_is_greedy():
     assert torch.equal(out, ids[:, 9:])
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-45, 1e-60])
+def test_the_smallest_temperatures_are_greedy(temperature: float):
+    logits = torch.tensor([-7.0, 90.0, 3.0, 89.0])
+    assert draws(logits, n=9, temperature=temperature).tolist() == [0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("logit", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_nothing_is_drawn_from_logits_that_are_not_finite(logit: float, temperature: float):
+    with pytest.raises(ValueError, match="logits are not finite"):
+        draws(torch.tensor([0.0, logit]), temperature=temperature)
+
+
 # --- Generation ---
 
 
