@@ -329,6 +329,7 @@ def compose_values(overrides: list[str], config_dir: Path | None = None) -> tupl
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     directories = [share_dir("conf")]
     search: list[str] = []
@@ -348,7 +349,7 @@ def compose_values(overrides: list[str], config_dir: Path | None = None) -> tupl
         if missing:
             raise ConfigError(f"{missing[0]} is not given: add {missing[0]}=... to the command")
         values = OmegaConf.to_container(whole, resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise ConfigError("; ".join(lines)) from error
     finally:
@@ -359,14 +360,15 @@ def compose_values(overrides: list[str], config_dir: Path | None = None) -> tupl
 
 
 def from_values(values: dict[str, Any]) -> RunConfig:
-    """Build and validate a configuration from composed values or a saved `config.yaml`.
+    """Build and validate a configuration from composed values; see `read_config` for a saved one.
 
     Errors:
         ConfigError: unknown keys, wrong types, contradictions.
     """
     values = dict(values)
     if "experiment" in values:
-        keys = ", ".join(map(str, values["experiment"])) or "keys"
+        experiment = values["experiment"]
+        keys = ", ".join(map(str, experiment)) if isinstance(experiment, dict) and experiment else "keys"
         raise ConfigError(
             "an experiment file must begin with the line `# @package _global_`, as conf/experiment/quickstart.yaml "
             f"does: without it, its {keys} would be options of `experiment`"
@@ -378,7 +380,9 @@ def from_values(values: dict[str, Any]) -> RunConfig:
                 f"by `defaults: [override /{group}: {values[group]}]`"
             )
     if "mixer" in values:
-        values["model"] = {**values["model"], "mixer": values.pop("mixer")}
+        mixer = values.pop("mixer")
+        if "model" in values:
+            values["model"] = {**values["model"], "mixer": mixer}
     try:
         return build(RunConfig, values)
     except UnknownOptionError as error:
@@ -386,6 +390,26 @@ def from_values(values: dict[str, Any]) -> RunConfig:
         if not closest(error.key, known):
             raise
         raise ConfigError(f"unknown option '{error.key}': {nearest(error.key, known)}") from error
+
+
+def read_config(path: Path) -> RunConfig:
+    """Return the configuration in a saved `config.yaml`.
+
+    Errors:
+        ConfigError: the file is no YAML of options, or `from_values` refuses them.
+        OSError: it cannot be read.
+    """
+    import yaml
+
+    try:
+        with path.open("rb") as file:
+            values = yaml.safe_load(file)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        found = "nothing" if values is None else f"a {type(values).__name__}"
+        raise ConfigError(f"{path} must hold a mapping of options, and holds {found}")
+    return from_values(values)
 
 
 def to_values(config: RunConfig) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import platform
 import signal
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from powertrain.cluster.queue import current_job_id
 from powertrain.cluster.snapshot import code_version
-from powertrain.config import RunConfig, changes, compose, from_values, planned_vocabulary, to_values
+from powertrain.config import RunConfig, changes, compose, planned_vocabulary, read_config, to_values
 from powertrain.data.progress import is_rank_zero
 from powertrain.run_status import StatusReport
 from powertrain.schema import ConfigError
@@ -126,16 +127,10 @@ def say(text: str = "") -> None:
 
 def check_same_run(run_dir: Path, config: RunConfig) -> None:
     """Reject a run directory that holds another run, by a ConfigError; what it holds stays as it is."""
-    import yaml
-
     saved = run_dir / "config.yaml"
     if not saved.exists():
         return
-    changed = [
-        change
-        for change in changes(from_values(yaml.safe_load(saved.read_text())), config)
-        if not change[0].startswith(EXTENDABLE)
-    ]
+    changed = [change for change in changes(read_config(saved), config) if not change[0].startswith(EXTENDABLE)]
     if changed:
         listed = ", ".join(f"{key} was {old!r}, now {new!r}" for key, old, new in changed[:3])
         raise ConfigError(
@@ -169,7 +164,10 @@ def _describe_run(run_dir: Path, config: RunConfig, command: str) -> None:
         ("environment.json", json.dumps(environment(command), indent=2) + "\n"),
     ):
         temporary = run_dir / f".{name}.tmp"
-        temporary.write_text(text)
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(run_dir / name)
 
 

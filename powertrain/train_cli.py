@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from powertrain.cluster.queue import SlurmError, current_job_id
-from powertrain.config import GROUPS, RunConfig, compose, from_values, options, share_dir, to_values
+from powertrain.config import GROUPS, RunConfig, compose, options, read_config, share_dir, to_values
 from powertrain.data.progress import is_rank_zero
 from powertrain.run_status import RunBusyError
 from powertrain.schema import ConfigError
@@ -87,13 +87,11 @@ def main(argv: list[str]) -> int:
 def _configuration(arguments: argparse.Namespace) -> RunConfig:
     if arguments.config is None:
         return compose(arguments.overrides, arguments.config_dir)
-    import yaml
-
     if arguments.overrides or arguments.config_dir:
         raise ConfigError("--config runs a saved configuration exactly as it is: give no overrides and no --config-dir")
     if not arguments.config.is_file():
         raise ConfigError(f"--config {arguments.config} is not a file")
-    return from_values(yaml.safe_load(arguments.config.read_text()))
+    return read_config(arguments.config)
 
 
 def _plan(config: RunConfig, *, submits: bool) -> int:

@@ -294,6 +294,8 @@ def test_share_dir_says_what_is_missing(monkeypatch, tmp_path):
         ("trainer: {max_tokens: 1e6}\n", ["# @package _global_", "its trainer would be options of `experiment`"]),
         ("# @package _global_\nmodel: 1m\n", ["model='1m'", "override /model: 1m"]),
         ("# @package _global_\nmixer: linear\n", ["mixer='linear'", "override /mixer: linear"]),
+        ("- trainer\n", ["# @package _global_", "its keys would be options of `experiment`"]),
+        ("trainer: [\n", ["while parsing a flow node", "mine.yaml", "line 2"]),
     ],
 )
 def test_a_mistake_in_an_experiment_of_ones_own_is_one_sentence(tmp_path, text, words):
@@ -302,3 +304,23 @@ def test_a_mistake_in_an_experiment_of_ones_own_is_one_sentence(tmp_path, text, 
     with pytest.raises(ConfigError) as error:
         compose(["experiment=mine"], tmp_path)
     assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", " must hold a mapping of options, and holds nothing"),
+        ("- name\n", " must hold a mapping of options, and holds a list"),
+        ("name: [\n", " is not YAML: while parsing a flow node"),
+        ("name: \x00\n", " is not YAML: unacceptable character"),
+        ("mixer: {}\n", "missing option model, data"),
+        ("experiment: 3\n", "an experiment file must begin with"),
+    ],
+)
+def test_a_mistake_in_a_saved_configuration_is_one_sentence(tmp_path, text, message, capsys):
+    saved = tmp_path / "config.yaml"
+    saved.write_text(text)
+    assert main(["train", "--config", str(saved)]) == 2
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert message in sentence
+    assert str(saved) in sentence or not message.startswith(" ")

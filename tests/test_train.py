@@ -243,6 +243,15 @@ def test_another_run_of_the_same_id_is_refused_and_nothing_is_lost(tiny, tmp_pat
     assert {p: p.read_bytes() for p in (tmp_path / "runs" / "mine").iterdir() if p.is_file()} == before
 
 
+def test_a_run_whose_configuration_is_damaged_is_left_as_it_is(tiny, tmp_path, capsys):
+    saved = tmp_path / "runs" / "mine" / "config.yaml"
+    saved.parent.mkdir(parents=True)
+    saved.write_text("")  # as a machine that went down may leave it
+    assert main(["train", *tiny, "trainer.max_steps=1", "run_id=mine"]) == 2
+    assert f"{saved} must hold a mapping of options, and holds nothing" in capsys.readouterr().err
+    assert list(saved.parent.iterdir()) == [saved]
+
+
 @pytest.mark.parametrize(
     ("debug", "change"),
     [("debug=fast", "debug.max_steps was 3, now None"), ("debug=overfit", "debug.overfit was True, now False")],

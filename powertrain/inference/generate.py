@@ -7,12 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from powertrain.config import from_values
+from powertrain.config import read_config
 from powertrain.data.tokenizers import Tokenizer, load_tokenizer
 from powertrain.inference.cache import DecodeCache
 from powertrain.models.gpt import GPT
@@ -135,7 +134,7 @@ def _load(path: Path, device: str | torch.device) -> tuple[GPT, Tokenizer, Check
     if not path.exists() or not config_file.is_file():
         raise ValueError(f"{path} is neither a run directory nor a checkpoint in one: there is no {config_file}")
     tokenizer = load_tokenizer(run / "tokenizer")
-    config = from_values(yaml.safe_load(config_file.read_text())).model
+    config = read_config(config_file).model
     config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
     source = _best_checkpoint(run) if path == run else path
     try:

@@ -225,6 +225,7 @@ def test_command_explains_what_is_missing(run: Path, tmp_path: Path, capsys: pyt
         assert powertrain(["generate", str(path)]) == 2
         return capsys.readouterr().err
 
+    config = (run / "config.yaml").read_text()
     assert "config.yaml" in error(tmp_path)
     assert "config.yaml" in error(run / "checkpoints" / "step-00000009")
     weights = run / "checkpoints" / "step-00000001" / "rank-00000.safetensors"
@@ -237,6 +238,9 @@ def test_command_explains_what_is_missing(run: Path, tmp_path: Path, capsys: pyt
     message = error(run)
     assert "does not hold the weights of the model" in message
     assert "size mismatch for model.embedding.weight" in message or "is missing" in message
+    (run / "config.yaml").write_text("name: [")
+    assert f"{run / 'config.yaml'} is not YAML" in error(run)
+    (run / "config.yaml").write_text(config)
     shutil.rmtree(run / "checkpoints")
     assert "neither checkpoints/best nor checkpoints/last" in error(run)
 
