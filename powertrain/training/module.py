@@ -7,6 +7,7 @@ finished steps, `PowertrainModule.step`. Lightning accumulates micro-batches, sy
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -315,7 +316,8 @@ class PowertrainModule(pl.LightningModule):
         metrics = self._validation.compute(self.bytes_per_token)
         counters = self.counters
         counters.val_loss = metrics["val/loss"]
-        if counters.best_val_loss is None or counters.val_loss < counters.best_val_loss:
+        # Never of NaN, below which nothing would be.
+        if counters.val_loss < (math.inf if counters.best_val_loss is None else counters.best_val_loss):
             counters.best_val_loss, counters.best_step = counters.val_loss, counters.step
         self.record(metrics)
 

@@ -162,6 +162,20 @@ def test_debug_limits_the_validation_and_overfits_one_batch_across_a_resume(tmp_
         assert torch.equal(ids, (first, second)[number % 2])
 
 
+def test_each_new_best_is_saved_though_the_first_validation_was_not_a_number(tmp_path):
+    class NanAtFirst(TinyModel):
+        validating = 0
+
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            self.validating += not self.training
+            return output if self.training or self.validating > 4 else output._replace(loss=output.loss * torch.nan)
+
+    result = run_tiny(tmp_path / "run", model=NanAtFirst(), steps=6, val_every_steps=2, checkpoint_every_steps=6)
+    assert (tmp_path / "run" / "checkpoints" / "step-00000004").exists()
+    assert result.counters.best_step == 6
+
+
 @pytest.mark.parametrize("profiler", ["simple", "pytorch"])
 def test_a_profile_is_written_to_the_run(tmp_path, profiler):
     run_tiny(tmp_path / "run", steps=3, debug=DebugConfig(profiler=profiler))
