@@ -186,6 +186,15 @@ def _check(prompt: Tensor, max_new_tokens: int, temperature: float, top_k: int |
         raise ValueError(f"top_p={top_p}: must be above 0 and at most 1, or None for all tokens")
 
 
+def _device(asked: str | None) -> str:
+    """The device to generate on; None asks for a GPU where there is one."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    allowed = [*(["cuda"] if gpus else []), "cpu", *(f"cuda:{i}" for i in range(gpus))]
+    if asked is not None and asked not in allowed:
+        raise ValueError(f"--device {asked} is no device of this machine; allowed: {', '.join(allowed)}")
+    return asked or allowed[0]
+
+
 def main(argv: list[str]) -> int:
     """`powertrain generate RUN`: print the prompt and its continuation as it is generated; returns 0.
 
@@ -203,7 +212,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="equal seeds give equal texts (default: 0)")
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     arguments = parser.parse_args(argv)
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device(arguments.device)
     path = Path(arguments.run)
     model, tokenizer, checkpoint = _load(path, device)
     note = None if checkpoint is None else _unfinished(run_directory(path), checkpoint)

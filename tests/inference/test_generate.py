@@ -216,6 +216,19 @@ def test_command_says_how_far_an_unfinished_run_is(run: Path, capsys: pytest.Cap
     assert said(run) == ""
 
 
+@pytest.mark.parametrize(
+    ("gpus", "device", "allowed"), [(0, "cuda", "cpu"), (0, "foo", "cpu"), (2, "cuda:2", "cuda, cpu, cuda:0, cuda:1")]
+)
+def test_command_refuses_a_device_that_is_not_there(
+    gpus: int, device: str, allowed: str, run: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert powertrain(["generate", str(run), "--device", device]) == 2
+    sentence = f"powertrain generate: --device {device} is no device of this machine; allowed: {allowed}\n"
+    assert capsys.readouterr().err == sentence
+
+
 def weights(run: Path) -> dict[str, torch.Tensor]:
     return {f"model.{name}": value for name, value in load_run(run)[0].state_dict().items()}
 
