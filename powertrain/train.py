@@ -18,6 +18,7 @@ from powertrain.cluster.queue import current_job_id
 from powertrain.cluster.snapshot import code_version
 from powertrain.config import RunConfig, changes, compose, planned_vocabulary, read_config, to_values
 from powertrain.data.progress import is_rank_zero
+from powertrain.divisors import divisors
 from powertrain.run_status import StatusReport
 from powertrain.schema import ConfigError
 from powertrain.wording import counted
@@ -309,7 +310,7 @@ def _check_data(config: RunConfig, datamodule: TokenDataModule, length: Training
 def _longest_context(config: RunConfig, limit: int) -> int | None:
     """Return the longest context of at most `limit` tokens that all else in `config` allows; None without one."""
     batch = config.trainer.global_batch_tokens
-    for context in (n for n in range(min(limit, batch), 0, -1) if batch % n == 0):
+    for context in (n for n in reversed(divisors(batch)) if n <= limit):
         with contextlib.suppress(ValueError):
             trainer = dataclasses.replace(config.trainer, context_length=context)
             dataclasses.replace(config, trainer=trainer)

@@ -6,6 +6,8 @@ No torch here: `powertrain train --cfg job` validates a config without importing
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from powertrain.divisors import divisors
+
 MIXER_KINDS = ("power", "softmax", "window", "linear")
 MLP_KINDS = ("swiglu", "gelu")
 POWER_DEGREES = (2, 4)
@@ -143,10 +145,9 @@ class ModelConfig:
         if self.n_kv_heads == 0:
             self._derive("n_kv_heads", self.n_heads)
         if self.n_heads % self.n_kv_heads:
-            divisors = [n for n in range(1, self.n_heads + 1) if self.n_heads % n == 0]
             raise ValueError(
                 f"model.n_kv_heads={self.n_kv_heads} does not divide model.n_heads={self.n_heads}: "
-                f"allowed are {divisors}"
+                f"allowed are {divisors(self.n_heads)}"
             )
         if self.d_ff == 0:
             self._derive("d_ff", 4 * self.d_model if self.mlp == "gelu" else -(-8 * self.d_model // (3 * 64)) * 64)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from powertrain.divisors import divisors
 from powertrain.training.config import TrainerConfig
 from powertrain.training.nonfinite import autocast
 from powertrain.wording import counted
@@ -70,7 +71,7 @@ def resolve_devices(config: TrainerConfig) -> Devices:
         raise ValueError(
             f"trainer.context_parallel={config.context_parallel} does not divide the {devices.world_size} processes of"
             f" trainer.devices={config.devices} and trainer.num_nodes={config.num_nodes} into equal groups;"
-            f" allowed are {sorted(_divisors(devices.world_size))}."
+            f" allowed are {divisors(devices.world_size)}."
         )
     rows = config.global_batch_tokens // config.context_length
     if rows % devices.data_parallel:
@@ -81,10 +82,6 @@ def resolve_devices(config: TrainerConfig) -> Devices:
             f" give a multiple of {config.context_length * devices.data_parallel}."
         )
     return devices
-
-
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(number, 0, -1) if number % n == 0]
 
 
 def _fits(model: nn.Module, rows: int, context: int, precision: str, device: torch.device) -> bool:
@@ -124,29 +121,29 @@ def choose_micro_batch_size(model: nn.Module, config: TrainerConfig, devices: De
     """
     share = config.global_batch_tokens // config.context_length // devices.data_parallel
     tokens = -(-config.context_length // devices.context_parallel)  # of a sequence, on one device
-    candidates = _divisors(share)
+    candidates = divisors(share)
     if config.micro_batch_size is not None:
         if config.micro_batch_size not in candidates:
             raise ValueError(
                 f"trainer.micro_batch_size={config.micro_batch_size} does not divide the"
                 f" {counted(share, 'sequence')} that each of {devices.data_parallel}"
                 f" {'groups of ' if devices.context_parallel > 1 else ''}processes has in a global batch;"
-                f" allowed are {sorted(candidates)}."
+                f" allowed are {candidates}."
             )
         return config.micro_batch_size
     if devices.accelerator == "cpu":
         limit = max(1, CPU_MICRO_BATCH_TOKENS // tokens)
-        return next(n for n in candidates if n <= limit)
+        return max(n for n in candidates if n <= limit)
     if config.strategy == "fsdp":
         raise ValueError(
             "trainer.strategy=fsdp needs trainer.micro_batch_size on GPUs, because what fits is tried out with the"
-            f" whole model on one of them; allowed are {sorted(candidates)}."
+            f" whole model on one of them; allowed are {candidates}."
         )
     if devices.context_parallel > 1:
         raise ValueError(
             f"trainer.context_parallel={devices.context_parallel} needs trainer.micro_batch_size on GPUs, because what"
             " fits is tried out on one of them, without what the processes of a sequence exchange; allowed are"
-            f" {sorted(candidates)}."
+            f" {candidates}."
         )
     device = devices.torch_device
     if config.deterministic:
@@ -156,7 +153,7 @@ def choose_micro_batch_size(model: nn.Module, config: TrainerConfig, devices: De
     model.to(device)
     # From small to large: a pass that runs out of memory costs more than all that fit.
     best = None
-    for rows in reversed(candidates):
+    for rows in candidates:
         if not _fits(model, rows, tokens, config.precision, device):
             break
         best = rows

@@ -11,6 +11,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+from powertrain.divisors import divisors
 from powertrain.wording import counted
 
 SCHEDULES = ("wsd", "cosine", "constant")
@@ -188,7 +189,7 @@ class TrainerConfig:
                 f"trainer.micro_batch_size is {self.micro_batch_size}, which does not divide the"
                 f" {counted(rows, 'sequence')} of a global batch ({self.global_batch_tokens} tokens of context"
                 f" {self.context_length});"
-                f" allowed are {', '.join(str(n) for n in range(1, rows + 1) if rows % n == 0)}."
+                f" allowed are {', '.join(map(str, divisors(rows)))}."
             )
         if self.max_steps is not None and self.max_tokens is not None:
             raise ValueError(
