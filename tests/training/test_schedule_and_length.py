@@ -55,6 +55,13 @@ def test_the_curve_over_progress_does_not_depend_on_the_batch():
     assert fine[::2] == pytest.approx(coarse)
 
 
+def test_a_run_prolonged_before_its_decay_keeps_its_rates_where_the_warmup_is_an_amount():
+    longer = TrainingLength(steps=1000, tokens_per_step=1000, flops_per_token=50.0, reason="")
+    assert curve(longer, warmup=2000)[:81] == curve(warmup=2000)[:81]
+    assert curve(warmup=0.02)[9] == 1.0
+    assert curve(longer, warmup=0.02)[9] == 0.5
+
+
 def test_longer_than_the_run_is_refused():
     with pytest.raises(ValueError, match=r"take 120 steps, but the run has only 100"):
         Schedule(ScheduleConfig(warmup=100_000, decay=20_000, unit="tokens"), LENGTH)
