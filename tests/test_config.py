@@ -1,8 +1,11 @@
 import dataclasses
+import functools
+import math
 import os
+import re
 import subprocess
 import sys
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -22,7 +25,7 @@ from powertrain.config import (
     share_dir,
     to_values,
 )
-from powertrain.schema import ConfigError
+from powertrain.schema import ConfigError, leaf_keys
 from powertrain.training.config import TrainerConfig
 
 # What the options of `data` cannot know by themselves.
@@ -107,6 +110,20 @@ def test_each_mistake_is_one_clear_sentence(overrides, message, capsys):
     sentence, *rest = captured.err.strip().splitlines()
     assert message in sentence
     assert rest == []
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_no_option_takes_what_is_no_finite_number(bad):
+    numbers = [key for key, kind in leaf_keys(RunConfig).items() if float in (kind, *get_args(kind))]
+    assert {"optim.lr", "model.init_std", "sample.temperature", "trainer.grad_clip", "budget.value"} <= set(numbers)
+    config = compose([])
+    for key in numbers:
+        values = to_values(config)
+        *sections, name = key.replace("model.mixer.", "mixer.").split(".")
+        part = functools.reduce(dict.__getitem__, sections, values)
+        part[name] = [bad, bad] if isinstance(part[name], list | tuple) else bad
+        with pytest.raises(ConfigError, match=re.escape(name)):
+            from_values(values)
 
 
 def test_only_what_powertrain_did_not_say_itself_hints_at_the_traceback(monkeypatch, capsys):

@@ -3,6 +3,7 @@
 No torch here: `powertrain train --cfg job` validates a config without importing it.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -152,8 +153,8 @@ class ModelConfig:
         if self.d_ff == 0:
             self._derive("d_ff", 4 * self.d_model if self.mlp == "gelu" else -(-8 * self.d_model // (3 * 64)) * 64)
         for name in ("rope_theta", "norm_eps", "init_std"):
-            if not getattr(self, name) > 0.0:
-                raise ValueError(f"model.{name}={getattr(self, name)}: must be positive")
+            if not 0.0 < getattr(self, name) < math.inf:
+                raise ValueError(f"model.{name}={getattr(self, name)}: must be positive and finite")
         if self.vocab_size is not None and self.vocab_size < 1:
             raise ValueError(
                 f"model.vocab_size={self.vocab_size}: must be at least 1, or null until the tokenizer is known"

@@ -127,7 +127,8 @@ class TrainerConfig:
     # auto (whole where that takes at most a tenth of the smallest GPU, and on CPUs).
     fsdp_accumulation: str = "auto"
     context_parallel: int = 1  # processes that share each sequence, which divides into as many slices; 1 shares none
-    hang_timeout: float = 1800.0  # seconds with nothing finished after which all processes show their stacks and end
+    # Seconds with nothing finished after which all processes show their stacks and end; at most a week.
+    hang_timeout: float = 1800.0
     compile: bool = False  # torch.compile of the model
     val_every_steps: int = 100  # steps between validations; the last step always validates
     log_every_steps: int = 10  # steps between training records; the last step always records
@@ -166,7 +167,7 @@ class TrainerConfig:
                     f"trainer.devices is {self.devices!r}; it must be 'auto' or a whole number of at least 1."
                 )
             _whole(self, "devices", "trainer")
-        _number("trainer.hang_timeout", self.hang_timeout, 0.0, exclusive=True)
+        _number("trainer.hang_timeout", self.hang_timeout, 0.0, 7 * 86400.0, exclusive=True)
         if self.grad_clip is not None:
             _number("trainer.grad_clip", self.grad_clip, 0.0, exclusive=True)
         if self.peak_flops is not None:

@@ -1,5 +1,6 @@
 """The schema of a model: what it derives, what it refuses, and the sizes and mixers of `conf/`."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,9 @@ def test_gate_defaults(kind: str, gated: bool | None, expected: bool):
         ({"d_ff": -1}, ["d_ff=-1"]),
         ({"vocab_size": 0}, ["vocab_size=0"]),
         ({"norm_eps": 0.0}, ["norm_eps=0.0"]),
+        ({"norm_eps": math.nan}, ["norm_eps=nan: must be positive and finite"]),
+        ({"rope_theta": math.inf}, ["rope_theta=inf: must be positive and finite"]),
+        ({"init_std": math.inf}, ["init_std=inf: must be positive and finite"]),
         ({"n_layers": 1, "mixer": MixerConfig(kind="power,softmax")}, ["'power,softmax'", "n_layers=1"]),
     ],
 )

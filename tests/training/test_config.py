@@ -70,6 +70,7 @@ def test_whole_floats_become_counts():
         (TrainerConfig, {"devices": 0}, r"trainer\.devices is 0"),
         (TrainerConfig, {"val_every_steps": None}, r"trainer\.val_every_steps is None"),
         (TrainerConfig, {"grad_clip": 0.0}, r"trainer\.grad_clip is 0\.0"),
+        (TrainerConfig, {"hang_timeout": 604801.0}, r"hang_timeout is 604801\.0; .* above 0 and at most 604800\."),
         (TrainerConfig, {"nonfinite": "ignore"}, r"allowed are 'stop', 'skip'"),
         (BudgetConfig, {"kind": "hours"}, r"allowed are 'tokens', 'steps', 'flops'"),
         (BudgetConfig, {"value": -1}, r"budget\.value is -1"),
