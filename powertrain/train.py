@@ -84,7 +84,7 @@ def run(config: RunConfig, *, command: str = "", signals: StopSignals | None = N
     run_dir = Path(config.paths.runs) / run_id
     check_same_run(run_dir, config)
     datamodule = _datamodule(config)
-    model_config = dataclasses.replace(config.model, vocab_size=datamodule.vocab_size)
+    model_config = _model_config(config, datamodule)
     length = _length(config, model_config)
     _check_data(config, datamodule, length)
     with _claimed(run_dir, config) as report, isolate_rng():
@@ -228,16 +228,19 @@ def plan(config: RunConfig, *, here: bool = True, without_data: bool = True) -> 
         return [f"plan    not known here: {error}"] if without_data else []
     if not is_prepared and not without_data:
         return []
-    datamodule = _datamodule(config) if is_prepared else None
+    if is_prepared:
+        datamodule = _datamodule(config)
+        model = _model_config(config, datamodule)
+        length = _length(config, model)
+        _check_data(config, datamodule, length)
+        return [_model_line(config, model), *plan_lines(length, datamodule.train_tokens)]
     try:
-        vocab_size = datamodule.vocab_size if datamodule else planned_vocabulary(config)
+        model = _planned_model_config(config)
     except ConfigError as error:
         return [f"plan    not known: {error}"]
-    model = dataclasses.replace(config.model, vocab_size=vocab_size)
-    length = _length(config, model)
-    if datamodule is not None:
-        _check_data(config, datamodule, length)
-    return [_model_line(config, model), *plan_lines(length, datamodule.train_tokens if datamodule else None)]
+    known = config.data.tokenizer.kind == "bytes" and config.model.vocab_size is None
+    assumed = "" if known else f", vocabulary {model.vocab_size:,} (assumed: the data say when they are prepared)"
+    return [_model_line(config, model) + assumed, *plan_lines(_length(config, model), None)]
 
 
 def long_on_cpu(config: RunConfig) -> str | None:
@@ -261,8 +264,22 @@ def long_on_cpu(config: RunConfig) -> str | None:
     )
 
 
+def _model_config(config: RunConfig, datamodule: TokenDataModule) -> ModelConfig:
+    """Return the model with the vocabulary of the data; refuse another by a ConfigError."""
+    given, found = config.model.vocab_size, datamodule.vocab_size
+    if given not in (None, found):
+        raise ConfigError(
+            f"model.vocab_size={given} contradicts the data, whose tokenizer has {found} entries: leave it out"
+        )
+    return dataclasses.replace(config.model, vocab_size=found)
+
+
 def _planned_length(config: RunConfig) -> TrainingLength:
-    return _length(config, dataclasses.replace(config.model, vocab_size=planned_vocabulary(config)))
+    return _length(config, _planned_model_config(config))
+
+
+def _planned_model_config(config: RunConfig) -> ModelConfig:
+    return dataclasses.replace(config.model, vocab_size=planned_vocabulary(config))
 
 
 def _model_line(config: RunConfig, model: ModelConfig) -> str:

@@ -138,6 +138,22 @@ def test_a_dry_run_refuses_prepared_data_and_runs_that_the_run_would_refuse(tiny
         assert "prepared tokens are damaged" in capsys.readouterr().err
 
 
+def test_a_vocabulary_is_assumed_until_the_data_are_prepared_and_refused_where_they_have_another(tiny, capsys):
+    def model_line(*overrides):
+        assert main(["train", *tiny, *overrides, "trainer.max_steps=1", "cluster.dry_run=true"]) == 0
+        return capsys.readouterr().out.splitlines()[0]
+
+    assert "vocabulary" not in model_line()  # bytes are 257
+    for overrides, size in (["model.vocab_size=300"], 300), (["data.tokenizer.kind=bpe"], "16,384"):
+        assert f", vocabulary {size} (assumed: the data say when they are prepared)" in model_line(*overrides)
+    assert main(["train", *tiny, "model.vocab_size=257", "trainer.max_steps=1"]) == 0
+    capsys.readouterr()
+    assert "vocabulary" not in model_line("model.vocab_size=257")
+    sentence = "model.vocab_size=300 contradicts the data, whose tokenizer has 257 entries: leave it out"
+    for dry in ([], ["cluster.dry_run=true"]):
+        assert refusals([*tiny, "model.vocab_size=300", *dry], capsys) == [f"powertrain train: {sentence}"]
+
+
 def test_a_dry_run_does_not_know_the_size_of_a_tokenizer_that_is_not_loaded(tiny, tmp_path, capsys):
     tokenizer = ["data.tokenizer.kind=pretrained", "data.tokenizer.path=some/name"]
     assert main(["train", *tiny, *tokenizer, "cluster.dry_run=true"]) == 0

@@ -117,7 +117,8 @@ class ModelConfig:
     norm_eps: float = 1e-6
     # Standard deviation of the normal init; projections into the residual stream have init_std / sqrt(2 n_layers).
     init_std: float = 0.02
-    # Entries of the tokenizer. None until the tokenizer is known: a model cannot be built, nor counted, before.
+    # Entries of the tokenizer. None until the tokenizer is known: a model cannot be built, nor counted, before. A run
+    # that gives it is planned with it until its data are prepared, and refused where they have others.
     vocab_size: int | None = None
     # Keep only the input of each block for the backward pass and compute the block again there.
     activation_checkpointing: bool = False
