@@ -270,7 +270,7 @@ def _report(config: RunConfig, result: RunResult, overrides: list[str] | None) -
             rule = "-" * 72
             say(f"\nA sample of {counted(config.sample.max_new_tokens, 'token')}:\n{rule}\n{text}\n{rule}")
     say()
-    if overrides is not None:
+    if overrides is not None and config.debug.max_steps is None:
         kept = [o for o in overrides if not o.startswith((*EXTENDABLE, "budget=", "run_id="))]
         further = f"run_id={result.run_id} trainer.max_tokens={2 * result.length.tokens}"
         if config.trainer.max_steps is not None:

@@ -274,6 +274,8 @@ def test_a_run_whose_configuration_is_damaged_is_left_as_it_is(tiny, tmp_path, c
 )
 def test_what_debug_computes_is_not_taken_for_the_run(debug, change, tiny, tmp_path, capsys):
     assert main(["train", *tiny, "trainer.max_steps=4", debug]) == 0
+    # Three steps are three, whatever the budget.
+    assert ("Train it twice as long" in capsys.readouterr().out) == (debug != "debug=fast")
     debugged = only_run(tmp_path)
     real = run(compose([*tiny, "trainer.max_steps=4"]))
     assert real.run_dir != debugged
