@@ -9,7 +9,7 @@ them between ranks before the outputs, which need them, can be computed (docs/co
 from torch import Tensor
 
 from powertrain.ops.chunked import chunk_state
-from powertrain.ops.decay import factor
+from powertrain.ops.decay import factor, kept, same_document
 from powertrain.ops.layout import compute_dtype, query_rows, tokens_last, without_autocast
 from powertrain.ops.monomials import public_state
 from powertrain.ops.normalized import decay_by_sequence, through_division, with_ones
@@ -29,10 +29,11 @@ def final_state(
     dtype = compute_dtype(k.dtype)
     u = with_ones(tokens_last(v.to(dtype)))
     decay = decay_by_sequence(log_g, cu_seqlens, rows=B, tokens=T, key_heads=Hk)
-    to_end = factor(decay[:, -1:], decay[:, 1:], dtype)
+    to_end, of_end = factor(decay[:, -1:], decay[:, 1:], dtype), same_document(decay[:, -1:], decay[:, 1:])
     if to_end is not None:
         u = u * to_end[:, None]
-    return _boundary_state(tokens_last(k.to(dtype)), u, deg, B)
+    x = kept(tokens_last(k.to(dtype)), None if of_end is None else of_end[:, None])
+    return _boundary_state(x, u, deg, B)
 
 
 @without_autocast
@@ -58,10 +59,12 @@ def initial_state_grad(
     rows = (grad_y, (grad_y * out.to(dtype)).sum(-1, keepdim=True), normalizer[..., None])
     grad_o, _ = through_division(*(query_rows(x, key_heads) for x in rows))
     decay = decay_by_sequence(log_g, cu_seqlens, rows=B, tokens=T, key_heads=key_heads)
-    from_start = factor(decay[:, 1:], decay[:, :1], dtype)
+    from_start, of_start = factor(decay[:, 1:], decay[:, :1], dtype), same_document(decay[:, 1:], decay[:, :1])
     if from_start is not None:
         grad_o = grad_o * from_start[:, None, None]
-    return _boundary_state(query_rows(q.to(dtype), key_heads).mul_(scale).flatten(2), grad_o.flatten(2), deg, B)
+    x = query_rows(q.to(dtype), key_heads).mul_(scale)
+    x = kept(x, None if of_start is None else of_start[:, None, None])
+    return _boundary_state(x.flatten(2), grad_o.flatten(2), deg, B)
 
 
 def _boundary_state(x: Tensor, y: Tensor, deg: int, B: int) -> tuple[Tensor, Tensor]:

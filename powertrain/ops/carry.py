@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from powertrain.ops.decay import kept
+
 # On a GPU a step from chunk to chunk is two launches, whose time a small state does not fill: below this many elements
 # of one chunk's states, products over blocks of chunks are faster, and above it G passes over one chunk.
 _LAUNCH_ELEMENTS = {"cuda": 1 << 20}
@@ -14,12 +16,20 @@ _LAUNCH_ELEMENTS = {"cuda": 1 << 20}
 _BLOCK = 32
 
 
-def carried_sums(x: Tensor, initial: Tensor | None, factors: Tensor | None, *, from_end: bool = False) -> Tensor:
+def carried_sums(
+    x: Tensor,
+    initial: Tensor | None,
+    factors: Tensor | None,
+    unbroken: Tensor | None = None,
+    *,
+    from_end: bool = False,
+) -> Tensor:
     """Return S_0 ... S_(G-1), `(N, G, ...)`, for x `(N, G, ...)`, which may be overwritten.
 
     Args:
         initial: S_(-1), `(N, ...)`; None: zeros.
         factors: f `(N, G, 1, ...)` in [0, 1]; None: ones.
+        unbroken: where it is False `(N, G, 1, ...)`, f is 0 and nothing is handed on, even infinity; None: nowhere.
         from_end: the last chunk is the first to hand on: S_c = f_c S_(c+1) + x_c, and `initial` is S_G.
     """
     if x.shape[1] > 2 and x[:, 0].numel() < _LAUNCH_ELEMENTS.get(x.device.type, 0):
@@ -33,6 +43,7 @@ def carried_sums(x: Tensor, initial: Tensor | None, factors: Tensor | None, *, f
             if factors is None:
                 here.add_(before)
             else:
+                before = kept(before, None if unbroken is None else unbroken[:, chunk])
                 here.addcmul_(before, factors[:, chunk])
         before = here
     return x

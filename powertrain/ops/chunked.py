@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from powertrain.ops.carry import carried_sums
-from powertrain.ops.decay import Decay, scan_documents_from_end
+from powertrain.ops.decay import Decay, kept, scan_documents_from_end
 from powertrain.ops.intra_chunk import intra_chunk_bwd, intra_chunk_fwd
 from powertrain.ops.layout import cut, join
 from powertrain.ops.monomials import Monomials, internal_state, multinomials, public_state
@@ -78,7 +78,8 @@ def _token_blocks(x: Tensor, plan: Plan) -> Iterator[slice]:
 @dataclass(frozen=True)
 class _SegmentInputs:
     """The inputs of one segment of one group of sequences, cut into chunks; `from_start`, `to_end` and `across` are
-    decay factors to and from the chunk's ends.
+    decay factors to and from the chunk's ends, `of_start` and `of_end` whether tokens are of the documents there, and
+    `unbroken` whether those are one.
     """
 
     q: Tensor  # (N, G, K, R, C)
@@ -88,6 +89,9 @@ class _SegmentInputs:
     from_start: Tensor | None  # (N, G, 1, 1, C)
     to_end: Tensor | None  # (N, G, 1, C)
     across: Tensor | None  # (N, G, 1, 1)
+    of_start: Tensor | None  # (N, G, 1, 1, C)
+    of_end: Tensor | None  # (N, G, 1, C)
+    unbroken: Tensor | None  # (N, G, 1, 1)
     first_read: int  # the first chunk before which there is any state
     end_written: int  # one past the last chunk whose content is needed in a state
 
@@ -97,6 +101,7 @@ class _SegmentInputs:
     ) -> "_SegmentInputs":
         decays = decay.chunks(segment)
         from_start, to_end, across = decays.from_start(q.dtype), decays.to_end(q.dtype), decays.across(q.dtype)
+        of_start, of_end = decays.of_start(), decays.of_end()
         return cls(
             q=cut(q, segment),
             k=cut(k, segment),
@@ -105,6 +110,9 @@ class _SegmentInputs:
             from_start=None if from_start is None else from_start[:, :, None, None, :],
             to_end=None if to_end is None else to_end[:, :, None, :],
             across=None if across is None else across[..., None, None],
+            of_start=None if of_start is None else of_start[:, :, None, None, :],
+            of_end=None if of_end is None else of_end[:, :, None, :],
+            unbroken=None if of_start is None else of_start[..., -1, None, None],
             first_read=0 if reads else 1,
             end_written=segment.chunks if writes else segment.chunks - 1,
         )
@@ -118,14 +126,28 @@ class _SegmentInputs:
         u = self.u[:, :chunks]
         if self.to_end is not None:
             u = u * self.to_end[:, :chunks]
-        updates = chunk_state(self.k[:, :chunks].flatten(0, 1), u.flatten(0, 1), deg=deg, plan=plan)
-        across = None if self.across is None else self.across[:, :chunks]
-        sums = carried_sums(updates.unflatten(0, (-1, chunks)), state, across)
+        k = self.of_writers(self.k[:, :chunks])
+        updates = chunk_state(k.flatten(0, 1), u.flatten(0, 1), deg=deg, plan=plan)
+        sums = carried_sums(updates.unflatten(0, (-1, chunks)), state, *self.over(slice(chunks)))
         return sums if state is None else torch.cat([state[:, None], sums], dim=1)
 
+    def over(self, chunks: slice) -> tuple[Tensor | None, Tensor | None]:
+        """Return `across` and `unbroken` of these chunks."""
+        return tuple(None if x is None else x[:, chunks] for x in (self.across, self.unbroken))  # type: ignore[return-value]
+
     def read_rows(self, x: Tensor) -> Tensor:
-        """Return `x (N, G, D, R, C)` of the chunks that read a state as one batch `(N * chunks, D, R * C)`."""
-        return x[:, self.first_read :].flatten(3).flatten(0, 1)
+        """Return `x (N, G, D, R, C)` of the chunks that read a state as one batch `(N * chunks, D, R * C)`, 0 where no
+        state is read.
+        """
+        return self.of_readers(x[:, self.first_read :]).flatten(3).flatten(0, 1)
+
+    def of_readers(self, x: Tensor) -> Tensor:
+        """Return `x (N, chunks, D, R, C)` of the chunks that read a state, 0 for tokens of other documents than it."""
+        return kept(x, None if self.of_start is None else self.of_start[:, self.first_read :])
+
+    def of_writers(self, x: Tensor) -> Tensor:
+        """Return `x (N, chunks, D, C)` of the first chunks, 0 for tokens of other documents than the state after."""
+        return kept(x, None if self.of_end is None else self.of_end[:, : x.shape[1]])
 
 
 @dataclass(frozen=True)
@@ -181,7 +203,9 @@ def chunked_fwd(
             if inputs.from_start is None:
                 out_chunks[:, inputs.first_read :] += read
             else:
-                out_chunks[:, inputs.first_read :].addcmul_(read, inputs.from_start[:, inputs.first_read :])
+                out_chunks[:, inputs.first_read :].addcmul_(
+                    inputs.of_readers(read), inputs.from_start[:, inputs.first_read :]
+                )
         out[..., segment.start : segment.stop] = join(out_chunks)
         carried = None if states is None else states[:, -1]
     final = None
@@ -261,37 +285,37 @@ def chunked_bwd(
             x_rows, y_rows = inputs.read_rows(inputs.q), y.flatten(3).flatten(0, 1)
             assert states is not None
             before = states.flatten(0, 1)
-            dq[:, first:] += chunk_scan_grad(x_rows, before, y_rows, deg=deg, plan=plan).view_as(dq[:, first:])
+            into_q = chunk_scan_grad(x_rows, before, y_rows, deg=deg, plan=plan)
+            dq[:, first:] += inputs.of_readers(into_q.view_as(dq[:, first:]))
             updates = chunk_state(x_rows, y_rows, deg=deg, plan=plan).unflatten(0, (-1, G - first))
-            across = None if inputs.across is None else inputs.across[:, first:]
-            grads_before = carried_sums(updates, carried_grad, across, from_end=True)
+            grads_before = carried_sums(updates, carried_grad, *inputs.over(slice(first, G)), from_end=True)
         boundary = None
         if end > 0:
             # Gradients of the states after each of the first `end` chunks.
             parts = [] if grads_before is None else [grads_before[:, 1 - first :]]
             parts += [] if carried_grad is None else [carried_grad[:, None]]
             after = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-            k_rows, u_rows = inputs.k[:, :end], inputs.u[:, :end]
+            k_rows, u_rows = inputs.of_writers(inputs.k[:, :end]), inputs.u[:, :end]
             into_u = chunk_scan(k_rows.flatten(0, 1), after.flatten(0, 1), deg=deg, plan=plan)
-            into_u = into_u.unflatten(0, (-1, end))
+            into_u = inputs.of_writers(into_u.unflatten(0, (-1, end)))
             if inputs.to_end is not None:
                 into_u.mul_(inputs.to_end[:, :end])
                 u_rows = u_rows * inputs.to_end[:, :end]
             du[:, :end] += into_u
-            dk[:, :end] += chunk_scan_grad(
+            into_k = chunk_scan_grad(
                 k_rows.flatten(0, 1), after.flatten(0, 1), u_rows.flatten(0, 1), deg=deg, plan=plan
-            ).unflatten(0, (-1, end))  # fmt: skip
+            )
+            dk[:, :end] += inputs.of_writers(into_k.unflatten(0, (-1, end)))
             if grad_log_g is not None:
-                assert inputs.across is not None
                 # The product of the state after a chunk and its gradient: what the chunk wrote, which equals
                 # into_u . u, and what it carried over.
                 boundary = (into_u * inputs.u[:, :end]).sum((-2, -1), dtype=torch.float64)
                 if first < end:
                     assert states is not None
-                    carried_over = after[:, first:] * states[:, : end - first] / weight
-                    boundary[:, first:] += (carried_over * inputs.across[:, first:end]).sum(
-                        (-2, -1), dtype=torch.float64
-                    )
+                    across, unbroken = inputs.over(slice(first, end))
+                    assert across is not None
+                    carried_over = kept(after[:, first:] * states[:, : end - first] / weight, unbroken)
+                    boundary[:, first:] += (carried_over * across).sum((-2, -1), dtype=torch.float64)
         span = slice(segment.start, segment.stop)
         grad_q[..., span], grad_k[..., span], grad_u[..., span] = map(join, (dq, dk, du))
         if grad_log_g is not None:
@@ -319,6 +343,6 @@ def _grad_log_gates(grad_G: Tensor, boundary: Tensor | None, tokens: Decay) -> T
         ends = boundary.shape[1]
         later = boundary[..., None]
         if document is not None:
-            later = later * (document[:, :ends] == document[:, :ends, -1:])
+            later = torch.where(document[:, :ends] == document[:, :ends, -1:], later, 0.0)
         grad[:, :ends] += later
     return grad.flatten(1, 2)

@@ -106,6 +106,14 @@ class ChunkDecay:
         whole = factor(self.tokens[..., -1:], self.before, dtype)
         return None if whole is None else whole[..., 0]
 
+    def of_start(self) -> Tensor | None:
+        """`(N, chunks, chunk_size)`: whether a token is of the document before the chunk; None without documents."""
+        return same_document(self.tokens, self.before)
+
+    def of_end(self) -> Tensor | None:
+        """`(N, chunks, chunk_size)`: whether a token is of the document at the end of the chunk."""
+        return same_document(self.tokens[..., -1:], self.tokens)
+
 
 def factor(later: Decay, earlier: Decay, dtype: torch.dtype) -> Tensor | None:
     """Return exp(G_later - G_earlier), 0 across a document boundary, for positions that broadcast; None where there is
@@ -118,6 +126,23 @@ def factor(later: Decay, earlier: Decay, dtype: torch.dtype) -> Tensor | None:
         same = later.document == earlier.document
         result = same.to(dtype) if result is None else result.mul_(same)
     return result
+
+
+def same_document(later: Decay, earlier: Decay) -> Tensor | None:
+    """Return whether positions that broadcast are of one document; None without documents."""
+    if later.document is None or earlier.document is None:
+        return None
+    return later.document == earlier.document
+
+
+def kept(x: Tensor, where: Tensor | None) -> Tensor:
+    """Return x `where` that is True (None: everywhere), and 0 elsewhere even of infinity and NaN, which times a factor
+    of 0 are NaN. By its bits: masked_fill takes a CPU five times as long.
+    """
+    if where is None:
+        return x
+    bits = torch.int64 if x.dtype == torch.float64 else torch.int32
+    return (x.view(bits) & where.to(bits).neg()).view(x.dtype)
 
 
 def causal_factors(tokens: Decay, length: int, like: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 o[t] = sum_{s <= t} (q[t] . k[s])^deg * decay(s -> t) * u[s]. Off the diagonal blocks, decay is a factor of the row
 times a factor of the column, so that gates cost no exponential per pair; both factors refer to one place between them,
-which keeps them at most 1.
+which keeps them at most 1. A factor of 0 would leave infinity NaN: what no pair of one document joins is set to 0.
 
 Tokens lie along the last axis of every tensor, and weights are kept transposed, (columns s, rows t): then each matrix
 product has its many tokens where a BLAS is fast, and the awkward W = V + 1 where it costs nothing.
@@ -13,7 +13,7 @@ Shape legend: M chunks in a batch, R query heads per key head, C chunk, K key di
 import torch
 from torch import Tensor
 
-from powertrain.ops.decay import Decay, causal_factors, factor
+from powertrain.ops.decay import Decay, causal_factors, factor, kept, same_document
 from powertrain.ops.layout import cut
 from powertrain.ops.plan import Plan, Rectangles, Segment
 
@@ -31,9 +31,11 @@ def intra_chunk_fwd(q: Tensor, k: Tensor, u: Tensor, decay: Decay, *, deg: int, 
         cut(out, blocks).copy_(_unbatch(torch.bmm(u_columns, weights), out, blocks))
     for pairs in plan.rectangles(C, M * R):
         row_factor, column_factor = _factors(decay, pairs, q.dtype)
-        q_rows, k_columns, u_columns = _batch(q, pairs.rows), _batch(k, pairs.columns), _batch(u, pairs.columns)
+        of_rows, of_columns = _of_document(decay, pairs)
+        q_rows, k_columns = _batch(q, pairs.rows), _batch(k, pairs.columns, where=of_columns)
         weights = _power_(torch.bmm(k_columns.mT, q_rows), deg)
-        _add(torch.bmm(_scaled(u_columns, column_factor), weights), out, pairs.rows, row_factor)
+        u_columns = _batch(u, pairs.columns, column_factor)
+        _add(torch.bmm(u_columns, weights), out, pairs.rows, row_factor, of_rows)
     return out
 
 
@@ -55,24 +57,27 @@ def intra_chunk_bwd(
         cut(grad_q, blocks).copy_(_unbatch(torch.bmm(k_columns, grad_scores), grad_q, blocks))
     for pairs in plan.rectangles(C, M * R):
         row_factor, column_factor = _factors(decay, pairs, q.dtype)
-        q_rows, k_columns, u_columns = _batch(q, pairs.rows), _batch(k, pairs.columns), _batch(u, pairs.columns)
-        grad_rows = _batch(grad_out, pairs.rows, row_factor)
+        of_rows, of_columns = _of_document(decay, pairs)
+        q_rows, k_columns = _batch(q, pairs.rows, where=of_rows), _batch(k, pairs.columns, where=of_columns)
+        grad_rows, u_columns = _batch(grad_out, pairs.rows, row_factor), _batch(u, pairs.columns, column_factor)
         power, slope = _power_and_slope_(torch.bmm(k_columns.mT, q_rows), deg)
         _add(torch.bmm(grad_rows, power.mT), grad_u, pairs.columns, column_factor)
-        grad_weights = torch.bmm(_scaled(u_columns, column_factor).mT, grad_rows, out=power)
+        grad_weights = torch.bmm(u_columns.mT, grad_rows, out=power)
         grad_scores = grad_weights if slope is None else slope.mul_(grad_weights)
         _add(torch.bmm(q_rows, grad_scores.mT), grad_k, pairs.columns)
         _add(torch.bmm(k_columns, grad_scores), grad_q, pairs.rows)
     return (grad_q, grad_k, grad_u) if deg == 1 else (grad_q.mul_(deg), grad_k.mul_(deg), grad_u)
 
 
-def _batch(x: Tensor, segment: Segment, factor: Tensor | None = None) -> Tensor:
-    """Return the segment's chunks of `x (M, D, [R,] C)`, times `factor (M, chunks, size)`, as a batch `(M * chunks, D,
-    R * size)`.
+def _batch(x: Tensor, segment: Segment, factor: Tensor | None = None, where: Tensor | None = None) -> Tensor:
+    """Return the segment's chunks of `x (M, D, [R,] C)`, times `factor (M, chunks, size)` and 0 but `where (M, chunks,
+    size)`, as a batch `(M * chunks, D, R * size)`.
     """
     chunks = cut(x, segment)
     if factor is not None:
-        chunks = chunks * factor.view(*factor.shape[:2], *[1] * (chunks.ndim - 3), -1)
+        chunks = chunks * _beside(factor, chunks)
+    if where is not None:
+        chunks = kept(chunks, _beside(where, chunks))
     return chunks.flatten(3).flatten(0, 1) if chunks.ndim > 4 else chunks.flatten(0, 1)
 
 
@@ -81,13 +86,22 @@ def _unbatch(x: Tensor, like: Tensor, segment: Segment) -> Tensor:
     return x.view(like.shape[0], segment.chunks, *like.shape[1:-1], segment.chunk_size)
 
 
-def _add(x: Tensor, total: Tensor, segment: Segment, factor: Tensor | None = None) -> None:
-    """Add the batch x, times `factor (M, chunks, size)`, to the segment's chunks of `total`."""
+def _add(x: Tensor, total: Tensor, segment: Segment, factor: Tensor | None = None, where: Tensor | None = None) -> None:
+    """Add the batch x, times `factor (M, chunks, size)` and `where (M, chunks, size)`, to the segment's chunks of
+    `total`.
+    """
     chunks, x = cut(total, segment), _unbatch(x, total, segment)
+    if where is not None:
+        x = kept(x, _beside(where, x))
     if factor is None:
         chunks.add_(x)
     else:
-        chunks.addcmul_(x, factor.view(*factor.shape[:2], *[1] * (x.ndim - 3), -1))
+        chunks.addcmul_(x, _beside(factor, x))
+
+
+def _beside(factor: Tensor, chunks: Tensor) -> Tensor:
+    """View `factor (M, chunks, size)` so that it broadcasts with `chunks (M, chunks, D, [R,] size)`."""
+    return factor.view(*factor.shape[:2], *[1] * (chunks.ndim - 3), -1)
 
 
 def _power_(x: Tensor, deg: int) -> Tensor:
@@ -114,17 +128,17 @@ def _diagonal_mask(decay: Decay, blocks: Segment, like: Tensor) -> Tensor:
 
 
 def _mask_(weights: Tensor, mask: Tensor) -> Tensor:
-    """Multiply `weights (P, columns, R * rows)` by the mask in place."""
-    weights.unflatten(-1, (-1, mask.shape[-1])).mul_(mask)
-    return weights
+    """Return `weights (P, columns, R * rows)`, which are overwritten, times the mask; 0 where that is 0."""
+    return kept(weights.unflatten(-1, (-1, mask.shape[-1])).mul_(mask), mask != 0).flatten(2)
+
+
+def _of_document(decay: Decay, pairs: Rectangles) -> tuple[Tensor | None, Tensor | None]:
+    """Return whether each row and each column is of the document at `pairs.before`: `(M, chunks, size)`."""
+    before = decay.cut(pairs.before)
+    return same_document(decay.cut(pairs.rows), before), same_document(before, decay.cut(pairs.columns))
 
 
 def _factors(decay: Decay, pairs: Rectangles, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
     """Return the decays from `pairs.before` to each row, and from each column to there: `(M, chunks, size)`."""
     before = decay.cut(pairs.before)
     return factor(decay.cut(pairs.rows), before, dtype), factor(before, decay.cut(pairs.columns), dtype)
-
-
-def _scaled(x: Tensor, by: Tensor | None) -> Tensor:
-    """Multiply `x (P, D, size)` by factors `(M, chunks, size)`."""
-    return x if by is None else x * by.flatten(0, 1)[:, None]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from powertrain.ops.chunked import chunked_bwd, chunked_fwd
-from powertrain.ops.decay import Decay, document_of_each_token
+from powertrain.ops.decay import Decay, document_of_each_token, kept
 from powertrain.ops.layout import (
     by_sequence,
     compute_dtype,
@@ -254,10 +254,11 @@ def normalized_bwd(
 
 def through_division(grad_y: Tensor, grad_y_dot_y: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     """Return grad_o `(N, V + 1, R, T)` and grad_o . o `(N, R, T)`, which is 0 but where d is floored, for grad_y `(N,
-    V, R, T)` and `(N, 1, R, T)` of the others.
+    V, R, T)` and `(N, 1, R, T)` of the others. Outputs without gradient have none, even those that are not finite.
     """
     is_floored, divisor = d.abs() < NORMALIZER_FLOOR, guarded(d)
     grad_o = torch.cat([grad_y / divisor, torch.where(is_floored, 0.0, -grad_y_dot_y / divisor)], dim=1)
+    grad_o = kept(grad_o, grad_y.abs().amax(1, keepdim=True) != 0)
     return grad_o, torch.where(is_floored, grad_y_dot_y, 0.0)[:, 0]
 
 

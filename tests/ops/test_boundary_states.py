@@ -31,3 +31,21 @@ def test_final_state_and_gradient_of_the_initial_state(deg: int, gated: bool, do
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.shape == theirs.shape
         assert relative_error(ours, theirs) < 1e-12
+
+
+def test_what_overflows_in_another_document_stays_there() -> None:
+    tensors = make_inputs(1, 40, 2, 1, 4, 3, dtype=torch.float32, gated=False).tensors
+    Q, K, V = tensors.values()
+    cu_seqlens = torch.tensor([0, 10, 30, 40])
+    grad_out, out, normalizer = torch.ones(1, 40, 2, 3), torch.ones(1, 40, 2, 3), torch.ones(1, 40, 2)
+
+    def states() -> tuple[torch.Tensor, ...]:
+        return *final_state(K, V, None, cu_seqlens, 2), *initial_state_grad(
+            grad_out, Q, None, cu_seqlens, out, normalizer, 1, 0.5, 2
+        )
+
+    expected = states()
+    Q[:, 20] *= 1e38
+    K[:, 20] *= 1e38
+    for a, b in zip(states(), expected, strict=True):
+        assert torch.equal(a, b)

@@ -34,6 +34,7 @@ def test_both_ways_agree(
     x, initial = (torch.randn(2, *shape, 3, 4, generator=generator, dtype=torch.float64) for shape in ((chunks,), ()))
     factors = torch.rand(2, chunks, 1, 1, generator=generator, dtype=torch.float64)
     factors[0, chunks // 2] = 0.0  # a document begins
+    unbroken = factors != 0
     initial_, factors_ = (
         initial if given in ("initial", "both") else None,
         factors if given in ("factors", "both") else None,
@@ -43,7 +44,7 @@ def test_both_ways_agree(
         total = expected[c] = total * (1.0 if factors_ is None else factors_[:, c]) + x[:, c]
     for elements in ({"cpu": 1 << 20}, {}):
         monkeypatch.setattr(carry, "_LAUNCH_ELEMENTS", elements)
-        sums = carried_sums(x.clone(), initial_, factors_, from_end=from_end)
+        sums = carried_sums(x.clone(), initial_, factors_, unbroken if factors_ is factors else None, from_end=from_end)
         torch.testing.assert_close(sums, torch.stack(expected, dim=1), rtol=1e-14, atol=1e-14)
     assert blocks == ([chunks] if chunks > 2 else [])
 

@@ -214,6 +214,40 @@ def test_nothing_leaks_across_documents(chunk_size: int | None) -> None:
         assert not grad[:, mask].any()
 
 
+@pytest.mark.parametrize("token", [3, 93, 150])
+@pytest.mark.parametrize("chunk_size", [16, 100, 200])
+@pytest.mark.parametrize("deg", [1, 2, 4])
+def test_what_overflows_stays_in_its_document(deg: int, chunk_size: int, token: int) -> None:
+    """Finite inputs whose scores, powers and states are not: 0 times infinity would be NaN everywhere else."""
+    inputs = make_inputs(1, 200, 4, 2, 6, 5, dtype=torch.float32)
+    cu_seqlens = torch.tensor([0, 5, 90, 95, 160, 200])
+    document = torch.bucketize(torch.arange(200), cu_seqlens, right=True)
+    others = document != document[token]
+    perturbed = {name: x.clone() for name, x in inputs.tensors.items()}
+    perturbed["Q"][:, token] *= 1e38
+    perturbed["K"][:, token] *= 1e38
+
+    def run(tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        leaves = {name: x.clone().requires_grad_() for name, x in tensors.items()}
+        out = power_retention(**leaves, deg=deg, chunk_size=chunk_size, cu_seqlens=cu_seqlens)
+        return out, *torch.autograd.grad(out[:, others].square().sum(), list(leaves.values()))
+
+    expected, actual = run(inputs.tensors), run(perturbed)
+    assert not actual[0][:, token].isfinite().all()
+    for a, b in zip(expected, actual, strict=True):
+        assert torch.equal(a[:, others], b[:, others])
+
+
+@pytest.mark.parametrize("value", [1e38, torch.inf, torch.nan])
+@pytest.mark.parametrize("chunk_size", [16, 200])
+@pytest.mark.parametrize("name", ["Q", "K"])
+def test_what_is_not_finite_stays_out_of_earlier_tokens(name: str, chunk_size: int, value: float) -> None:
+    tensors = make_inputs(1, 200, 4, 2, 6, 5, dtype=torch.float32).tensors
+    expected = power_retention(**tensors, chunk_size=chunk_size)
+    tensors[name][:, 93] *= value
+    assert torch.equal(power_retention(**tensors, chunk_size=chunk_size)[:, :93], expected[:, :93])
+
+
 def test_documents_equal_separate_calls() -> None:
     inputs = make_inputs(1, 90, 2, 2, 6, 5, dtype=torch.float64)
     packed = power_retention(**inputs.tensors, chunk_size=16, cu_seqlens=torch.tensor([0, 30, 30, 61, 90]))
