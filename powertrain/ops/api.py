@@ -209,7 +209,7 @@ def resolve_call(
     Raises:
         ValueError: for arguments that do not fit together.
     """
-    Q, K, V = validation.autocast(Q, K, V)
+    Q, K, V = validation.autocast(Q=Q, K=K, V=V)
     arguments = (
         Q, K, V, log_G, deg, scale, chunk_size, switch_over_seq_len, cu_seqlens, has_state, impl, initial_state,
         sum_of_keys,
@@ -245,12 +245,6 @@ def _decide(
     sum_of_keys: Tensor | None,
 ) -> _Decision:
     validation.check_qkv(Q, K, V)
-    for x in (log_G, cu_seqlens, initial_state, sum_of_keys):
-        if not (x is None or isinstance(x, Tensor)):
-            raise ValueError(
-                "log_G, cu_seqlens, initial_state and sum_of_keys must be torch.Tensor or None; got a "
-                f"{type(x).__module__}.{type(x).__name__}"
-            )
     validation.check_log_gates(log_G, K)
     validation.check_deg(deg)
     validation.check_scale(scale)

@@ -64,7 +64,7 @@ def window_attention(
 
     Arguments, result and errors are those of `softmax_attention`; window, at least 1, counts the token itself.
     """
-    validation.check_positive("window", window)
+    validation.check_positive("window", window, optional=False)
     Q, K, V = _checked(Q, K, V, log_G, cu_seqlens, scale)
     return _attention(Q, K, V, log_G, cu_seqlens, _scale(scale, Q), min(window, K.shape[1]))
 
@@ -80,7 +80,7 @@ def _attention(
 def _checked(
     Q: Tensor, K: Tensor, V: Tensor, log_G: Tensor | None, cu_seqlens: Tensor | None, scale: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    Q, K, V = validation.autocast(Q, K, V)
+    Q, K, V = validation.autocast(Q=Q, K=K, V=V)
     validation.check_qkv(Q, K, V, same_length=False)
     if Q.shape[1] > K.shape[1]:
         raise ValueError(

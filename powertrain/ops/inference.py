@@ -9,12 +9,12 @@ from torch import Tensor
 
 from powertrain.ops import validation
 from powertrain.ops.api import positive_feature_map, power_retention
-from powertrain.ops.layout import by_query_head, by_sequence, compute_dtype, from_query_head
+from powertrain.ops.layout import by_query_head, by_sequence, compute_dtype, from_query_head, without_autocast
 from powertrain.ops.normalized import guarded
 from powertrain.ops.sympow import phi
 
-# Keys whose phi exists at once while they are folded: bounds the memory of folding a long first call.
-_FOLD_BLOCK = 256
+# Tokens whose phi, or weights, exist at once: bounds the memory of many queries, and of folding many keys.
+_BLOCK = 256
 
 
 def power_retention_inference(
@@ -35,7 +35,8 @@ def power_retention_inference(
     the next call gives them again, with the new ones appended.
 
     Args:
-        Q: queries `(B, Tq, Hq, K)` of the last Tq tokens, fp16, bf16, fp32 or fp64.
+        Q: queries `(B, Tq, Hq, K)` of the last Tq tokens, fp16, bf16, fp32 or fp64; cast to the autocast dtype under
+            autocast, like K and V.
         K: keys `(B, Tk, Hk, K)` that the state does not contain, Tk >= Tq; None together with V reads the state alone.
         V: values `(B, Tk, Hk, V)`.
         log_G: log gates `(B, Tk, Hk)` of those keys, fp32, at most 0.
@@ -52,34 +53,49 @@ def power_retention_inference(
     Raises:
         ValueError: for inputs that do not fit together, or where there is neither a state nor K and V.
     """
+    if K is None and V is None:
+        (Q,) = validation.autocast(Q=Q)
+    elif K is not None and V is not None:
+        Q, K, V = validation.autocast(Q=Q, K=K, V=V)
+    else:
+        raise ValueError(f"K and V belong together; {'K' if K is None else 'V'} is None")
     _check(Q, K, V, log_G, initial_state, sum_of_keys, deg, scale, switch_over_seq_len)
     scale = 1.0 / math.sqrt(Q.shape[3]) if scale is None else float(scale)
     if K is not None and V is not None and Q.shape[1] == K.shape[1] > 1:
         return _prefill(Q, K, V, log_G, initial_state, sum_of_keys, deg, scale, switch_over_seq_len)
+    return _decode(Q, K, V, log_G, initial_state, sum_of_keys, deg, scale, switch_over_seq_len)
+
+
+@without_autocast
+def _decode(
+    Q: Tensor,
+    K: Tensor | None,
+    V: Tensor | None,
+    log_G: Tensor | None,
+    initial_state: Tensor | None,
+    sum_of_keys: Tensor | None,
+    deg: int,
+    scale: float,
+    switch_over_seq_len: int | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     dtype = compute_dtype(Q.dtype)
     if deg == 1:
         Q = positive_feature_map(Q)
     Hk = K.shape[2] if K is not None else _required(initial_state).shape[1]
     q = by_query_head(Q, Hk).to(dtype) * scale  # (N, R, Tq, K)
-    rows = q.flatten(1, 2)
-    outputs, decay = [], None
     k = u = G = None
     if K is not None and V is not None:
         k = by_sequence(positive_feature_map(K) if deg == 1 else K).to(dtype)
         v = by_sequence(V).to(dtype)
         u = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
         G = None if log_G is None else by_sequence(log_G).double().clamp(min=-1000.0).cumsum(-1)
-        outputs.append(_read_keys(q, k, u, G, deg))
-        if G is not None:
-            decay = G[:, -q.shape[2] :].exp().to(dtype)  # (N, Tq)
-    if initial_state is not None:
-        from_state = _read_state(rows, initial_state, _required(sum_of_keys), deg)
-        if decay is not None:
-            from_state = from_state * decay.repeat(1, q.shape[1])[..., None]
-        outputs.append(from_state)
-    total = sum(outputs[1:], start=outputs[0])
-    out = total[..., :-1] / guarded(total[..., -1:])
-    out = from_query_head(out.unflatten(1, q.shape[1:3]), Q.shape[0]).to(Q.dtype)
+    older = 0 if k is None else k.shape[1] - q.shape[2]
+    outputs = []
+    for start in range(0, q.shape[2], _BLOCK):
+        stop = min(start + _BLOCK, q.shape[2])
+        k_seen, u_seen, G_seen = (None if x is None else x[:, : older + stop] for x in (k, u, G))
+        outputs.append(_read(q[:, :, start:stop], k_seen, u_seen, G_seen, initial_state, sum_of_keys, deg))
+    out = from_query_head(torch.cat(outputs, dim=2), Q.shape[0]).to(Q.dtype)
     if k is not None and u is not None and switch_over_seq_len is not None and k.shape[1] >= switch_over_seq_len:
         initial_state, sum_of_keys = _fold(k, u, G, initial_state, sum_of_keys, deg, Q.shape[0])
     return out, initial_state, sum_of_keys
@@ -99,9 +115,9 @@ def _check(
     validation.check_deg(deg)
     validation.check_scale(scale)
     validation.check_positive("switch_over_seq_len", switch_over_seq_len)
-    if (K is None) != (V is None):
-        raise ValueError(f"K and V belong together; {'K' if K is None else 'V'} is None")
     if K is None or V is None:
+        validation.check_tensor("initial_state", initial_state, optional=True)
+        validation.check_tensor("log_G", log_G, optional=True)
         if initial_state is None:
             raise ValueError("K, V and initial_state are all None; inference needs keys and values, or a state")
         if log_G is not None:
@@ -109,8 +125,8 @@ def _check(
         if initial_state.ndim != 4:
             raise ValueError(f"initial_state has shape {validation.shape_text(initial_state)}; expected (B, Hk, F, V)")
         # Stand-ins of the sizes that the state implies, for the same checks and messages.
-        K = Q.new_empty(Q.shape[0], 1, initial_state.shape[1], Q.shape[-1])
-        V = Q.new_empty(Q.shape[0], 1, initial_state.shape[1], initial_state.shape[3])
+        K = Q.new_empty(*Q.shape[:1], 1, initial_state.shape[1], *Q.shape[-1:])
+        V = Q.new_empty(*Q.shape[:1], 1, initial_state.shape[1], initial_state.shape[3])
         validation.check_qkv(Q, K, V, same_length=False)
     else:
         validation.check_qkv(Q, K, V, same_length=False)
@@ -137,6 +153,7 @@ def _required(x: Tensor | None) -> Tensor:
     return x
 
 
+@without_autocast
 def _prefill(
     Q: Tensor,
     K: Tensor,
@@ -156,6 +173,29 @@ def _prefill(
     if isinstance(result, tuple):
         return result
     return result, initial_state, sum_of_keys
+
+
+def _read(
+    q: Tensor,
+    k: Tensor | None,
+    u: Tensor | None,
+    G: Tensor | None,
+    state: Tensor | None,
+    sum_of_keys: Tensor | None,
+    deg: int,
+) -> Tensor:
+    """Return the output `(N, R, Tq, V)` of q `(N, R, Tq, K)`, of the last keys, on all keys and the state."""
+    parts = []
+    if k is not None and u is not None:
+        parts.append(_read_keys(q, k, u, G, deg))
+    if state is not None:
+        from_state = _read_state(q.flatten(1, 2), state, _required(sum_of_keys), deg)
+        if G is not None:
+            decay = G[:, -q.shape[2] :].exp().to(q.dtype)  # (N, Tq)
+            from_state = from_state * decay.repeat(1, q.shape[1])[..., None]
+        parts.append(from_state)
+    total = sum(parts[1:], start=parts[0])
+    return (total[..., :-1] / guarded(total[..., -1:])).unflatten(1, q.shape[1:3])
 
 
 def _read_keys(q: Tensor, k: Tensor, u: Tensor, G: Tensor | None, deg: int) -> Tensor:
@@ -182,8 +222,8 @@ def _fold(
     update: Tensor | None = None
     if G is not None:
         u = u * (G[:, -1:] - G).exp().to(u.dtype)[..., None]
-    for start in range(0, k.shape[1], _FOLD_BLOCK):
-        span = slice(start, start + _FOLD_BLOCK)
+    for start in range(0, k.shape[1], _BLOCK):
+        span = slice(start, start + _BLOCK)
         part = torch.bmm(phi(k[:, span], deg).mT, u[:, span])
         update = part if update is None else update + part
     joined = _required(update).unflatten(0, (B, -1))

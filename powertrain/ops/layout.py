@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from powertrain.ops.plan import Segment
+from powertrain.ops.validation import autocasts
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -20,8 +21,10 @@ def without_autocast(function: Callable[P, Result]) -> Callable[P, Result]:
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> Result:
-        device_type = next(x.device.type for x in args if isinstance(x, Tensor))
-        with torch.autocast(device_type, enabled=False):
+        first = next(x for x in args if isinstance(x, Tensor))
+        if not autocasts(first):
+            return function(*args, **kwargs)
+        with torch.autocast(first.device.type, enabled=False):
             return function(*args, **kwargs)
 
     return wrapped

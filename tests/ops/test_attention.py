@@ -127,7 +127,7 @@ def test_scale() -> None:
     assert relative_error(a["out0"], b["out0"]) < 1e-12
 
 
-@pytest.mark.parametrize("window", [0, -1, 2.5, True])
+@pytest.mark.parametrize("window", [0, -1, 2.5, True, None])
 def test_bad_window(window: object) -> None:
     tensors = make_inputs(1, 4, 1, 1, 4, 4, dtype=torch.float32).tensors
     with pytest.raises(ValueError, match="window="):

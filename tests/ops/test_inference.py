@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from powertrain.ops import power_retention, power_retention_inference
+from powertrain.ops import inference, power_retention, power_retention_inference
+from powertrain.ops.reference import power_retention_quadratic
 from tests.ops.accuracy import make_inputs, relative_error
 
 
@@ -52,6 +53,47 @@ def test_low_precision_keeps_dtypes(dtype: torch.dtype) -> None:
     )
 
 
+@pytest.mark.parametrize("queries", [1, 30])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_casts_the_inputs_and_not_the_arithmetic(dtype: torch.dtype, queries: int) -> None:
+    """A state of 1e5 tokens is beyond fp16."""
+    tensors = make_inputs(1, 30, 4, 2, 16, 8, dtype=torch.float32, gated=False).tensors
+    *_, state, total = (x.float() * 1e5 for x in power_retention_quadratic(**tensors))
+    tensors["Q"] = tensors["Q"][:, -queries:]
+    low = {name: x.to(dtype) for name, x in tensors.items()}
+    expected = power_retention_inference(**low, initial_state=state, sum_of_keys=total, switch_over_seq_len=8)
+    read = power_retention_inference(low["Q"], None, None, None, state, total)
+    with torch.autocast("cpu", dtype):
+        actual = power_retention_inference(**tensors, initial_state=state, sum_of_keys=total, switch_over_seq_len=8)
+        read_there = power_retention_inference(tensors["Q"], None, None, None, state, total)
+    for a, b in zip((*actual, *read_there), (*expected, *read), strict=True):
+        assert a is not None
+        assert a.dtype == b.dtype
+        assert a.isfinite().all()
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("with_keys", [True, False])
+def test_many_queries_go_by_blocks(with_keys: bool, gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "_BLOCK", 4)
+    phi, rows = inference.phi, []
+    monkeypatch.setattr(inference, "phi", lambda x, deg: rows.append(x.shape[1]) or phi(x, deg))
+    tensors = make_inputs(2, 40, 4, 2, 5, 3, dtype=torch.float64, gated=gated).tensors
+    first, rest = ({name: x[:, span] for name, x in tensors.items()} for span in (slice(20), slice(20, None)))
+    _, state, total = power_retention_inference(**first, switch_over_seq_len=1)
+    if with_keys:
+        queries = rest.pop("Q")[:, 3:]
+        out, _, _ = power_retention_inference(queries, **rest, initial_state=state, sum_of_keys=total)
+        assert relative_error(out, power_retention(**tensors)[:, 23:]) < 1e-9
+    else:
+        queries = rest["Q"]
+        out, _, _ = power_retention_inference(queries, None, None, None, state, total)
+        one_by_one = [power_retention_inference(q, None, None, None, state, total)[0] for q in queries.split(1, 1)]
+        assert relative_error(out, torch.cat(one_by_one, dim=1)) < 1e-12
+    assert max(rows) == 2 * 4  # query heads of a key head
+
+
 def test_state_alone_answers_queries() -> None:
     tensors = make_inputs(2, 21, 4, 2, 5, 3, dtype=torch.float64).tensors
     _, state, total = power_retention_inference(**tensors, switch_over_seq_len=1)
@@ -90,5 +132,20 @@ def test_errors_name_what_is_missing() -> None:
         power_retention_inference(Q, K, V, log_G, torch.zeros(1, 1, 10, 3))
     with pytest.raises(ValueError, match="switch_over_seq_len=0"):
         power_retention_inference(Q, K, V, switch_over_seq_len=0)
+    state, total = torch.zeros(1, 1, 10, 3), torch.zeros(1, 1, 10)
     with pytest.raises(ValueError, match="belongs to keys"):
-        power_retention_inference(Q, None, None, log_G, torch.zeros(1, 1, 10, 3), torch.zeros(1, 1, 10))
+        power_retention_inference(Q, None, None, log_G, state, total)
+    for arguments, message in (
+        ((None, K, V), "Q is a builtins.NoneType; expected a torch.Tensor$"),
+        ((Q, [1], V), "K is a builtins.list; expected a torch.Tensor$"),
+        ((Q, K, [1]), "V is a builtins.list"),
+        ((Q, K, V, [0.0]), "log_G is a builtins.list; expected a torch.Tensor or None"),
+        ((Q, K, V, log_G, [1], total), "initial_state is a builtins.list; expected a torch.Tensor or None"),
+        ((Q, None, None, None, [1], [1]), "initial_state is a builtins.list"),
+        ((Q, None, None, None, state, [1]), "sum_of_keys is a builtins.list"),
+        ((Q, None, None, [0.0], state, total), "log_G is a builtins.list"),
+        ((None, None, None, None, state, total), "Q is a builtins.NoneType"),
+        ((Q.sum(), None, None, None, state, total), "Q has 0 dimensions"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            power_retention_inference(*arguments)

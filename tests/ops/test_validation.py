@@ -37,6 +37,9 @@ CASES = {
     "cu order": ({"cu_seqlens": torch.tensor([0, 6, 5, 12])}, "decreases from 6 to 5"),
     "cu rows": ({"cu_seqlens": torch.tensor([0, 5, 12])}, "lacks the row start 6"),
     "scale": ({"scale": float("nan")}, "scale=nan must be a finite number"),
+    "scale type": ({"scale": "a"}, "scale='a' must be a finite number other than 0"),
+    "gate type": ({"log_G": [0.0]}, "log_G is a builtins.list; expected a torch.Tensor or None"),
+    "cu type": ({"cu_seqlens": [0, 6, 12]}, "cu_seqlens is a builtins.list; expected a torch.Tensor or None"),
 }
 
 POWER_CASES = {
@@ -53,6 +56,8 @@ POWER_CASES = {
         {"initial_state": z(B, HK, 16, VALUE), "sum_of_keys": z(B, HK, 16)},
         r"expected \(B, Hk, F, V\) = \(2, 2, 10, 3\)",
     ),
+    "state type": ({"initial_state": [0.0], "sum_of_keys": z(B, HK, 10)}, "initial_state is a builtins.list"),
+    "sum type": ({"initial_state": z(B, HK, 10, VALUE), "sum_of_keys": 3}, "sum_of_keys is a builtins.int"),
     "state dtypes": (
         {"initial_state": z(B, HK, 10, VALUE), "sum_of_keys": z(B, HK, 10, dtype=torch.float64)},
         "must share a dtype",
