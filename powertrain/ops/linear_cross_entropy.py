@@ -17,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from powertrain.ops import cuda_cross_entropy
 from powertrain.ops.layout import compute_dtype, without_autocast
-from powertrain.ops.validation import checks_values, shape_text
+from powertrain.ops.validation import autocast, check_positive, check_tensor, checks_values, shape_text
 
 # Logits of one chunk: on CPU they stay in the last-level cache; on a GPU they fill the chip, at 256 MiB of fp32 or of
 # 16 bits.
@@ -53,9 +53,7 @@ def linear_cross_entropy(
         ValueError: for shapes, dtypes or labels that do not fit (labels are checked where values are: see
             `power_retention`).
     """
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    hidden, weight = autocast(hidden=hidden, weight=weight)
     _check(hidden, weight, labels, ignore_index, reduction, chunk)
     if chunk is None:
         chunk = max(1, _chunk_elements(hidden) // weight.shape[0])
@@ -77,6 +75,7 @@ def linear_cross_entropy(
 def _check(
     hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, reduction: str, chunk: int | None
 ) -> None:
+    check_tensor("labels", labels)
     if hidden.ndim != 2 or weight.ndim != 2 or labels.ndim != 1:
         raise ValueError(
             "expected hidden (N, D), weight (V, D) and labels (N,); "
@@ -87,6 +86,8 @@ def _check(
             f"hidden {shape_text(hidden)}, weight {shape_text(weight)} and labels {shape_text(labels)} do not fit; "
             "expected (N, D), (V, D) and (N,)"
         )
+    if weight.shape[0] == 0:
+        raise ValueError(f"weight has shape {shape_text(weight)}; it needs at least one row")
     if hidden.dtype != weight.dtype or not hidden.is_floating_point():
         raise ValueError(f"hidden and weight must share a floating-point dtype; got {hidden.dtype} and {weight.dtype}")
     if not hidden.device == weight.device == labels.device:
@@ -97,8 +98,7 @@ def _check(
         raise ValueError(f"labels have dtype {labels.dtype}; expected int64")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction={reduction!r} is unknown; allowed are 'mean', 'sum' and 'none'")
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk={chunk} must be None or at least 1")
+    check_positive("chunk", chunk)
     if checks_values(labels) and labels.numel():
         counted = labels[labels != ignore_index]
         if counted.numel() and (counted.min().item() < 0 or counted.max().item() >= weight.shape[0]):

@@ -103,7 +103,13 @@ def test_whole_logits_never_exist() -> None:
         ({"hidden": torch.zeros(2, 53, 16)}, "expected hidden"),
         ({"hidden": torch.zeros(53, 16, dtype=torch.float64)}, "share a floating-point dtype"),
         ({"reduction": "median"}, "'mean', 'sum' and 'none'"),
-        ({"chunk": 0}, "chunk=0"),
+        ({"chunk": 0}, "chunk=0 must be None or an integer of at least 1"),
+        ({"chunk": 2.5}, "chunk=2.5 must be None or an integer"),
+        ({"chunk": "a"}, "chunk='a' must be None or an integer"),
+        ({"hidden": [1.0]}, "hidden is a builtins.list; expected a torch.Tensor"),
+        ({"weight": None}, "weight is a builtins.NoneType"),
+        ({"labels": [1]}, "labels is a builtins.list"),
+        ({"weight": torch.zeros(0, 16)}, r"weight has shape \(0, 16\); it needs at least one row"),
     ],
 )
 def test_errors(change: dict[str, object], message: str) -> None:

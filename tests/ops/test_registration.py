@@ -15,6 +15,7 @@ from powertrain.ops import (
     linear_attention,
     linear_cross_entropy,
     power_retention,
+    power_retention_inference,
     softmax_attention,
     window_attention,
 )
@@ -121,6 +122,27 @@ def test_autocast_casts_mixed_inputs() -> None:
     assert loss.dtype == torch.float32
     low = {name: x if name == "log_G" else x.bfloat16() for name, x in mixed.items()}
     assert torch.equal(outputs[0], power_retention(**low))
+
+
+def test_meta_tensors_have_shapes() -> None:
+    inputs = {
+        name: x.to("meta").requires_grad_()
+        for name, x in make_inputs(2, 30, 4, 2, 4, 3, dtype=torch.float32).tensors.items()
+    }
+    outputs = power_retention(**inputs, return_final_state=True)
+    assert [tuple(x.shape) for x in outputs] == [(2, 30, 4, 3), (2, 2, 10, 3), (2, 2, 10)]
+    attention = [softmax_attention(**inputs), window_attention(**inputs, window=7)]
+    ungated = [inputs[name] for name in "QKV"]
+    attention += [softmax_attention(*ungated), linear_attention(*ungated)]
+    assert all(x.shape == (2, 30, 4, 3) for x in attention)
+    query = inputs["Q"][:, -1:]
+    decoded = power_retention_inference(query, **{name: x for name, x in inputs.items() if name != "Q"})
+    assert decoded[0].shape == (2, 1, 4, 3)
+    loss = linear_cross_entropy(
+        inputs["Q"].flatten(0, 2), inputs["K"][0, :, 0], torch.zeros(240, dtype=torch.int64, device="meta")
+    )
+    sum(x.sum() for x in (*outputs, *attention, loss)).backward()
+    assert all(x.grad is not None and x.grad.shape == x.shape for x in inputs.values())
 
 
 def shown_ops(graphs: list[torch.fx.GraphModule]) -> set[str]:
