@@ -41,8 +41,8 @@ def linear_cross_entropy(
         weight: `(V, D)`, dtype of hidden.
         labels: `(N,)` int64 in [0, V), or ignore_index for tokens that do not count.
         ignore_index: the label of ignored tokens.
-        reduction: "mean" over the tokens that count (NaN if none does, as in `torch.nn.functional.cross_entropy`),
-            "sum", or "none": `(N,)` with 0 for ignored tokens.
+        reduction: "mean" over the tokens that count (if none does NaN with gradients of 0, as in
+            `torch.nn.functional.cross_entropy`), "sum", or "none": `(N,)` with 0 for ignored tokens.
         chunk: tokens whose logits exist at once; None: from V and the device.
 
     Returns:
@@ -69,7 +69,11 @@ def linear_cross_entropy(
         with_gradients and hidden.requires_grad,
         with_gradients and weight.requires_grad,
     )
-    return loss / (labels != ignore_index).sum() if reduction == "mean" else loss
+    if reduction == "sum":
+        return loss
+    count = (labels != ignore_index).sum()
+    # Where nothing counts only the loss is NaN, and gradients are 0.
+    return torch.where(count > 0, loss / count.clamp(min=1), torch.nan)
 
 
 def _check(
@@ -222,11 +226,16 @@ def _(
 
 def _sum_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.dtypes = inputs[0].dtype, inputs[1].dtype
-    ctx.mark_non_differentiable(output[1], output[2])
+    # The gradients are differentiable outputs: differentiating them again comes back here, to be refused.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1], output[2])
 
 
-def _sum_backward(ctx: Any, grad_loss: Tensor, _: Any, __: Any) -> tuple[Tensor | None, ...]:
+def _sum_backward(
+    ctx: Any, grad_loss: Tensor, of_grad_hidden: Tensor | None, of_grad_weight: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if of_grad_hidden is not None or of_grad_weight is not None:
+        raise RuntimeError("linear_cross_entropy has no double backward")
     grad_hidden, grad_weight = ctx.saved_tensors
     hidden_dtype, weight_dtype = ctx.dtypes
     return (

@@ -59,9 +59,28 @@ def test_ignored_tokens() -> None:
     assert not grad[labels == -100].any()
     other = torch.where(labels == -100, -1, labels)
     assert linear_cross_entropy(hidden, weight, other, ignore_index=-1) == linear_cross_entropy(hidden, weight, labels)
+
+
+def test_nothing_but_ignored_tokens() -> None:
+    """As `torch.nn.functional.cross_entropy`: the mean is NaN, and gradients are 0."""
+    hidden, weight, labels = problem(torch.float32)
     nothing = torch.full_like(labels, -100)
-    assert linear_cross_entropy(hidden, weight, nothing).isnan()
+    loss = linear_cross_entropy(hidden, weight, nothing)
+    assert loss.isnan()
+    assert not any(grad.any() for grad in torch.autograd.grad(loss, (hidden, weight)))
     assert linear_cross_entropy(hidden, weight, nothing, reduction="sum") == 0
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("leaf", ["hidden", "weight"])
+def test_no_double_backward(leaf: str, reduction: str) -> None:
+    """A penalty on a gradient is refused beside the loss itself, too, whose own derivative is there."""
+    hidden, weight, labels = problem(torch.float64)
+    x = hidden if leaf == "hidden" else weight
+    loss = linear_cross_entropy(hidden, weight, labels, reduction=reduction).sum()
+    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no double backward|no autograd formula"):
+        torch.autograd.grad(loss + grad.square().sum(), x)
 
 
 def test_large_logits_stay_finite() -> None:
