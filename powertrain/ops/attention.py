@@ -41,14 +41,14 @@ def softmax_attention(
     Raises:
         ValueError: for inputs that do not fit together, as in `power_retention`.
     """
-    Q, K, V = _checked(Q, K, V, log_G, cu_seqlens, scale)
+    Q, K, V, scale = _checked(Q, K, V, log_G, cu_seqlens, scale)
     if log_G is None and cu_seqlens is None and Q.shape[1] == K.shape[1]:
         q, k, v = (x.transpose(1, 2) for x in (Q, K, V))
         out = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=scale, enable_gqa=Q.shape[2] != K.shape[2]
         )
         return out.transpose(1, 2)
-    return _attention(Q, K, V, log_G, cu_seqlens, _scale(scale, Q), K.shape[1])
+    return _attention(Q, K, V, log_G, cu_seqlens, scale, K.shape[1])
 
 
 def window_attention(
@@ -65,8 +65,8 @@ def window_attention(
     Arguments, result and errors are those of `softmax_attention`; window, at least 1, counts the token itself.
     """
     validation.check_positive("window", window, optional=False)
-    Q, K, V = _checked(Q, K, V, log_G, cu_seqlens, scale)
-    return _attention(Q, K, V, log_G, cu_seqlens, _scale(scale, Q), min(window, K.shape[1]))
+    Q, K, V, scale = _checked(Q, K, V, log_G, cu_seqlens, scale)
+    return _attention(Q, K, V, log_G, cu_seqlens, scale, min(window, K.shape[1]))
 
 
 def _attention(
@@ -79,7 +79,7 @@ def _attention(
 
 def _checked(
     Q: Tensor, K: Tensor, V: Tensor, log_G: Tensor | None, cu_seqlens: Tensor | None, scale: float | None
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, float]:
     Q, K, V = validation.autocast(Q=Q, K=K, V=V)
     validation.check_qkv(Q, K, V, same_length=False)
     if Q.shape[1] > K.shape[1]:
@@ -90,11 +90,9 @@ def _checked(
     validation.check_cu_seqlens(cu_seqlens, K)
     validation.check_values(log_G, cu_seqlens, K)
     validation.check_scale(scale)
-    return Q, K, V
-
-
-def _scale(scale: float | None, Q: Tensor) -> float:
-    return 1.0 / math.sqrt(Q.shape[3]) if scale is None else float(scale)
+    scale = 1.0 / math.sqrt(Q.shape[3]) if scale is None else float(scale)
+    # FlashAttention kernels take the largest q.k for that of the largest score.
+    return (Q, K, V, scale) if scale > 0 else (-Q, K, V, -scale)
 
 
 def _sdpa_formula(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:

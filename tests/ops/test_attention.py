@@ -17,12 +17,13 @@ def dense(
     log_G: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     window: int | None = None,
+    scale: float | None = None,
 ) -> Tensor:
     """All scores at once, in the dtype of Q, whose tokens are the last ones of K."""
     B, queries, Hq, dim = Q.shape
     T = K.shape[1]
     ratio = Hq // K.shape[2]
-    scores = torch.einsum("bihd,bjhd->bhij", Q, K.repeat_interleave(ratio, dim=2)) / math.sqrt(dim)
+    scores = torch.einsum("bihd,bjhd->bhij", Q, K.repeat_interleave(ratio, dim=2)) * (scale or 1 / math.sqrt(dim))
     if log_G is not None:
         G = log_G.double().cumsum(1).transpose(1, 2).repeat_interleave(ratio, dim=1)
         scores = scores + (G[..., -queries:, None] - G[..., None, :]).to(scores.dtype)
@@ -125,6 +126,17 @@ def test_scale() -> None:
     inputs.keywords["scale"] = 1.0
     b, _ = evaluate(softmax_attention, inputs)
     assert relative_error(a["out0"], b["out0"]) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("window", [None, 20])
+def test_negative_scale(window: int | None, gated: bool, dtype: torch.dtype) -> None:
+    inputs = make_inputs(1, 170, 4, 2, 16, 16, dtype=dtype, gated=gated)
+    inputs.keywords["scale"] = -1.0
+    if window is not None:
+        inputs.keywords["window"] = window
+    assert_as_accurate(softmax_attention if window is None else window_attention, dense, inputs)
 
 
 @pytest.mark.parametrize("window", [0, -1, 2.5, True, None])
