@@ -320,6 +320,7 @@ def _power_retention(
             sum_of_keys=sum_of_keys,
         )  # fmt: skip
     if not on_cuda:
+        validation.refuse_forward_mode("power_retention", Q, K, V, log_G, initial_state, sum_of_keys)
         out, normalizer, state, new_sum_of_keys, _ = power_retention_op(
             Q, K, V, log_G, initial_state, sum_of_keys, cu_seqlens, scale, deg, chunk_size, return_final_state
         )

@@ -72,6 +72,7 @@ def window_attention(
 def _attention(
     Q: Tensor, K: Tensor, V: Tensor, log_G: Tensor | None, cu_seqlens: Tensor | None, scale: float, window: int
 ) -> Tensor:
+    validation.refuse_forward_mode("attention with gates, documents or a window", Q, K, V, log_G)
     if varlen_attention.takes(Q, V, log_G):
         return varlen_attention.varlen_attention(Q, K, V, cu_seqlens, scale, window)
     return blocked_attention_op(Q, K, V, log_G, cu_seqlens, scale, window)[0]

@@ -17,7 +17,14 @@ from torch.utils.flop_counter import register_flop_formula
 
 from powertrain.ops import cuda_cross_entropy
 from powertrain.ops.layout import compute_dtype, without_autocast
-from powertrain.ops.validation import autocast, check_positive, check_tensor, checks_values, shape_text
+from powertrain.ops.validation import (
+    autocast,
+    check_positive,
+    check_tensor,
+    checks_values,
+    refuse_forward_mode,
+    shape_text,
+)
 
 # Logits of one chunk: on CPU they stay in the last-level cache; on a GPU they fill the chip, at 256 MiB of fp32 or of
 # 16 bits.
@@ -55,6 +62,7 @@ def linear_cross_entropy(
     """
     hidden, weight = autocast(hidden=hidden, weight=weight)
     _check(hidden, weight, labels, ignore_index, reduction, chunk)
+    refuse_forward_mode("linear_cross_entropy", hidden, weight)
     if chunk is None:
         chunk = max(1, _chunk_elements(hidden) // weight.shape[0])
     if reduction == "none":

@@ -6,6 +6,7 @@ import os
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from powertrain.ops.sympow import phi_dimension
 
@@ -57,6 +58,12 @@ def check_tensor(name: str, x: object, *, optional: bool = False) -> None:
     if not (isinstance(x, Tensor) or (optional and x is None)):
         kind = f"{type(x).__module__}.{type(x).__name__}"
         raise ValueError(f"{name} is a {kind}; expected a torch.Tensor{' or None' if optional else ''}")
+
+
+def refuse_forward_mode(name: str, *tensors: Tensor | None) -> None:
+    """Raise `NotImplementedError` for tensors with a tangent: ops of `torch.library` drop it without a word."""
+    if any(x is not None and unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(f"{name} has no forward-mode derivative")
 
 
 def check_qkv(Q: Tensor, K: Tensor, V: Tensor, *, same_length: bool = True) -> None:

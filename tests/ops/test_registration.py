@@ -1,12 +1,14 @@
 """The ops under torch's own machinery: opcheck, compile, autocast, checkpointing and FLOP counting."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -140,6 +142,32 @@ def test_autocast_casts_mixed_inputs() -> None:
     assert loss.dtype == torch.float32
     low = {name: x if name == "log_G" else x.bfloat16() for name, x in mixed.items()}
     assert torch.equal(outputs[0], power_retention(**low))
+
+
+def forward_mode_calls() -> dict[str, Callable[[Tensor], Tensor]]:
+    Q, K, V, log_G = make_inputs(1, 20, 2, 2, 4, 4, dtype=torch.float32).tensors.values()
+    weight, labels = torch.randn(7, 4), torch.zeros(40, dtype=torch.int64)
+    return {
+        "power": lambda x: power_retention(x, K, V),
+        "linear": lambda x: linear_attention(x, K, V),
+        "gates": lambda x: power_retention(Q, K, V, log_G * x[..., 0]),
+        "window": lambda x: window_attention(x, K, V, 3),
+        "softmax": lambda x: softmax_attention(x, K, V, log_G),
+        "mean": lambda x: linear_cross_entropy(x.flatten(0, 2), weight, labels),
+        "none": lambda x: linear_cross_entropy(x.flatten(0, 2), weight, labels, reduction="none"),
+    }
+
+
+@pytest.mark.parametrize("case", forward_mode_calls())
+def test_forward_mode_is_refused(case: str) -> None:
+    """Rather than tangents of zero."""
+    call, x = forward_mode_calls()[case], torch.rand(1, 20, 2, 4)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        call(forward_ad.make_dual(x, torch.ones_like(x)))
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(call, (x,), (torch.ones_like(x),))
+    with forward_ad.dual_level():
+        assert call(x).isfinite().all()
 
 
 def test_meta_tensors_have_shapes() -> None:
