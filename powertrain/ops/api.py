@@ -49,7 +49,7 @@ def power_retention(
         V: values `(B, T, Hk, V)`, dtype of Q.
         log_G: log gates `(B, T, Hk)`, fp32, at most 0; G is their cumulative sum. None: no decay.
         initial_state: state `(B, Hk, F, V)` of the tokens before these, F = binom(K + deg - 1, deg); needs sum_of_keys.
-            With cu_seqlens, each row's first document continues from it.
+            With cu_seqlens, each row's first document that is not empty continues from it.
         return_final_state: also return the state and sum_of_keys after the last token (with cu_seqlens: of each row's
             last document).
         deg: 2 or 4; or 1 for linear attention over the feature map elu + 1, where weights are scale
