@@ -51,7 +51,7 @@ def power_retention(
         initial_state: state `(B, Hk, F, V)` of the tokens before these, F = binom(K + deg - 1, deg); needs sum_of_keys.
             With cu_seqlens, each row's first document that is not empty continues from it.
         return_final_state: also return the state and sum_of_keys after the last token (with cu_seqlens: of each row's
-            last document).
+            last document that is not empty).
         deg: 2 or 4; or 1 for linear attention over the feature map elu + 1, where weights are scale
             (elu(q_i)+1).(elu(k_j)+1) exp(G_i - G_j).
         scale: factor of the scores; None: 1 / sqrt(K).

@@ -213,27 +213,28 @@ def _backward(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Tensor | None, ...]:
 blocked_attention_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _call_flops(q: Any, v: Any, window: int) -> OpPassFlops:
+def _call_flops(q: Tensor, v: Tensor, window: int) -> OpPassFlops:
     return softmax_attention_flops(
-        batch=q[0],
-        tokens=v[1],
-        queries=q[1],
-        query_heads=q[2],
-        key_dim=q[3],
-        value_dim=v[3],
+        batch=q.shape[0],
+        tokens=v.shape[1],
+        queries=q.shape[1],
+        query_heads=q.shape[2],
+        key_dim=q.shape[3],
+        value_dim=v.shape[3],
         window=window,
         executed=True,
+        device_type=q.device.type,
     )
 
 
-@register_flop_formula(torch.ops.powertrain.blocked_attention)
+@register_flop_formula(torch.ops.powertrain.blocked_attention, get_raw=True)
 def _formula(
     q: Any, k: Any, v: Any, log_g: Any, cu_seqlens: Any, scale: float, window: int, *args: Any, **kwargs: Any
 ) -> int:
     return _call_flops(q, v, window).forward.total
 
 
-@register_flop_formula(torch.ops.powertrain.blocked_attention_bwd)
+@register_flop_formula(torch.ops.powertrain.blocked_attention_bwd, get_raw=True)
 def _bwd_formula(
     grad_out: Any, q: Any, k: Any, v: Any, log_g: Any, cu_seqlens: Any, out: Any, lse: Any, scale: float, window: int,
     *args: Any, **kwargs: Any,

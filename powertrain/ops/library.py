@@ -190,24 +190,25 @@ power_retention_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _call_flops(
-    q_shape: Any, k_shape: Any, v_shape: Any, deg: int, chunk_size: int, initial_state: bool, final_state: bool
+    q: Tensor, k: Tensor, v: Tensor, deg: int, chunk_size: int, initial_state: bool, final_state: bool
 ) -> OpPassFlops:
     return power_retention_flops(
-        batch=q_shape[0],
-        tokens=q_shape[1],
-        query_heads=q_shape[2],
-        key_heads=k_shape[2],
-        key_dim=q_shape[3],
-        value_dim=v_shape[3],
+        batch=q.shape[0],
+        tokens=q.shape[1],
+        query_heads=q.shape[2],
+        key_heads=k.shape[2],
+        key_dim=q.shape[3],
+        value_dim=v.shape[3],
         deg=deg,
         chunk_size=chunk_size,
         executed=True,
         initial_state=initial_state,
         final_state=final_state,
+        device_type=q.device.type,
     )
 
 
-@register_flop_formula(torch.ops.powertrain.power_retention)
+@register_flop_formula(torch.ops.powertrain.power_retention, get_raw=True)
 def _power_retention_formula(
     q: Any, k: Any, v: Any, log_g: Any, state: Any, sum_of_keys: Any, cu_seqlens: Any,
     scale: float, deg: int, chunk_size: int, final_state: bool, *args: Any, **kwargs: Any,
@@ -215,7 +216,7 @@ def _power_retention_formula(
     return _call_flops(q, k, v, deg, chunk_size, state is not None, final_state).forward.total
 
 
-@register_flop_formula(torch.ops.powertrain.power_retention_bwd)
+@register_flop_formula(torch.ops.powertrain.power_retention_bwd, get_raw=True)
 def _power_retention_bwd_formula(
     grad_out: Any, grad_state: Any, grad_sum_of_keys: Any, q: Any, k: Any, v: Any, log_g: Any, state: Any,
     sum_of_keys: Any, cu_seqlens: Any, out: Any, normalizer: Any, saved_states: Any,

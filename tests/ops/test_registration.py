@@ -315,6 +315,28 @@ def test_flop_formula_of_blocked_attention(window: int) -> None:
     assert count(lambda: blocked_attention_bwd_op._init_fn(*backward)) == expected.backward.total
 
 
+def test_flop_formulas_count_the_blocks_of_the_device() -> None:
+    """Those of a GPU are larger; a meta tensor is planned for one."""
+    inputs = [x.to("meta") for x in make_inputs(1, 700, 4, 2, 6, 5, dtype=torch.float32).tensors.values()]
+    sizes = {"batch": 1, "tokens": 700, "query_heads": 4, "key_dim": 6, "value_dim": 5, "executed": True}
+    power = power_retention_flops(**sizes, key_heads=2, deg=2, chunk_size=700, device_type="cuda")
+    window = softmax_attention_flops(**sizes, window=50, device_type="cuda")
+
+    def power_op() -> tuple[Tensor, ...]:
+        return power_retention_op(*inputs, None, None, None, 0.4, 2, 700, False)
+
+    def window_op() -> tuple[Tensor, ...]:
+        return blocked_attention_op(*inputs, None, 0.4, 50)
+
+    assert count(power_op) == power.forward.total
+    assert count(window_op) == window.forward.total
+    out, normalizer, _, _, saved = power_op()
+    backward = (out, None, None, *inputs, None, None, None, out, normalizer, saved, 0.4, 2, 700)
+    assert count(lambda: power_retention_bwd_op(*backward)) == power.backward.total
+    out, lse = window_op()
+    assert count(lambda: blocked_attention_bwd_op(out, *inputs, None, out, lse, 0.4, 50)) == window.backward.total
+
+
 def test_flop_formula_of_linear_cross_entropy() -> None:
     hidden, weight = torch.randn(20, 6, requires_grad=True), torch.randn(9, 6, requires_grad=True)
     labels = torch.arange(20) % 9
