@@ -14,8 +14,6 @@ from powertrain.scaling.records import CellRecord
 
 Array = NDArray[np.float64]
 
-Key = tuple[int, str, float, str, float, float]  # context, mixer, budget, size, learning-rate factor, batch factor
-
 
 @dataclass(frozen=True)
 class Point:
@@ -25,8 +23,6 @@ class Point:
     size: str
     context: int
     budget: float
-    learning_rate_factor: float
-    batch_factor: float
     records: tuple[CellRecord, ...]  # one per seed, in the seeds' order
     loss: float
     replicates: Array  # (R,) over documents and seeds
@@ -75,12 +71,36 @@ def pooled_seed_noise(groups: Sequence[Sequence[float]]) -> SeedNoise | None:
     return SeedNoise(float(np.sqrt(squares / degrees)), degrees) if degrees else None
 
 
-def _configurations(records: Iterable[CellRecord]) -> dict[Key, tuple[CellRecord, ...]]:
-    groups: dict[Key, list[CellRecord]] = defaultdict(list)
+def _configurations(records: Iterable[CellRecord]) -> dict[tuple[object, ...], list[CellRecord]]:
+    """Return the annealed records, in the seeds' order, by all that they hold of how a configuration is trained."""
+    groups: dict[tuple[object, ...], list[CellRecord]] = defaultdict(list)
     for r in sorted(records, key=lambda r: (r.mixer, r.budget, r.parameters, r.cell)):
         if r.annealed:
-            groups[r.context, r.mixer, r.budget, r.size, r.learning_rate_factor, r.batch_factor].append(r)
-    return {key: tuple(sorted(rs, key=lambda r: (r.seed, r.cell))) for key, rs in groups.items()}
+            trained = r.learning_rate, r.batch_tokens, r.steps, r.data.get("tokens")
+            groups[(*r.place, r.size, *trained, r.data.get("evaluation"))].append(r)
+    return {key: sorted(rs, key=lambda r: r.seed) for key, rs in groups.items()}
+
+
+def _one_per_seed(records: Sequence[CellRecord]) -> bool:
+    return len({r.seed for r in records}) == len(records)
+
+
+def _seeds(records: Sequence[CellRecord]) -> list[Sequence[CellRecord]]:
+    """Return a configuration's records as those that differ in the seed alone.
+
+    Where two are of one seed they differ in what records do not hold, such as the warmup: each is by itself.
+    """
+    return [records] if _one_per_seed(records) else [[r] for r in records]
+
+
+def _seed_noise(records: Iterable[CellRecord], others: Iterable[CellRecord]) -> SeedNoise | None:
+    own, aside = _configurations(records), _configurations(others)
+    groups: list[Sequence[CellRecord]] = []
+    for key in own | aside:
+        parts = own.get(key, []), aside.get(key, [])
+        together = [*parts[0], *parts[1]]
+        groups += [together] if _one_per_seed(together) else [g for part in parts for g in _seeds(part)]
+    return pooled_seed_noise([[r.loss for r in rs] for rs in groups])
 
 
 def resample(
@@ -99,18 +119,18 @@ def resample(
         others: records of the same context that are no points, but of which several seeds of a configuration say as
             well how much seeds differ.
     """
-    members = _configurations(records)
+    members = [rs for found in _configurations(records).values() for rs in _seeds(found)]
     rng = np.random.default_rng(seed)
-    lengths = {r.document_tokens for rs in members.values() for r in rs}
+    lengths = {r.document_tokens for rs in members for r in rs}
     weights: Array | None = None
     documents = 0
     if len(lengths) == 1 and len(tokens := np.array(lengths.pop(), dtype=np.float64)) > 1:
         documents = tokens.size
         drawn = rng.multinomial(documents, np.full(documents, 1 / documents), size=replicates)
         weights = drawn / (drawn @ tokens)[:, None]
-    noise = pooled_seed_noise([[r.loss for r in rs] for rs in _configurations([*records, *others]).values()])
+    noise = _seed_noise(records, others)
     points = []
-    for (context, mixer, budget, size, lr, batch), rs in members.items():
+    for rs in members:
         loss = float(np.mean([r.loss for r in rs]))
         values = np.full(replicates, loss)
         if weights is not None:
@@ -118,7 +138,8 @@ def resample(
         by_documents = values
         if noise is not None:
             values = values + rng.standard_t(noise.degrees, size=replicates) * noise.deviation / np.sqrt(len(rs))
-        points.append(Point(mixer, size, context, budget, lr, batch, rs, loss, values, by_documents))
+        r = rs[0]
+        points.append(Point(r.mixer, r.size, r.context, r.budget, tuple(rs), loss, values, by_documents))
     return Sample(tuple(points), documents, noise)
 
 

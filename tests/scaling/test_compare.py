@@ -147,6 +147,31 @@ def test_records_of_different_documents_are_not_resampled_together():
     assert resample([*records, other], 100).documents == 0
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"learning_rate": 7.0},
+        {"batch_tokens": 7},
+        {"steps": 7},
+        {"data": {"tokens": "a", "evaluation": "other"}},
+        # What records do not hold, such as the warmup.
+        {},
+    ],
+)
+def test_records_of_other_settings_are_no_seeds(change):
+    own = pair(0.0, seeds=(0, 1))
+    other = [dataclasses.replace(r, cell=f"{r.cell}-other", **change) for r in own if r.seed == 0]
+    # A loss far away, which as one more seed would be noise.
+    far = [dataclasses.replace(r, loss=2 * r.loss, document_loss=tuple(2 * x for x in r.document_loss)) for r in other]
+    sample = resample([*own, *far], 100)
+    alone = {p.first.cell for p in sample.points if len(p.records) == 1}
+    assert {r.cell for r in far} <= alone
+    assert max(len(p.records) for p in sample.points) == (2 if change else 1)
+    noise = resample(own, 100).seed_noise
+    assert sample.seed_noise == (noise if change else None)
+    assert resample(own, 100, others=far).seed_noise == noise, "its own seeds are known to belong together"
+
+
 def test_a_confirmed_configuration_comes_before_a_lucky_one():
     records = make_records({"power": LAWS["power"]}, (1e16,), noise=0.0, factors=(1.0,))
     best = min(records, key=lambda r: r.loss)
