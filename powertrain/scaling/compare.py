@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 
 from powertrain.scaling.recipe import Convention
 from powertrain.scaling.records import CellRecord, Place
-from powertrain.scaling.resample import Point, Sample, interval
+from powertrain.scaling.resample import NOISE, Noise, Point, Sample, interval
 
 Array = NDArray[np.float64]
-# unfinished: the subject is lowest, but a mixer that other budgets have was not measured at this one.
-Outcome = Literal["wins", "loses", "inconclusive", "unfinished"]
+# unfinished: the subject is lowest, but a mixer that other budgets have was not measured at this one. no verdict: the
+# noise between documents or between seeds was not measured, so that nobody knows what a difference is worth.
+Outcome = Literal["wins", "loses", "inconclusive", "unfinished", "no verdict"]
 
 # Beyond the measured budgets a frontier is continued along its last segment, but no further than this factor.
 EXTRAPOLATION = 10**0.5
@@ -105,7 +106,10 @@ def frontiers(selected: Mapping[tuple[str, float], Point], convention: Conventio
 
 @dataclass(frozen=True)
 class Duel:
-    """The subject against one rival at equal compute; `difference` is the subject's loss minus the rival's."""
+    """The subject against one rival at equal compute; `difference` is the subject's loss minus the rival's.
+
+    Its interval, like those of a verdict, holds the noise that is known; it is NaN where none is.
+    """
 
     rival: str
     difference: float
@@ -132,6 +136,7 @@ class Verdict:
     outcome: Outcome  # of the subject against its best rival
     extrapolated: tuple[str, ...]  # mixers whose loss lies outside their measured range
     unmeasured: tuple[str, ...]  # mixers that were measured at other budgets only
+    unknown: tuple[Noise, ...]  # noise that was not measured
 
 
 def outcome_of(low: float, high: float) -> Outcome:
@@ -166,11 +171,15 @@ def judge(
             continue
         ranked = sorted(losses, key=lambda m: (losses[m], m))
         lowest, runner_up = ranked[:2]
+        unknown = selected[subject, budget].unknown
+        if unknown == NOISE:
+            replicates = {m: np.full_like(values, math.nan) for m, values in replicates.items()}
         duels = []
         for rival in ranked:
             if rival != subject:
                 low, high = interval(replicates[subject] - replicates[rival], confidence)
-                duels.append(Duel(rival, losses[subject] - losses[rival], low, high, outcome_of(low, high)))
+                found: Outcome = "no verdict" if unknown else outcome_of(low, high)
+                duels.append(Duel(rival, losses[subject] - losses[rival], low, high, found))
         everyone = np.stack([replicates[m] for m in ranked])
         unmeasured = tuple(sorted({m for m, _ in selected} - losses.keys()))
         # `ranked` puts the best rival first among the duels.
@@ -191,6 +200,7 @@ def judge(
                 outcome="unfinished" if unmeasured and outcome == "wins" else outcome,
                 extrapolated=tuple(m for m in ranked if not lines[m].measured(compute)),
                 unmeasured=unmeasured,
+                unknown=unknown,
             )
         )
     return verdicts

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from powertrain.scaling.fit import Parabola, fit_parabola
-from powertrain.scaling.resample import Point, Sample, interval
+from powertrain.scaling.resample import NOISE, Point, Sample, interval
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def isoflops(sample: Sample, confidence: float) -> list[IsoFlop]:
         parameters = np.array([p.first.parameters for p in points])
         parabola = fit_parabola(parameters, np.array([p.loss for p in points]))
         found = IsoFlop(mixer, budget, points, parabola, None)
-        if found.minimum is not None:
+        if found.minimum is not None and sample.unknown != NOISE:
             replicates = np.stack([p.replicates for p in points], axis=1)
             fits = [fit_parabola(parameters, losses) for losses in replicates[:: max(1, len(replicates) // 200)]]
             minima = np.array([f.parameters for f in fits if f is not None])

@@ -18,6 +18,7 @@ from powertrain.scaling.figures import DRAW, has_edge, has_minimum
 from powertrain.scaling.plan import Coverage, asked_for
 from powertrain.scaling.recipe import CONVENTIONS, Figure, Recipe
 from powertrain.scaling.records import CellRecord, table
+from powertrain.scaling.resample import NOISE, Noise, Sample
 from powertrain.scaling.timing import Timing, with_timings
 from powertrain.wording import counted
 
@@ -33,10 +34,7 @@ CAPTIONS: dict[Figure, str] = {
         "parabola in log parameters. Dotted: marks that no parabola goes through, because they are fewer than three or "
         "do not bend upwards."
     ),
-    "perplexity": (
-        "Perplexity on held-out text of each mixer's best configuration per budget. Bands: bootstrap over documents "
-        "and seeds, without the shift that a draw of documents gives all mixers alike."
-    ),
+    "perplexity": "Perplexity on held-out text of each mixer's best configuration per budget.",
     "position": (
         "Loss by position in the context at the largest budget shared, and its difference to the baseline. Bands: "
         "bootstrap over evaluation sequences, the same ones for every mixer, and noise between seeds where it was "
@@ -68,6 +66,12 @@ def _caption(recipe: Recipe, kind: Figure, findings: Findings) -> str:
         text += " Stars: minima of the parabolas."
     if kind == "isoflop" and has_edge(findings):
         text += " A red ring marks a best size at the edge of those measured, which is no minimum."
+    if kind == "perplexity" and findings.sample.unknown != NOISE:
+        over = {(): "documents and seeds", ("seeds",): "documents alone", ("documents",): "seeds alone"}
+        text += (
+            f" Bands: bootstrap over {over[findings.sample.unknown]}, without the shift that a draw of documents gives "
+            "all mixers alike."
+        )
     if kind == "perplexity" and any(law.frontier for law in findings.laws):
         text += " Dashed: the fitted law at the size that it finds best, which need not be one that was trained."
     if kind == "seconds":
@@ -87,8 +91,23 @@ def _signed(x: float) -> str:
     return f"{x:+.4f}".replace("-", "−") if abs(x) >= 5e-5 else "0.0000"
 
 
-def _interval(low: float, high: float) -> str:
-    return f"{_signed(low)} to {_signed(high)}"
+def _interval(low: float, high: float, unknown: Sequence[Noise]) -> str:
+    return "interval not known" if unknown == NOISE else f"{_signed(low)} to {_signed(high)}{_alone(unknown)}"
+
+
+def _alone(unknown: Sequence[Noise]) -> str:
+    """Return what an interval holds where that is one of two kinds of noise."""
+    known = [source for source in NOISE if source not in unknown]
+    return f", {known[0]} alone" if len(known) == 1 else ""
+
+
+def _not_known(sample: Sample) -> str:
+    """Return which noise is not known, and why."""
+    reasons: dict[Noise, str] = {
+        "documents": "between evaluation documents (the records do not hold losses of several, the same ones in all)",
+        "seeds": "between seeds (no configuration has two)",
+    }
+    return " and ".join(reasons[source] for source in sample.unknown)
 
 
 def headline(recipe: Recipe, findings: Findings) -> str:
@@ -107,6 +126,7 @@ def headline(recipe: Recipe, findings: Findings) -> str:
         ("loses", "loses"),
         ("inconclusive", "is inconclusive"),
         ("unfinished", "is unfinished (lowest of what was measured)"),
+        ("no verdict", "has no verdict (one seed)" if findings.sample.unknown == ("seeds",) else "has no verdict"),
     ):
         budgets = ", ".join(f"{v.budget:.3g}" for v in verdicts if v.outcome == outcome)
         if budgets:
@@ -155,14 +175,15 @@ def _verdict_rows(recipe: Recipe, findings: Findings, parts: Sequence[Coverage])
     rows = []
     for v in findings.verdicts[recipe.convention]:
         duel = v.duels[0]
-        margin = f"{v.margin:.4f} ({_interval(*v.margin_interval)}) below {recipe.label(v.runner_up)}"
+        margin = f"{v.margin:.4f} ({_interval(*v.margin_interval, v.unknown)}) below {recipe.label(v.runner_up)}"
+        spread = _interval(duel.low, duel.high, v.unknown)
         flips = findings.flips(recipe, v.budget)
         rows.append(
             [
                 f"{v.budget:.3g}",
                 f"{recipe.label(v.lowest)} ({v.losses[v.lowest]:.4f})",
                 margin,
-                f"{_signed(duel.difference)} ({_interval(duel.low, duel.high)}) to {recipe.label(duel.rival)}",
+                f"{_signed(duel.difference)} ({spread}) to {recipe.label(duel.rival)}",
                 f"**{v.outcome}**",
                 "; ".join(f"{c}: {o}" for c, o in flips) or "none",
                 str(len(_doubts(recipe, findings, parts, v))),
@@ -221,7 +242,7 @@ def _gain_rows(recipe: Recipe, findings: Findings) -> list[list[str]]:
         censored = f"; {share} of replicates are bounds" if g.censored_share else ""
         low = "(bound)" if g.low_bound else f"{g.low:.3f}"
         high = "(bound)" if g.high_bound else f"{g.high:.3f}"
-        spread = f"{low} to {high}{censored}"
+        spread = "not known" if findings.sample.unknown == NOISE else f"{low} to {high}{censored}"
         rows.append(
             [
                 recipe.label(g.mixer),
@@ -272,7 +293,7 @@ def _isoflop_rows(recipe: Recipe, findings: Findings) -> list[list[str]]:
         best, spread = i.best, ""
         if i.minimum is not None:
             fitted = f"{i.minimum.parameters:.3g} ({i.minimum.loss:.4f})"
-            spread = "{:.3g} to {:.3g}".format(*i.parameters_interval) if i.parameters_interval else ""
+            spread = "{:.3g} to {:.3g}".format(*i.parameters_interval) if i.parameters_interval else "not known"
         else:
             fitted = "no parabola" if i.parabola is None else "minimum not bracketed"
         measured = f"{best.size}: {best.first.parameters:.3g} ({best.loss:.4f})"
@@ -281,8 +302,31 @@ def _isoflop_rows(recipe: Recipe, findings: Findings) -> list[list[str]]:
     return rows
 
 
-def _method(recipe: Recipe) -> list[str]:
-    confidence = f"{recipe.analysis.confidence:.0%}"
+def _intervals(recipe: Recipe, findings: Findings) -> str:
+    """Return what the intervals at one context are made of."""
+    sample = findings.sample
+    where = f"At context {findings.context} intervals"
+    parts = []
+    if "documents" not in sample.unknown:
+        parts.append("evaluation documents are resampled, the same ones for every mixer")
+    if "seeds" not in sample.unknown:
+        parts.append(
+            "between-seed noise is Student-t with the deviation pooled over all configurations that have several "
+            "seeds, those of other settings too, and taken to be that of configurations that were run once"
+        )
+    confidence, replicates = f"{recipe.analysis.confidence:.0%}", recipe.analysis.bootstrap
+    text = f"{where} are {confidence} percentiles of {replicates} bootstrap replicates: {'; '.join(parts)}."
+    if sample.unknown == NOISE:
+        text = f"{where} are not known."
+    if sample.unknown:
+        return f"{text} The noise {_not_known(sample)} is not known, and not in them: nobody *wins* or *loses*."
+    return (
+        f"{text} *Wins* and *loses* mean that the interval of the paired difference excludes zero; no correction is "
+        "made for the number of budgets."
+    )
+
+
+def _method(recipe: Recipe, results: Sequence[Findings]) -> list[str]:
     return [
         "- All mixers train on the same documents in the same order (a function of the seed and the step), and are "
         "measured "
@@ -296,12 +340,7 @@ def _method(recipe: Recipe) -> list[str]:
         "- Under another convention the same cells have other prices: losses are then compared at the geometric mean "
         "of the "
         "mixers' prices, along each mixer's line through its budgets in log FLOPs.",
-        f"- Intervals are {confidence} percentiles of {recipe.analysis.bootstrap} bootstrap replicates: evaluation "
-        f"documents "
-        "are resampled, the same ones for every mixer; between-seed noise is Student-t with the deviation pooled over "
-        "all "
-        "configurations that have several seeds, those of other settings too. *Wins* and *loses* mean that the "
-        "interval of the paired difference excludes zero; no correction is made for the number of budgets.",
+        *(f"- {_intervals(recipe, findings)}" for findings in results),
         "- A mixer's configuration at a budget is the lowest among those with the most seeds; its interval does not "
         "hold the "
         "luck of that choice.",
@@ -332,8 +371,14 @@ def page(
     for findings in results:
         kinds = [kind for context, kind in drawn if context == findings.context]
         lines += _context_section(recipe, findings, kinds, parts, others)
-    lines += ["## Method", "", *_method(recipe), ""]
+    lines += ["## Method", "", *_method(recipe, results), ""]
     return "\n".join(lines)
+
+
+def _no_verdict_lines(findings: Findings) -> list[str]:
+    if not findings.sample.unknown:
+        return []
+    return [f"There is no verdict: the noise {_not_known(findings.sample)} is not known.", ""]
 
 
 def _context_section(
@@ -363,6 +408,7 @@ def _context_section(
             "whole steps), along each mixer's line through its budgets. The tables of gains and of sizes hold each "
             "cell's own loss, which differs in the last digits.",
             "",
+            *_no_verdict_lines(findings),
             *_table(header, rows),
             *_doubt_lines(recipe, findings, parts),
         ]
@@ -387,7 +433,8 @@ def _context_section(
         lines += [f"Not drawn, because the records hold nothing for it: {', '.join(missing)}.", ""]
     rows = _gain_rows(recipe, findings)
     if rows:
-        header = ["mixer", "FLOPs", "loss", f"gain over {recipe.label(recipe.baseline)}", "interval", "from"]
+        spread = f"interval{_alone(findings.sample.unknown)}"
+        header = ["mixer", "FLOPs", "loss", f"gain over {recipe.label(recipe.baseline)}", spread, "from"]
         lines += ["### Compute-equivalent gain", "", *_table(header, rows)]
     if findings.isoflops:
         header = [
@@ -396,7 +443,7 @@ def _context_section(
             "sizes",
             "best measured (loss)",
             "parabola's minimum (loss)",
-            "interval",
+            f"interval{_alone(findings.sample.unknown)}",
             "learning rate",
         ]
         lines += ["### Sizes at equal FLOPs", "", *_table(header, _isoflop_rows(recipe, findings))]
@@ -413,6 +460,7 @@ def summary(recipe: Recipe, results: Sequence[Findings]) -> str:
     for findings in results:
         contexts[str(findings.context)] = {
             "headline": headline(recipe, findings),
+            "unknown_noise": findings.sample.unknown,
             "verdicts": {c: [asdict(v) for v in vs] for c, vs in findings.verdicts.items()},
             "gains": [asdict(g) for g in findings.gains],
             "envelope_gains": {m: [asdict(g) for g in gs] for m, gs in findings.envelope_gains.items()},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,9 @@ from powertrain.scaling.recipe import Convention
 from powertrain.scaling.records import CellRecord
 
 Array = NDArray[np.float64]
+# Why a loss would be another one if all were done again.
+Noise = Literal["documents", "seeds"]
+NOISE: tuple[Noise, ...] = get_args(Noise)
 
 
 @dataclass(frozen=True)
@@ -25,8 +29,9 @@ class Point:
     budget: float
     records: tuple[CellRecord, ...]  # one per seed, in the seeds' order
     loss: float
-    replicates: Array  # (R,) over documents and seeds
+    replicates: Array  # (R,) over documents and seeds, as far as their noise is known
     document_replicates: Array  # (R,) over documents alone
+    unknown: tuple[Noise, ...]  # noise that was not measured, and that replicates do not hold
 
     @property
     def first(self) -> CellRecord:
@@ -57,8 +62,9 @@ class Sample:
     """All points of a sweep, resampled together."""
 
     points: tuple[Point, ...]
-    documents: int  # resampled; 0: the records hold no document losses, or not of the same documents
+    documents: int  # resampled; 0: the records do not hold losses of several documents, the same ones in all
     seed_noise: SeedNoise | None  # None: no configuration has two seeds
+    unknown: tuple[Noise, ...]  # noise that was not measured
 
 
 def pooled_seed_noise(groups: Sequence[Sequence[float]]) -> SeedNoise | None:
@@ -129,6 +135,8 @@ def resample(
         drawn = rng.multinomial(documents, np.full(documents, 1 / documents), size=replicates)
         weights = drawn / (drawn @ tokens)[:, None]
     noise = _seed_noise(records, others)
+    measured = {"documents": documents > 0, "seeds": noise is not None}
+    unknown = tuple(source for source in NOISE if not measured[source])
     points = []
     for rs in members:
         loss = float(np.mean([r.loss for r in rs]))
@@ -139,8 +147,8 @@ def resample(
         if noise is not None:
             values = values + rng.standard_t(noise.degrees, size=replicates) * noise.deviation / np.sqrt(len(rs))
         r = rs[0]
-        points.append(Point(r.mixer, r.size, r.context, r.budget, tuple(rs), loss, values, by_documents))
-    return Sample(tuple(points), documents, noise)
+        points.append(Point(r.mixer, r.size, r.context, r.budget, tuple(rs), loss, values, by_documents, unknown))
+    return Sample(tuple(points), documents, noise, unknown)
 
 
 def comparison_intervals(replicates: Array, confidence: float) -> Array:

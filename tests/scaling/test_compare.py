@@ -107,6 +107,30 @@ def test_a_clear_difference_is_called(gap, outcome):
     assert found.lowest_share > 0.99
 
 
+@pytest.mark.parametrize("gap", [-0.5, 0.5])
+@pytest.mark.parametrize(
+    ("seeds", "documents", "unknown"),
+    [
+        ((0,), 60, ("seeds",)),
+        ((0, 1), 0, ("documents",)),
+        ((0, 1), 1, ("documents",)),
+        ((0,), 0, ("documents", "seeds")),
+    ],
+)
+def test_nobody_wins_or_loses_by_a_noise_that_was_not_measured(gap, seeds, documents, unknown):
+    """However large the difference: a second seed, or other documents, might have turned it."""
+    records = pair(gap, seeds=seeds, documents=max(documents, 1))
+    if not documents:
+        records = [dataclasses.replace(r, document_loss=(), document_tokens=()) for r in records]
+    found = verdict(records)
+    assert found.unknown == unknown
+    assert found.outcome == found.duels[0].outcome == "no verdict"
+    assert found.duels[0].difference == pytest.approx(gap, abs=0.1)
+    known = len(unknown) == 1
+    assert (found.duels[0].low < found.duels[0].difference < found.duels[0].high) is known
+    assert math.isnan(found.duels[0].low) is not known
+
+
 def test_pairing_removes_what_documents_share():
     """Documents differ far more than mixers do; the difference is known far better than either loss."""
     sample = resample(pair(0.0, noise=0.0), 2000)

@@ -98,6 +98,40 @@ def test_the_page_states_verdicts_conventions_and_fairness(files):
     assert checks["same seeds for every mixer"]
 
 
+def test_the_page_says_what_noise_it_does_not_know(files):
+    options = {"curves": False, "budgets": (1e15, 3e15)}
+    plain = [dataclasses.replace(r, document_loss=(), document_tokens=()) for r in records(**options)]
+    single = [dataclasses.replace(r, document_loss=(), document_tokens=()) for r in records(seeds=(0,), **options)]
+    for made, intervals, bands, why in (
+        (
+            records(seeds=(0,), **options),
+            "documents alone)",
+            "over documents alone",
+            "seeds (no configuration has two)",
+        ),
+        (plain, "seeds alone)", "over seeds alone", "documents (the records do not hold"),
+        (single, "(interval not known)", None, "the same ones in all) and between seeds"),
+    ):
+        found = analyse(recipe(), made, 65536)
+        text = page(recipe(), [found], [(65536, "perplexity")])
+        assert text.count("**no verdict**") == 2
+        assert "There is no verdict: the noise between" in text
+        assert "power, deg 2 against its best rival has no verdict" in text
+        assert "nobody *wins* or *loses*" in text
+        assert "*Wins* and *loses*" not in text
+        assert intervals in text
+        assert why in text.split("## Method")[1]
+        assert ("Student-t" in text) is (made is plain)
+        assert f"Bands: bootstrap {bands}" in text if bands else "Bands: bootstrap" not in text
+        values = json.loads(summary(recipe(), [found]))["contexts"]["65536"]["verdicts"]["algorithmic"][0]
+        assert (values["margin_interval"] == [None, None]) is (bands is None)
+    text = files["README.md"].decode()
+    for words in ("no verdict", "documents alone", "seeds alone", "not known"):
+        assert words not in text
+    for words in ("Student-t", "over documents and seeds", "*Wins* and *loses*"):
+        assert words in text
+
+
 def test_curves_are_called_averages_in_both_captions(files):
     text = files["README.md"].decode()
     assert text.count("averaged over at least 50 steps and 10% more FLOPs") == 2
