@@ -15,6 +15,7 @@ from powertrain.scaling.analysis import Findings, analyse
 from powertrain.scaling.compare import ENVELOPE_BIN, ENVELOPE_STEPS, Verdict, compared
 from powertrain.scaling.drawing import render, style
 from powertrain.scaling.figures import DRAW, has_edge, has_minimum
+from powertrain.scaling.isoflop import MinimumInterval
 from powertrain.scaling.plan import Coverage, asked_for
 from powertrain.scaling.recipe import CONVENTIONS, Figure, Recipe
 from powertrain.scaling.records import CellRecord, table
@@ -234,12 +235,15 @@ def _convention_rows(recipe: Recipe, findings: Findings) -> list[list[str]]:
     return rows
 
 
+def _share(share: float) -> str:
+    return "under 1%" if share < 0.01 else f"{share:.0%}"
+
+
 def _gain_rows(recipe: Recipe, findings: Findings) -> list[list[str]]:
     rows = []
     for g in sorted(findings.gains, key=lambda g: (g.budget, g.mixer)):
         bound = f"{g.point.bound} " if g.point.bound else ""
-        share = "under 1%" if g.censored_share < 0.01 else f"{g.censored_share:.0%}"
-        censored = f"; {share} of replicates are bounds" if g.censored_share else ""
+        censored = f"; {_share(g.censored_share)} of replicates are bounds" if g.censored_share else ""
         low = "(bound)" if g.low_bound else f"{g.low:.3f}"
         high = "(bound)" if g.high_bound else f"{g.high:.3f}"
         spread = "not known" if findings.sample.unknown == NOISE else f"{low} to {high}{censored}"
@@ -287,13 +291,22 @@ def _law_lines(recipe: Recipe, findings: Findings) -> list[str]:
     return [*(_table(header, rows) if rows else []), *reasons, ""]
 
 
+def _size_interval(spread: MinimumInterval | None) -> str:
+    if spread is None:
+        return "not known"
+    low = "(bound)" if spread.low_bound else f"{spread.low:.3g}"
+    high = "(bound)" if spread.high_bound else f"{spread.high:.3g}"
+    share = spread.unbracketed_share
+    return f"{low} to {high}" + (f"; {_share(share)} of replicates bracket no minimum" if share else "")
+
+
 def _isoflop_rows(recipe: Recipe, findings: Findings) -> list[list[str]]:
     rows = []
     for i in findings.isoflops:
         best, spread = i.best, ""
         if i.minimum is not None:
             fitted = f"{i.minimum.parameters:.3g} ({i.minimum.loss:.4f})"
-            spread = "{:.3g} to {:.3g}".format(*i.parameters_interval) if i.parameters_interval else "not known"
+            spread = _size_interval(i.parameters_interval)
         else:
             fitted = "no parabola" if i.parabola is None else "minimum not bracketed"
         measured = f"{best.size}: {best.first.parameters:.3g} ({best.loss:.4f})"

@@ -3,6 +3,7 @@ import pytest
 from scipy import stats
 
 from powertrain.scaling.fit import Law, _Problem, fit_law, fit_parabola, optimum
+from powertrain.scaling.isoflop import MinimumInterval, minimum_interval
 
 TRUTH = Law(E=1.5, A=400.0, alpha=0.34, B=410.0, beta=0.28)
 # Sizes around the optimum of each budget, as a sweep has them.
@@ -128,3 +129,24 @@ def test_a_parabola_uses_the_sizes_around_the_lowest():
 def test_no_parabola_without_three_sizes_or_a_valley():
     assert fit_parabola(np.array([1e6, 1e7]), np.array([2.0, 1.9])) is None
     assert fit_parabola(np.array([1e6, 1e7, 1e8]), np.array([2.0, 2.5, 2.6])) is None
+
+
+def test_a_minimum_that_replicates_do_not_bracket_is_bounded_by_the_sizes_measured():
+    """Bent upwards; bent downwards; falling, and rising, with a vertex far beyond the sizes."""
+    sizes = np.array([1e5, 3e5, 1e6])
+    bracketed, concave = [3.02, 3.0, 3.05], [3.0, 3.1, 3.05]
+    falling, rising = [3.2, 3.0999, 3.0], [3.0, 3.0999, 3.2]
+    assert fit_parabola(sizes, np.array(falling)).parameters > 1e8
+    minimum = fit_parabola(sizes, np.array(bracketed)).parameters
+
+    def found(*shares):
+        losses = [
+            x for x, times in zip((bracketed, concave, falling, rising), shares, strict=True) for _ in range(times)
+        ]
+        return minimum_interval(sizes, np.array(losses), minimum, 0.9)
+
+    assert found(100, 0, 0, 0) == MinimumInterval(*[minimum, False] * 2, 0.0)
+    assert found(90, 0, 10, 0) == MinimumInterval(minimum, False, 1e6, True, 0.1)
+    assert found(90, 0, 0, 10) == MinimumInterval(1e5, True, minimum, False, 0.1)
+    assert found(90, 10, 0, 0) == MinimumInterval(1e5, True, minimum, False, 0.1), "its lower end is the smallest size"
+    assert found(96, 0, 4, 0) == MinimumInterval(minimum, False, minimum, False, 0.04)

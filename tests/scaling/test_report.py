@@ -16,6 +16,7 @@ from powertrain.scaling.analysis import analyse
 from powertrain.scaling.compare import Gain, GainInterval, compared
 from powertrain.scaling.drawing import Pens, log_ticks
 from powertrain.scaling.figures import draw_envelope, draw_gain, draw_isoflop, draw_perplexity
+from powertrain.scaling.isoflop import MinimumInterval
 from powertrain.scaling.plan import Coverage
 from powertrain.scaling.recipe import Analysis
 from powertrain.scaling.records import CurvePoint
@@ -393,6 +394,22 @@ def test_the_interval_of_a_bound_is_printed():
     text = page(recipe(), [dataclasses.replace(found, gains=(gain(), inside))], [])
     assert "| at least 1.000 | 0.722 to (bound); 77% of replicates are bounds |" in text
     assert "| 0.900 | 0.700 to 1.200; under 1% of replicates are bounds |" in text
+
+
+def test_the_bounds_of_a_minimum_are_printed():
+    found = analyse(recipe(), records(curves=False, budgets=(1e15,)), 65536)
+    spreads = MinimumInterval(1e6, True, 3e6, False, 0.182), MinimumInterval(1e6, False, 3e6, True, 0.004), None
+    for spread, words in zip(
+        spreads,
+        (
+            "(bound) to 3e+06; 18% of replicates bracket no minimum",
+            "1e+06 to (bound); under 1% of replicates bracket no minimum",
+            "not known",
+        ),
+        strict=True,
+    ):
+        changed = tuple(dataclasses.replace(i, parameters_interval=spread) for i in found.isoflops if i.minimum)
+        assert f" | {words} | " in page(recipe(), [dataclasses.replace(found, isoflops=changed)], [])
 
 
 def test_the_page_says_why_a_loss_has_two_values(files):
