@@ -99,6 +99,10 @@ class Findings:
             return []
         return [(c, o) for c, o in outcome.items() if o != outcome[recipe.convention]]
 
+    def not_comparable(self, budget: float) -> list[Convention]:
+        """Return the conventions under which the mixers' prices at a budget are too different for a verdict."""
+        return [c for c, vs in self.verdicts.items() if all(v.budget != budget for v in vs)]
+
 
 def law(recipe: Recipe, mixer: str, iso: Sequence[IsoFlop]) -> LawFinding:
     """Fit the parametric law on all budgets but the largest, and predict that one."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,7 +22,7 @@ Outcome = Literal["wins", "loses", "inconclusive", "unfinished", "no verdict"]
 
 # Beyond the measured budgets a frontier is continued along its last segment, but no further than this factor.
 EXTRAPOLATION = 10**0.5
-# Cells end on a whole step, so their FLOPs differ from the budget by up to 1 / (2 min_steps).
+# Numbers of FLOPs that differ by no more are one: the loss falls by thousandths between them.
 SAME_BUDGET = 1.02
 # An envelope follows the lowest point, and would reward the noisier curve; so curves enter it as means over at least
 # this ratio in FLOPs, which smooths late, and at least as many steps, which smooths early. One logged batch of
@@ -42,11 +42,15 @@ class Frontier:
     replicates: Array  # (R, P)
     points: tuple[Point, ...]
 
-    def weights(self, compute: float) -> Array | None:
-        """Return (P,) weights of the points that give the loss at `compute`; None too far outside the range."""
+    def weights(self, compute: float, same: float) -> Array | None:
+        """Return (P,) weights of the points that give the loss at `compute`; None too far outside the range.
+
+        Args:
+            same: ratio up to which two numbers of FLOPs are one; see `same_budget`.
+        """
         x, at = np.log(self.compute), math.log(compute)
         if x.size == 1:
-            return np.ones(1) if abs(at - x[0]) <= math.log(SAME_BUDGET) else None
+            return np.ones(1) if abs(at - x[0]) <= math.log(same) else None
         if not x[0] - math.log(EXTRAPOLATION) <= at <= x[-1] + math.log(EXTRAPOLATION):
             return None
         right = int(np.clip(np.searchsorted(x, at), 1, x.size - 1))
@@ -55,9 +59,14 @@ class Frontier:
         weights[right - 1], weights[right] = 1 - t, t
         return weights
 
-    def measured(self, compute: float) -> bool:
-        """Return whether `compute` lies within the measured range."""
-        return bool(self.compute[0] / SAME_BUDGET <= compute <= self.compute[-1] * SAME_BUDGET)
+    def measured(self, compute: float, same: float) -> bool:
+        """Return whether `compute` lies within the measured range; `same` as in `weights`."""
+        return bool(self.compute[0] / same <= compute <= self.compute[-1] * same)
+
+
+def same_budget(points: Iterable[Point]) -> float:
+    """Return the ratio up to which numbers of FLOPs are one at a budget, whose cells end on their last whole step."""
+    return max(SAME_BUDGET, 1 + 1 / min(p.first.steps for p in points))
 
 
 def compared(records: Sequence[CellRecord], asked: Mapping[Place, Set[str]]) -> list[CellRecord]:
@@ -159,11 +168,12 @@ def judge(
         if subject not in mixers or len(mixers) < 2:
             continue
         prices = [selected[m, budget].flops(convention) for m in mixers]
+        same = same_budget(selected[m, budget] for m in mixers)
         compute = math.exp(sum(map(math.log, prices)) / len(prices))
         losses: dict[str, float] = {}
         replicates: dict[str, Array] = {}
         for mixer in mixers:
-            weights = lines[mixer].weights(compute)
+            weights = lines[mixer].weights(compute, same)
             if weights is not None:
                 losses[mixer] = float(lines[mixer].loss @ weights)
                 replicates[mixer] = lines[mixer].replicates @ weights
@@ -198,7 +208,7 @@ def judge(
                 lowest_share=float(np.mean(everyone.argmin(axis=0) == 0)),
                 duels=tuple(duels),
                 outcome="unfinished" if unmeasured and outcome == "wins" else outcome,
-                extrapolated=tuple(m for m in ranked if not lines[m].measured(compute)),
+                extrapolated=tuple(m for m in ranked if not lines[m].measured(compute, same)),
                 unmeasured=unmeasured,
                 unknown=unknown,
             )

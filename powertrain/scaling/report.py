@@ -116,11 +116,13 @@ def headline(recipe: Recipe, findings: Findings) -> str:
     subject = recipe.label(recipe.subject)
     verdicts = findings.verdicts[recipe.convention]
     if not verdicts:
-        return (
-            f"At context {findings.context} no budget was measured for {subject} and a rival: there is no verdict, "
-            f"only "
-            "curves."
-        )
+        of_rivals = {b for m, b in findings.selected if m != recipe.subject}
+        shared = {b for m, b in findings.selected if m == recipe.subject} & of_rivals
+        reason = f"no budget was measured for {subject} and a rival"
+        if shared:
+            budgets = ", ".join(f"{b:.3g}" for b in sorted(shared))
+            reason = f"the cells of {subject} and its rivals at {budgets} cost too different FLOPs to be compared"
+        return f"At context {findings.context} {reason}: there is no verdict, only curves."
     parts = []
     for outcome, words in (
         ("wins", "wins"),
@@ -178,7 +180,8 @@ def _verdict_rows(recipe: Recipe, findings: Findings, parts: Sequence[Coverage])
         duel = v.duels[0]
         margin = f"{v.margin:.4f} ({_interval(*v.margin_interval, v.unknown)}) below {recipe.label(v.runner_up)}"
         spread = _interval(duel.low, duel.high, v.unknown)
-        flips = findings.flips(recipe, v.budget)
+        flips = "; ".join(f"{c}: {outcome}" for c, outcome in findings.flips(recipe, v.budget))
+        unknown = "; ".join(f"{c}: not comparable" for c in findings.not_comparable(v.budget))
         rows.append(
             [
                 f"{v.budget:.3g}",
@@ -186,7 +189,7 @@ def _verdict_rows(recipe: Recipe, findings: Findings, parts: Sequence[Coverage])
                 margin,
                 f"{_signed(duel.difference)} ({spread}) to {recipe.label(duel.rival)}",
                 f"**{v.outcome}**",
-                "; ".join(f"{c}: {o}" for c, o in flips) or "none",
+                "; ".join(text for text in (flips or ("" if unknown else "none"), unknown) if text),
                 str(len(_doubts(recipe, findings, parts, v))),
             ]
         )
@@ -418,8 +421,8 @@ def _context_section(
         lines += ["### Verdict", ""]
         lines += [
             "Losses are compared at one number of FLOPs, the geometric mean of what a budget's cells cost (they end on "
-            "whole steps), along each mixer's line through its budgets. The tables of gains and of sizes hold each "
-            "cell's own loss, which differs in the last digits.",
+            "whole steps), along each mixer's line through its budgets where it has several. The tables of gains and "
+            "of sizes hold each cell's own loss, which differs in the last digits.",
             "",
             *_no_verdict_lines(findings),
             *_table(header, rows),

@@ -245,8 +245,19 @@ def test_the_convention_can_flip_the_verdict_and_prices_are_compared_at_one_comp
 
 def test_a_single_budget_is_compared_only_where_it_was_measured():
     line = frontiers(select(resample(pair(0.0), 100)), "algorithmic")["power"]
-    assert line.weights(1.01e16) == pytest.approx([1.0])
-    assert line.weights(2e16) is None
+    assert line.weights(1.01e16, 1.02) == pytest.approx([1.0])
+    assert line.weights(2e16, 1.02) is None
+
+
+def test_cells_of_one_budget_are_compared_however_few_their_steps():
+    """A cell ends on its last whole step: with ten steps it costs up to a tenth less than the budget."""
+    records = []
+    for r in pair(0.5, seeds=(0, 1)):
+        costs = dict.fromkeys(CONVENTIONS, r.budget / 65536 / (10 if r.mixer == "power" else 10.99))
+        records.append(dataclasses.replace(r, steps=10, tokens=10 * 65536.0, flops_per_token=costs))
+    found = verdict(records)
+    assert found.outcome == "loses"
+    assert not found.extrapolated
 
 
 def test_outcomes():

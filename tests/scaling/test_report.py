@@ -133,6 +133,27 @@ def test_the_page_says_what_noise_it_does_not_know(files):
         assert words in text
 
 
+def test_a_convention_that_cannot_be_compared_is_no_convention_that_agrees():
+    """At one budget there is no line along which a loss could be read off at another price."""
+    found = analyse(recipe(), records(curves=False, budgets=(1e15,)), 65536)
+    different = {c: vs for c, vs in found.verdicts.items() if not vs}
+    assert different, "softmax costs more where masked halves of blocks count"
+    cell = page(recipe(), [found], []).split("**wins** | ")[1].split(" |")[0]
+    assert cell == "; ".join(f"{c}: not comparable" for c in different)
+
+
+def test_budgets_that_cost_too_different_flops_are_said_to_be():
+    made = [
+        dataclasses.replace(r, flops_per_token=dict.fromkeys(r.flops_per_token, 1e7))
+        if r.mixer == "power"
+        else dataclasses.replace(r, flops_per_token=dict.fromkeys(r.flops_per_token, 1e9), tokens=r.tokens * 7)
+        for r in records(curves=False, budgets=(1e15,))
+    ]
+    text = page(recipe(), [analyse(recipe(), made, 65536)], [])
+    assert "the cells of power, deg 2 and its rivals at 1e+15 cost too different FLOPs to be compared" in text
+    assert "no budget was measured" not in text
+
+
 def test_curves_are_called_averages_in_both_captions(files):
     text = files["README.md"].decode()
     assert text.count("averaged over at least 50 steps and 10% more FLOPs") == 2
