@@ -14,6 +14,7 @@ from powertrain.scaling.records import CurvePoint
 
 if TYPE_CHECKING:
     from powertrain.data.datamodule import TokenDataModule
+    from powertrain.data.packing import Windows
     from powertrain.models.gpt import GPT
 
 # Training losses are averaged over this ratio in tokens: finer than a line in a figure, coarser than a step.
@@ -28,6 +29,7 @@ class Measurement:
 
     document_loss: tuple[float, ...]
     document_tokens: tuple[int, ...]
+    document_numbers: tuple[int, ...]
     position_bounds: tuple[int, ...]
     position_loss: tuple[tuple[float, ...], ...]
     position_tokens: tuple[tuple[int, ...], ...]
@@ -78,6 +80,25 @@ def sum_by_document(
     )
 
 
+def document_starts(windows: Windows) -> NDArray[np.int64]:
+    """Return where the documents of a split begin in its stream, (D,) rising from 0, as far as its windows reach."""
+    context = windows.context_length
+    return np.concatenate([number * context + windows[number].begins for number in range(len(windows))])
+
+
+def documents_of(starts: NDArray[np.int64], first: int, length: int, offsets: NDArray[np.int64]) -> list[int]:
+    """Return the number of the document that each part of a sequence is of, or most of it.
+
+    Args:
+        starts: see `document_starts`.
+        first: position of the sequence in the stream.
+        length: of the sequence.
+        offsets: (M,) where its parts begin, rising from 0.
+    """
+    number = np.searchsorted(starts, first + np.arange(length), side="right") - 1
+    return [int(part[0] + np.bincount(part - part[0]).argmax()) for part in np.split(number, offsets[1:])]
+
+
 def measure(model: GPT, data: TokenDataModule, *, precision: str, device: Any, buckets: int) -> Measurement:
     """Evaluate a model on the evaluation tokens of `data`, one sequence at a time.
 
@@ -99,10 +120,12 @@ def measure(model: GPT, data: TokenDataModule, *, precision: str, device: Any, b
     digest = hashlib.sha256()
     document_loss: list[float] = []
     document_tokens: list[int] = []
+    document_numbers: list[int] = []
     position_loss: list[tuple[float, ...]] = []
     position_tokens: list[tuple[int, ...]] = []
     total_bytes = 0
-    for batch in data.val_dataloader():
+    starts = document_starts(data.val_windows)
+    for sequence, batch in enumerate(data.val_dataloader()):
         on_device = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
         with torch.no_grad(), autocast(precision, torch.device(device).type):
             output = model(
@@ -119,18 +142,24 @@ def measure(model: GPT, data: TokenDataModule, *, precision: str, device: Any, b
         if not np.isfinite(losses[counted]).all():
             raise ValueError("the trained model's loss on evaluation text is not finite")
         by_document, tokens, by_bucket, bucket_tokens = sum_by_document(losses, counted, offsets, bounds)
-        for loss, count in zip(by_document.tolist(), tokens.tolist(), strict=True):
+        window = sequence * len(data.val_windows) // data.num_val_windows
+        inputs = batch["input_ids"].numpy().reshape(-1)
+        assert np.array_equal(data.val_windows[window].tokens[:-1], inputs), "the loader takes other windows"
+        numbers = documents_of(starts, window * data.context_length, labels.size, offsets)
+        for loss, count, number in zip(by_document.tolist(), tokens.tolist(), numbers, strict=True):
             if count:
                 document_loss.append(loss)
                 document_tokens.append(count)
+                document_numbers.append(number)
         position_loss.append(tuple(by_bucket.tolist()))
         position_tokens.append(tuple(bucket_tokens.tolist()))
         total_bytes += int(batch["label_bytes"].sum())
-        digest.update(batch["input_ids"].numpy().tobytes())
+        digest.update(inputs.tobytes())
         digest.update(offsets.tobytes())
     return Measurement(
         tuple(document_loss),
         tuple(document_tokens),
+        tuple(document_numbers),
         bounds,
         tuple(position_loss),
         tuple(position_tokens),

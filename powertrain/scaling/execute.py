@@ -233,6 +233,7 @@ class TrainingExecutor:
             runners=self.runners,
             document_loss=measured.document_loss,
             document_tokens=measured.document_tokens,
+            document_numbers=measured.document_numbers,
             position_bounds=measured.position_bounds,
             position_loss=measured.position_loss,
             position_tokens=measured.position_tokens,

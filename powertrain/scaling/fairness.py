@@ -128,8 +128,8 @@ def fairness(records: Sequence[CellRecord], sample: Sample, timings: Sequence[Ti
     else:
         positions = {(r.position_bounds, r.position_tokens) for r in records}
         same = len(documents) == 1 and len(positions) == 1
-        each = f"{counted(min(lengths), 'document')} in every cell"
-        text = each if same else f"{len(documents)} different sets of documents"
+        count = f"{sample.documents} {sample.unit}" if sample.documents else counted(min(lengths), "document")
+        text = f"{count} in every cell" if same else f"{len(documents)} different sets of documents"
         checks.append(Check("same evaluation documents and positions", same, text))
     checks.append(_equal_effort(records))
     seeds: dict[str, set[int]] = defaultdict(set)

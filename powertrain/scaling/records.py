@@ -63,8 +63,12 @@ class CellRecord:
     device: str = ""
     devices: int = 1
     runners: int = 1  # that shared the device; with several, `seconds` is no measure of the mixer's speed
-    document_loss: tuple[float, ...] = ()  # summed nats of each evaluation document, in their order
-    document_tokens: tuple[int, ...] = ()  # evaluated tokens of each of these documents
+    # Summed nats of each part of a document that an evaluation sequence holds, in their order; of each whole sequence
+    # where data.document_mask=false.
+    document_loss: tuple[float, ...] = ()
+    document_tokens: tuple[int, ...] = ()  # evaluated tokens of each of these
+    # Number in the validation split of the document that each of these is of, or most of it; empty: not recorded.
+    document_numbers: tuple[int, ...] = ()
     position_bounds: tuple[int, ...] = ()  # upper bounds of the position buckets, exclusive
     position_loss: tuple[tuple[float, ...], ...] = ()  # summed nats, (evaluation sequence, bucket)
     position_tokens: tuple[tuple[int, ...], ...] = ()  # tokens, (evaluation sequence, bucket)
@@ -79,6 +83,11 @@ class CellRecord:
         if len(self.document_loss) != len(self.document_tokens):
             raise ValueError(
                 f"document_loss has {len(self.document_loss)} entries and document_tokens {len(self.document_tokens)}"
+            )
+        if self.document_numbers and len(self.document_numbers) != len(self.document_tokens):
+            raise ValueError(
+                f"document_numbers has {len(self.document_numbers)} entries and document_tokens "
+                f"{len(self.document_tokens)}"
             )
         total = sum(self.document_tokens)
         if total and abs(sum(self.document_loss) / total - self.loss) > 1e-5 * self.loss:

@@ -19,7 +19,7 @@ from powertrain.scaling.isoflop import MinimumInterval
 from powertrain.scaling.plan import Coverage, asked_for
 from powertrain.scaling.recipe import CONVENTIONS, Figure, Recipe
 from powertrain.scaling.records import CellRecord, table
-from powertrain.scaling.resample import NOISE, Noise, Sample
+from powertrain.scaling.resample import NOISE, Noise, Sample, Unit
 from powertrain.scaling.timing import Timing, with_timings
 from powertrain.wording import counted
 
@@ -67,11 +67,11 @@ def _caption(recipe: Recipe, kind: Figure, findings: Findings) -> str:
         text += " Stars: minima of the parabolas."
     if kind == "isoflop" and has_edge(findings):
         text += " A red ring marks a best size at the edge of those measured, which is no minimum."
-    if kind == "perplexity" and findings.sample.unknown != NOISE:
-        over = {(): "documents and seeds", ("seeds",): "documents alone", ("documents",): "seeds alone"}
+    if kind == "perplexity" and _known(findings.sample):
+        known = _known(findings.sample)
         text += (
-            f" Bands: bootstrap over {over[findings.sample.unknown]}, without the shift that a draw of documents gives "
-            "all mixers alike."
+            f" Bands: bootstrap over {' and '.join(known)}{' alone' if len(known) == 1 else ''}, without the shift "
+            "that a draw of text gives all mixers alike."
         )
     if kind == "perplexity" and any(law.frontier for law in findings.laws):
         text += " Dashed: the fitted law at the size that it finds best, which need not be one that was trained."
@@ -92,13 +92,18 @@ def _signed(x: float) -> str:
     return f"{x:+.4f}".replace("-", "−") if abs(x) >= 5e-5 else "0.0000"
 
 
-def _interval(low: float, high: float, unknown: Sequence[Noise]) -> str:
-    return "interval not known" if unknown == NOISE else f"{_signed(low)} to {_signed(high)}{_alone(unknown)}"
+def _interval(low: float, high: float, sample: Sample) -> str:
+    return f"{_signed(low)} to {_signed(high)}{_alone(sample)}" if _known(sample) else "interval not known"
 
 
-def _alone(unknown: Sequence[Noise]) -> str:
-    """Return what an interval holds where that is one of two kinds of noise."""
-    known = [source for source in NOISE if source not in unknown]
+def _known(sample: Sample) -> list[str]:
+    """Return what intervals are over."""
+    names: dict[Noise, str] = {"documents": sample.unit, "seeds": "seeds"}
+    return [names[source] for source in NOISE if source not in sample.unknown]
+
+
+def _alone(sample: Sample) -> str:
+    known = _known(sample)
     return f", {known[0]} alone" if len(known) == 1 else ""
 
 
@@ -178,8 +183,8 @@ def _verdict_rows(recipe: Recipe, findings: Findings, parts: Sequence[Coverage])
     rows = []
     for v in findings.verdicts[recipe.convention]:
         duel = v.duels[0]
-        margin = f"{v.margin:.4f} ({_interval(*v.margin_interval, v.unknown)}) below {recipe.label(v.runner_up)}"
-        spread = _interval(duel.low, duel.high, v.unknown)
+        margin = f"{v.margin:.4f} ({_interval(*v.margin_interval, findings.sample)}) below {recipe.label(v.runner_up)}"
+        spread = _interval(duel.low, duel.high, findings.sample)
         flips = "; ".join(f"{c}: {outcome}" for c, outcome in findings.flips(recipe, v.budget))
         unknown = "; ".join(f"{c}: not comparable" for c in findings.not_comparable(v.budget))
         rows.append(
@@ -249,7 +254,7 @@ def _gain_rows(recipe: Recipe, findings: Findings) -> list[list[str]]:
         censored = f"; {_share(g.censored_share)} of replicates are bounds" if g.censored_share else ""
         low = "(bound)" if g.low_bound else f"{g.low:.3f}"
         high = "(bound)" if g.high_bound else f"{g.high:.3f}"
-        spread = "not known" if findings.sample.unknown == NOISE else f"{low} to {high}{censored}"
+        spread = f"{low} to {high}{censored}" if _known(findings.sample) else "not known"
         rows.append(
             [
                 recipe.label(g.mixer),
@@ -318,13 +323,30 @@ def _isoflop_rows(recipe: Recipe, findings: Findings) -> list[list[str]]:
     return rows
 
 
+def _resampled(findings: Findings) -> str:
+    """Return which text is resampled, and where it is less independent than the bootstrap takes it to be."""
+    sample = findings.sample
+    sequences = all(len(r.document_tokens) == len(r.position_tokens) for r in findings.records)
+    what: dict[Unit, str] = {
+        "documents": " (a sequence counts to the document that most of it is of)" if sequences else "",
+        "parts of documents": (
+            " as sequences cut them (records do not say which are of one document: where many are, intervals "
+            "are too narrow)"
+        ),
+        "sequences": (
+            " (records do not say which hold parts of one document: where many do, intervals are too narrow)"
+        ),
+    }
+    return f"{sample.documents} {sample.unit} of the evaluation text are resampled{what[sample.unit]}"
+
+
 def _intervals(recipe: Recipe, findings: Findings) -> str:
     """Return what the intervals at one context are made of."""
     sample = findings.sample
     where = f"At context {findings.context} intervals"
     parts = []
     if "documents" not in sample.unknown:
-        parts.append("evaluation documents are resampled, the same ones for every mixer")
+        parts.append(f"{_resampled(findings)}, the same ones for every mixer")
     if "seeds" not in sample.unknown:
         parts.append(
             "between-seed noise is Student-t with the deviation pooled over all configurations that have several "
@@ -332,7 +354,7 @@ def _intervals(recipe: Recipe, findings: Findings) -> str:
         )
     confidence, replicates = f"{recipe.analysis.confidence:.0%}", recipe.analysis.bootstrap
     text = f"{where} are {confidence} percentiles of {replicates} bootstrap replicates: {'; '.join(parts)}."
-    if sample.unknown == NOISE:
+    if not parts:
         text = f"{where} are not known."
     if sample.unknown:
         return f"{text} The noise {_not_known(sample)} is not known, and not in them: nobody *wins* or *loses*."
@@ -449,7 +471,7 @@ def _context_section(
         lines += [f"Not drawn, because the records hold nothing for it: {', '.join(missing)}.", ""]
     rows = _gain_rows(recipe, findings)
     if rows:
-        spread = f"interval{_alone(findings.sample.unknown)}"
+        spread = f"interval{_alone(findings.sample)}"
         header = ["mixer", "FLOPs", "loss", f"gain over {recipe.label(recipe.baseline)}", spread, "from"]
         lines += ["### Compute-equivalent gain", "", *_table(header, rows)]
     if findings.isoflops:
@@ -459,7 +481,7 @@ def _context_section(
             "sizes",
             "best measured (loss)",
             "parabola's minimum (loss)",
-            f"interval{_alone(findings.sample.unknown)}",
+            f"interval{_alone(findings.sample)}",
             "learning rate",
         ]
         lines += ["### Sizes at equal FLOPs", "", *_table(header, _isoflop_rows(recipe, findings))]

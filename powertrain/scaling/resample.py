@@ -1,4 +1,4 @@
-"""The bootstrap over evaluation documents and seeds: all mixers are resampled together, so comparisons are paired."""
+"""The bootstrap over evaluation text and seeds: all mixers are resampled together, so comparisons are paired."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ Array = NDArray[np.float64]
 # Why a loss would be another one if all were done again.
 Noise = Literal["documents", "seeds"]
 NOISE: tuple[Noise, ...] = get_args(Noise)
+# What is resampled for the noise between documents: the parts of documents that evaluation sequences hold, or the whole
+# sequences, where records do not say which are of one document.
+Unit = Literal["documents", "parts of documents", "sequences"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,8 @@ class Sample:
     """All points of a sweep, resampled together."""
 
     points: tuple[Point, ...]
-    documents: int  # resampled; 0: the records do not hold losses of several documents, the same ones in all
+    documents: int  # resampled; 0: the records do not hold losses of several, of the same text in all
+    unit: Unit  # that these are
     seed_noise: SeedNoise | None  # None: no configuration has two seeds
     unknown: tuple[Noise, ...]  # noise that was not measured
 
@@ -114,7 +118,8 @@ def resample(
 ) -> Sample:
     """Group annealed records by configuration and resample documents and seeds.
 
-    Documents: each replicate draws as many documents as there are, with replacement, the *same* ones for every cell.
+    Documents: each replicate draws as many as there are, with replacement, the *same* ones for every cell; a document
+    that reaches over several evaluation sequences is one, if any record says so.
     Seeds: a handful cannot be resampled (two seeds have three distinct means), so each replicate adds Student-t noise
     with the pooled deviation and degrees of freedom, over the root of the number of seeds, per configuration.
 
@@ -127,13 +132,25 @@ def resample(
     """
     members = [rs for found in _configurations(records).values() for rs in _seeds(found)]
     rng = np.random.default_rng(seed)
-    lengths = {r.document_tokens for rs in members for r in rs}
+    used = [r for rs in members for r in rs]
+    texts = {(r.document_tokens, r.data.get("evaluation")) for r in used}
+    numbers = {r.document_numbers for r in used if r.document_numbers}
     weights: Array | None = None
     documents = 0
-    if len(lengths) == 1 and len(tokens := np.array(lengths.pop(), dtype=np.float64)) > 1:
-        documents = tokens.size
-        drawn = rng.multinomial(documents, np.full(documents, 1 / documents), size=replicates)
-        weights = drawn / (drawn @ tokens)[:, None]
+    unit: Unit = "parts of documents"
+    if all(len(r.document_tokens) == len(r.position_tokens) for r in used):
+        unit = "sequences"
+    if len(texts) == 1 and len(numbers) <= 1:
+        parts = np.array(used[0].document_tokens, dtype=np.float64)
+        index = np.arange(parts.size)
+        if numbers:
+            unit = "documents"
+            index = np.unique(np.array(numbers.pop()), return_inverse=True)[1]
+        tokens = np.bincount(index, parts)
+        if tokens.size > 1:
+            documents = tokens.size
+            drawn = rng.multinomial(documents, np.full(documents, 1 / documents), size=replicates)
+            weights = (drawn / (drawn @ tokens)[:, None])[:, index]
     noise = _seed_noise(records, others)
     measured = {"documents": documents > 0, "seeds": noise is not None}
     unknown = tuple(source for source in NOISE if not measured[source])
@@ -148,7 +165,7 @@ def resample(
             values = values + rng.standard_t(noise.degrees, size=replicates) * noise.deviation / np.sqrt(len(rs))
         r = rs[0]
         points.append(Point(r.mixer, r.size, r.context, r.budget, tuple(rs), loss, values, by_documents, unknown))
-    return Sample(tuple(points), documents, noise, unknown)
+    return Sample(tuple(points), documents, unit, noise, unknown)
 
 
 def comparison_intervals(replicates: Array, confidence: float) -> Array:

@@ -131,6 +131,32 @@ def test_nobody_wins_or_loses_by_a_noise_that_was_not_measured(gap, seeds, docum
     assert math.isnan(found.duels[0].low) is not known
 
 
+def test_parts_of_one_document_are_drawn_together():
+    """Each document as four parts that lose alike: noise is that of the documents, whatever sequences cut them into."""
+    whole = pair(0.0, seeds=(0, 1), documents=60)
+    cut = [
+        dataclasses.replace(
+            r,
+            document_loss=tuple(x for x in r.document_loss for _ in range(4)),
+            document_tokens=tuple(n for n in r.document_tokens for _ in range(4)),
+        )
+        for r in whole
+    ]
+    # One record knows which are of one document, and all are of the same text.
+    known = [dataclasses.replace(cut[0], document_numbers=tuple(7 * i for i in range(60) for _ in range(4))), *cut[1:]]
+
+    def width(records):
+        sample = resample(records, 2000)
+        return sample.documents, sample.unit, np.diff(interval(sample.points[0].document_replicates, 0.95))[0]
+
+    *of_whole, expected = width(whole)
+    *of_cut, narrow = width(cut)
+    *of_known, found = width(known)
+    assert (of_whole, of_cut, of_known) == ([60, "parts of documents"], [240, "parts of documents"], [60, "documents"])
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert narrow < 0.6 * expected
+
+
 def test_pairing_removes_what_documents_share():
     """Documents differ far more than mixers do; the difference is known far better than either loss."""
     sample = resample(pair(0.0, noise=0.0), 2000)

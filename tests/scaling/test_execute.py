@@ -7,12 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 
+from powertrain.data.datamodule import TokenDataModule
+from powertrain.models.gpt import GPT
 from powertrain.scaling.catalog import ComposedCatalog
-from powertrain.scaling.evaluate import position_bounds, sum_by_document, training_curve
+from powertrain.scaling.evaluate import documents_of, measure, position_bounds, sum_by_document, training_curve
 from powertrain.scaling.execute import TrainingExecutor, branch, trunk_config
 from powertrain.scaling.recipe import load_recipe
 from powertrain.scaling.records import table
@@ -102,6 +105,35 @@ def test_documents_and_positions_are_summed_exactly():
     # Positions 0 and 1 of each document, then 2 and 3.
     assert documents[2].tolist() == [0 + 1 + 4 + 6 + 7, 2 + 5, 0]
     assert documents[3].tolist() == [5, 2, 0]
+
+
+def test_a_document_keeps_its_number_over_the_sequences_that_it_reaches():
+    import numpy as np
+
+    starts = np.array([0, 5, 20, 22])
+    # Sequences of eight, the second of which lies within document 1.
+    assert documents_of(starts, 0, 8, np.array([0, 5])) == [0, 1]
+    assert documents_of(starts, 8, 8, np.array([0])) == [1]
+    assert documents_of(starts, 16, 8, np.array([0, 4, 6])) == [1, 2, 3]
+    # Without a document mask a sequence is one part.
+    assert documents_of(starts, 0, 8, np.array([0])) == [0]
+    assert documents_of(starts, 4, 8, np.array([0])) == [1]
+
+
+def test_measured_parts_are_of_the_documents_that_the_split_holds(tmp_path):
+    import torch
+
+    recipe = load_recipe(str(recipe_in(tmp_path)))
+    config = ComposedCatalog(recipe).config("softmax", "one", 32)
+    data = TokenDataModule(config.data, context_length=32, micro_batch_size=1, cache_dir=config.paths.cache)
+    measured = measure(GPT(config.model).eval(), data, precision="32-true", device=torch.device("cpu"), buckets=3)
+    lengths = [len(data.val_windows.stream.document(n)) + 1 for n in range(data.val_windows.stream.num_documents)]
+    tokens = Counter()
+    for number, count in zip(measured.document_numbers, measured.document_tokens, strict=True):
+        tokens[number] += count
+    assert data.num_val_windows < len(data.val_windows), "spread over the split"
+    assert len(measured.document_tokens) > len(tokens) > 3
+    assert all(count <= lengths[number] for number, count in tokens.items())
 
 
 def test_position_bounds_end_with_the_context():

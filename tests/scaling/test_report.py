@@ -107,7 +107,7 @@ def test_the_page_says_what_noise_it_does_not_know(files):
         (
             records(seeds=(0,), **options),
             "documents alone)",
-            "over documents alone",
+            "over parts of documents alone",
             "seeds (no configuration has two)",
         ),
         (plain, "seeds alone)", "over seeds alone", "documents (the records do not hold"),
@@ -129,7 +129,7 @@ def test_the_page_says_what_noise_it_does_not_know(files):
     text = files["README.md"].decode()
     for words in ("no verdict", "documents alone", "seeds alone", "not known"):
         assert words not in text
-    for words in ("Student-t", "over documents and seeds", "*Wins* and *loses*"):
+    for words in ("Student-t", "over parts of documents and seeds", "*Wins* and *loses*"):
         assert words in text
 
 
@@ -152,6 +152,25 @@ def test_budgets_that_cost_too_different_flops_are_said_to_be():
     text = page(recipe(), [analyse(recipe(), made, 65536)], [])
     assert "the cells of power, deg 2 and its rivals at 1e+15 cost too different FLOPs to be compared" in text
     assert "no budget was measured" not in text
+
+
+def test_the_page_says_what_is_resampled():
+    made = records(curves=False, budgets=(1e15,))
+    rows = {"position_loss": ((1.0,),) * 40, "position_tokens": ((1,),) * 40, "position_bounds": (65536,)}
+    whole = [dataclasses.replace(r, **rows) for r in made]
+    numbered = [dataclasses.replace(r, document_numbers=tuple(i // 4 for i in range(40))) for r in whole]
+    for given, resampled, evidence in (
+        (made, "40 parts of documents of the evaluation text are resampled as sequences cut them", "40 parts of doc"),
+        (whole, "40 sequences of the evaluation text are resampled (records do not say which", "40 sequences in every"),
+        (
+            numbered,
+            "10 documents of the evaluation text are resampled (a sequence counts to the",
+            "10 documents in every",
+        ),
+    ):
+        text = page(recipe(), [analyse(recipe(), given, 65536)], [])
+        assert resampled in text.split("## Method")[1]
+        assert evidence in text.split("### Fairness")[1]
 
 
 def test_curves_are_called_averages_in_both_captions(files):
