@@ -246,8 +246,14 @@ def _run(recipe: Recipe, arguments: argparse.Namespace) -> int:
             f"--per-gpu {arguments.per_gpu} needs --gpus, such as `--gpus all`: without it one runner runs here, "
             "and with --slurm one in each task"
         )
+    if arguments.max_hours is not None and not arguments.max_hours >= 0:
+        raise ConfigError(f"--max-hours {arguments.max_hours:g} is not allowed: it must be at least 0")
     if arguments.slurm is not None:
         return _submit(recipe, arguments)
+    if arguments.dry_run:
+        raise ConfigError(f"--dry-run needs --slurm: `{_hint('plan', arguments)}` says what would run here")
+    if arguments.cluster:
+        raise ConfigError(f"--cluster {arguments.cluster[0]} needs --slurm: it is an option of the jobs of an array")
     state = _state(recipe, arguments.directory)
     failed_earlier = state.failed(_cells_within_limits(state))
     if arguments.retry_failed:
@@ -326,6 +332,12 @@ def _run_cells(state: SweepState, arguments: argparse.Namespace, signals: StopSi
     return outcome
 
 
+def _of_runners(arguments: argparse.Namespace) -> list[str]:
+    """Return the flags that hold for every runner that this process starts or submits."""
+    flags = [f"--{f.replace('_', '-')}" for f in ("no_wait", "keep_checkpoints", "wandb") if getattr(arguments, f)]
+    return flags + ([] if arguments.max_hours is None else ["--max-hours", str(arguments.max_hours)])
+
+
 def _run_on_gpus(state: SweepState, arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
@@ -337,11 +349,7 @@ def _run_on_gpus(state: SweepState, arguments: argparse.Namespace) -> int:
     check(state, devices=False)
     passed_on = ["sweep", "run", arguments.recipe, "--directory", str(arguments.directory), "--quiet"]
     passed_on += ["--shared-by", str(arguments.per_gpu)]
-    for flag in ("no_wait", "keep_checkpoints", "wandb"):
-        if getattr(arguments, flag):
-            passed_on.append(f"--{flag.replace('_', '-')}")
-    if arguments.max_hours is not None:
-        passed_on += ["--max-hours", str(arguments.max_hours)]
+    passed_on += _of_runners(arguments)
     with LiveStatus(state, Console(file=sys.stdout), live=not arguments.quiet):
         return run_on_gpus(passed_on, gpus, state.paths.logs, arguments.per_gpu)
 
@@ -358,14 +366,19 @@ def _submit(recipe: Recipe, arguments: argparse.Namespace) -> int:
             raise ConfigError(f"--cluster {text}: write KEY=VALUE, such as gpus_per_node=1")
         values[key] = int(value) if value.isdigit() else value
     cluster = build(ClusterConfig, {"kind": "slurm", **values}, "cluster")
+    several = "nodes" if cluster.nodes > 1 else "tasks_per_node" if cluster.tasks_per_node else "gpus_per_node"
+    if cluster.processes > 1:
+        raise ConfigError(
+            f"--cluster {several}={getattr(cluster, several)} is not allowed: a job of the array is one runner, which is "
+            f"one process; --slurm {arguments.slurm} says how many there are"
+        )
     state = _state(recipe, arguments.directory)
     _cells_within_limits(state)
     trainer = state.shared_config().trainer
     if trainer.accelerator == "gpu" and not cluster.gpus_per_node:
         count = 1 if trainer.devices == "auto" else trainer.devices
         raise ConfigError(f"{recipe.name} trains on GPUs: give --cluster gpus_per_node={count}")
-    flags = ["--requeue", str(cluster.signal_seconds)]
-    flags += [f"--{f.replace('_', '-')}" for f in ("keep_checkpoints", "wandb") if getattr(arguments, f)]
+    flags = ["--requeue", str(cluster.signal_seconds), *_of_runners(arguments)]
     array, report = slurm_jobs(arguments.recipe, arguments.directory, state.paths, arguments.slurm, flags)
     if arguments.dry_run:
         print(scripts(cluster, array, report), end="")

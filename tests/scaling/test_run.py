@@ -395,6 +395,34 @@ def test_an_array_that_trains_on_gpus_asks_for_them(tmp_path, capsys):
     assert main([*example.split()[1:], "--directory", str(tmp_path), "--dry-run"]) == 0
 
 
+def test_a_job_of_an_array_is_one_runner(tmp_path, capsys):
+    """Several tasks of a job would be taken for ranks of one training."""
+    command = ["sweep", "run", "smoke", "--directory", str(tmp_path), "--slurm", "3", "--dry-run"]
+    for given in ("nodes=2", "tasks_per_node=2", "gpus_per_node=4"):
+        assert main([*command, "--cluster", given]) == 2
+        assert f"--cluster {given} is not allowed: a job of the array is one runner" in capsys.readouterr().err
+
+
+def test_what_is_for_jobs_alone_is_refused_without_them(tmp_path, capsys):
+    command = ["sweep", "run", "smoke", "--directory", str(tmp_path)]
+    for given, words in (
+        (["--dry-run"], f"--dry-run needs --slurm: `powertrain sweep plan smoke --directory {tmp_path}`"),
+        (["--cluster", "time=1:00:00"], "--cluster time=1:00:00 needs --slurm"),
+        (["--max-hours", "-1"], "--max-hours -1 is not allowed: it must be at least 0"),
+        (["--max-hours", "nan", "--slurm", "1"], "--max-hours nan is not allowed"),
+    ):
+        assert main([*command, *given]) == 2
+        assert words in capsys.readouterr().err
+    assert not list(tmp_path.iterdir()), "nothing was trained"
+
+
+def test_the_runners_of_an_array_get_the_flags_of_every_runner(tmp_path, capsys):
+    flags = ["--no-wait", "--keep-checkpoints", "--wandb", "--max-hours", "1.5"]
+    assert main(["sweep", "run", "smoke", "--directory", str(tmp_path), "--slurm", "2", "--dry-run", *flags]) == 0
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if "sweep run" in x]
+    assert "--no-wait --keep-checkpoints --wandb --max-hours 1.5" in line
+
+
 def test_an_array_tries_failed_cells_again_where_asked(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("powertrain.scaling.launch.submit", lambda *_: ("1", "2"))
     failures = Failures(tmp_path / "smoke" / "failures")
