@@ -196,14 +196,10 @@ def least_memory(cell: Cell) -> float:
     return BYTES_PER_PARAMETER * cell.cost.parameters_total + activations
 
 
-def infeasible(recipe: Recipe, cell: Cell, memory_gib: float | None = None) -> Reason | None:
-    """Return why a cell should not run, or None.
-
-    Args:
-        memory_gib: memory of the planned device; the recipe's own limit comes first.
-    """
+def infeasible(recipe: Recipe, cell: Cell) -> Reason | None:
+    """Return why a cell should not run, or None; the same on every machine."""
     limits = recipe.limits
-    memory = limits.memory_gib if limits.memory_gib is not None else memory_gib
+    memory = limits.memory_gib
     per_parameter = cell.tokens / cell.cost.parameters
     least, most = limits.min_tokens_per_parameter, limits.max_tokens_per_parameter
     if cell.steps < limits.min_steps:
@@ -233,7 +229,6 @@ class Expander:
     Args:
         outcomes: loss by cell id, of finished cells.
         failed: ids of cells that failed for good; they count as settled, and as no candidate for any optimum.
-        memory_gib: memory of the planned device, where the recipe gives none.
         made: cells that earlier expansions of the same recipe and catalog made; filled here.
     """
 
@@ -243,11 +238,9 @@ class Expander:
         catalog: Catalog,
         outcomes: Mapping[str, float],
         failed: Set[str] = frozenset(),
-        memory_gib: float | None = None,
         made: dict[tuple, Cell] | None = None,
     ) -> None:
         self.recipe, self.catalog, self.outcomes, self.failed = recipe, catalog, outcomes, failed
-        self.memory_gib = memory_gib
         self._made = made if made is not None else {}
 
     def cell(self, *key: object) -> Cell:
@@ -258,7 +251,7 @@ class Expander:
 
     def reason(self, cell: Cell) -> Reason | None:
         """Return why a cell is infeasible, or None."""
-        return infeasible(self.recipe, cell, self.memory_gib)
+        return infeasible(self.recipe, cell)
 
     def feasible_sizes(self, mixer: str, context: int, budget: float) -> list[str]:
         """Return the rungs on which the budget can be spent, in the ladder's order."""

@@ -207,7 +207,6 @@ def _plan(recipe: Recipe, arguments: argparse.Namespace) -> int:
             chosen = "" if arguments.device else "the recipe trains there"
         else:
             device, chosen = choose_device(records, gpu_here())
-        state.memory_gib = device.memory_gib
         plan = make_plan(_cells_within_limits(state), device, records, state.store.finished(), timings, chosen)
     if arguments.json:
         for row in as_rows(plan):
@@ -369,8 +368,8 @@ def _submit(recipe: Recipe, arguments: argparse.Namespace) -> int:
     several = "nodes" if cluster.nodes > 1 else "tasks_per_node" if cluster.tasks_per_node else "gpus_per_node"
     if cluster.processes > 1:
         raise ConfigError(
-            f"--cluster {several}={getattr(cluster, several)} is not allowed: a job of the array is one runner, which is "
-            f"one process; --slurm {arguments.slurm} says how many there are"
+            f"--cluster {several}={getattr(cluster, several)} is not allowed: a job of the array is one runner, and "
+            f"that one process; --slurm {arguments.slurm} says how many there are"
         )
     state = _state(recipe, arguments.directory)
     _cells_within_limits(state)

@@ -151,9 +151,7 @@ class LiveStatus:
         from rich.live import Live
 
         # A state of its own: the runner's is used by another thread.
-        state = SweepState(
-            self.state.recipe, self.state.catalog, self.state.paths, self.state.memory_gib, self.state.lease_seconds
-        )
+        state = SweepState(self.state.recipe, self.state.catalog, self.state.paths, self.state.lease_seconds)
         with Live(console=self.console, auto_refresh=False) as live:
             while True:
                 ended = self._stop.wait(0 if not self._started else REFRESH_SECONDS)

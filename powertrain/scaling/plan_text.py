@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from powertrain.scaling.cells import Dropped, Expansion, Pending, Reason
+from powertrain.scaling.cells import Dropped, Expansion, Pending, Reason, least_memory
 from powertrain.scaling.plan import Plan, as_rows
 from powertrain.scaling.pricing import MARKS, without_kernels
 from powertrain.scaling.recipe import Recipe
@@ -58,6 +58,7 @@ def render(plan: Plan, width: int, *, every: bool = False) -> list[Any]:
         result += [Text(title, style="italic"), table]
     result += [Text(line, style="dim") for line in later(plan.expansion)]
     result += [Text(line, style="yellow") for line in dropped(plan.expansion)]
+    result += [Text(line, style="yellow") for line in too_large(plan)]
     result.append(summary(plan))
     if plan.unpriced and plan.hours is not None:
         result.append(unpriced(plan))
@@ -121,6 +122,20 @@ def dropped(expansion: Expansion) -> list[str]:
         numbers = "; ".join(", ".join(d.reason.number for d in own) for own in budgets.values())
         lines.append(f"dropped: {mixer} {where} FLOPs{_at(expansion, context)}: {Reason(phrase, numbers)}")
     return lines
+
+
+def too_large(plan: Plan) -> list[str]:
+    """Return which cells to go need more memory than the device has, if its own is known: a line for mixer and size."""
+    memory = plan.device.memory_gib
+    needs: dict[tuple[str, str], float] = {}
+    for cell in plan.remaining:
+        needs[cell.mixer, cell.size] = max(least_memory(cell) / 2**30, needs.get((cell.mixer, cell.size), 0.0))
+    return [
+        f"too large: {mixer} {size} needs at least {need:.1f} GiB, and {plan.device.name} has {memory:.4g}: its cells "
+        "fail there, unless limits.memory_gib drops them"
+        for (mixer, size), need in needs.items()
+        if memory is not None and need > memory
+    ]
 
 
 def unpriced(plan: Plan) -> str:

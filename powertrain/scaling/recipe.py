@@ -124,7 +124,7 @@ class Limits:
     max_tokens: float | None = None  # tokens beyond which the data would repeat; null: no limit
     min_tokens_per_parameter: float = 0.0  # below it a size is too large for the budget to matter
     max_tokens_per_parameter: float | None = None  # above it a size is too small for the budget to matter
-    memory_gib: float | None = None  # memory of one device; null: what the planned device has
+    memory_gib: float | None = None  # memory of one device; null: no limit
 
     def __post_init__(self) -> None:
         if self.min_steps < 1:

@@ -116,7 +116,6 @@ class SweepState:
     recipe: Recipe
     catalog: Catalog
     paths: SweepPaths
-    memory_gib: float | None = None
     lease_seconds: float = LEASE_SECONDS
     store: RecordStore = field(init=False)
     failures: Failures = field(init=False)
@@ -145,7 +144,7 @@ class SweepState:
     def expand(self) -> Expansion:
         """Return the cells that the recipe and the results so far amount to."""
         failed = self.failures.ids()
-        return Expander(self.recipe, self.catalog, self.outcomes(), failed, self.memory_gib, self._made).expand()
+        return Expander(self.recipe, self.catalog, self.outcomes(), failed, self._made).expand()
 
     def shared_config(self) -> RunConfig:
         """Return a configuration that stands for all cells in what they share: data and devices."""

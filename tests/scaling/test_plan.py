@@ -6,6 +6,7 @@ import time
 from collections import Counter
 
 import pytest
+import yaml
 
 from powertrain import config
 from powertrain.scaling import catalog, cli, pricing
@@ -22,8 +23,9 @@ from powertrain.scaling.pricing import (
     choose_device,
     find_device,
 )
-from powertrain.scaling.recipe import Limits, Recipe, Rule, Stage, load_recipe
+from powertrain.scaling.recipe import Limits, Recipe, Rule, Stage, Variant, load_recipe
 from powertrain.scaling.records import RecordStore
+from powertrain.scaling.run import SweepPaths, SweepState
 from powertrain.scaling.timing import Timing
 from powertrain.schema import ConfigError, build
 
@@ -252,11 +254,31 @@ def test_a_plan_that_no_terminal_shows_has_a_line_for_each_thing_it_says(tmp_pat
     assert cli.main(["plan", "flops_65k", "--directory", str(tmp_path), "--device", "H100"]) == 0
     lines = capsys.readouterr().out.splitlines()
     recipe = load_recipe("flops_65k")
-    expansion = Expander(recipe, ComposedCatalog(recipe), {}, memory_gib=find_device("H100").memory_gib).expand()
+    expansion = Expander(recipe, ComposedCatalog(recipe), {}).expand()
     said = [line for line in lines if line.startswith(("later", "dropped"))]
     assert said == later(expansion) + dropped(expansion)
     assert len(said) < (len(expansion.pending) + len(expansion.dropped)) / 2
     assert any(re.fullmatch(r"\d+ cells, 0 finished .* FLOPs to go, .*\)", line) for line in lines)
+
+
+def test_a_plan_has_the_cells_that_run_has_and_says_which_a_device_is_too_small_for(tmp_path, capsys):
+    recipe = dataclasses.replace(small_recipe(), ladder={"3b": Variant(("model=3b",)), "1m": Variant(("model=1m",))})
+    recipe = dataclasses.replace(recipe, stages=(Stage((1e19,), "all", "grid"),))
+    state = SweepState(recipe, ComposedCatalog(recipe), SweepPaths(tmp_path))
+    expansion = state.expand()
+    assert {c.size for c in expansion.cells} == {"3b", "1m"}
+    for device, small in (("L4", True), ("H200", False), ("cpu", False)):
+        plan = make_plan(expansion, find_device(device))
+        lines = [str(line) for line in render(plan, 160)]
+        said = [line for line in lines if line.startswith("too large: power 3b needs at least ")]
+        assert bool(said) is small
+        assert len([line for line in lines if line.startswith("too large")]) == (len(recipe.mixers) if small else 0)
+    path = tmp_path / "x.yaml"
+    path.write_text(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(recipe)))))
+    assert cli.main(["plan", str(path), "--directory", str(tmp_path), "--device", "L4", "--json"]) == 0
+    assert {json.loads(line)["cell"] for line in capsys.readouterr().out.splitlines()} == {
+        c.id for c in expansion.cells
+    }
 
 
 def shown(plan, width=160, **options):
