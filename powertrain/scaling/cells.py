@@ -365,7 +365,11 @@ class Expander:
         return [(lr * factor, batch) for factor in stage.factors]
 
     def expand(self) -> Expansion:
-        """Return all cells that are decided, what is pending and what was dropped, in the recipe's order."""
+        """Return all cells that are decided, what is pending and what was dropped, in the recipe's order.
+
+        Errors:
+            ConfigError: two mixers, sizes or budgets are the same run.
+        """
         cells: dict[str, Cell] = {}
         pending: list[Pending] = []
         dropped: dict[Dropped, None] = {}
@@ -401,7 +405,12 @@ class Expander:
                 for seed in stage.seeds:
                     for lr, batch in pairs:
                         cell = self.cell(mixer, size, context, budget, seed, lr, batch)
-                        cells.setdefault(cell.id, cell)
+                        first = cells.setdefault(cell.id, cell)
+                        if (first.mixer, first.size, first.budget) != (mixer, size, budget):
+                            raise ConfigError(
+                                f"{first.mixer} {first.size} at {first.budget:.6g} FLOPs and {mixer} {size} at "
+                                f"{budget:.6g} are the same run, {cell.id}: each mixer, size and budget must be another"
+                            )
         return Expansion(tuple(cells.values()), tuple(pending), tuple(dropped))
 
     def _groups(self) -> Iterator[tuple[int, int, Stage, float, str]]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -28,6 +30,8 @@ Sizes = Literal["all", "frontier", "best"]
 Rates = Literal["grid", "tuned"]
 
 
+# Beyond it numbers are no floats, or nearly none.
+LARGEST_LOG = 700.0
 # What a sweep sets in every cell, and the field of the recipe that decides it: as an override it would be replaced.
 DECIDED = {
     "name": "name",
@@ -54,6 +58,10 @@ DECIDED = {
 }
 
 
+def _positive(numbers: Iterable[float]) -> bool:
+    return all(0 < n < math.inf for n in numbers)
+
+
 @dataclass(frozen=True)
 class Variant:
     """One rung of the ladder, or one mixer: a label and the overrides of `powertrain train` that make it."""
@@ -75,15 +83,25 @@ class Rule:
     grid: tuple[float, ...] = (1.0,)  # every mixer gets all factors: equal effort by construction
 
     def __post_init__(self) -> None:
-        if self.value <= 0 or self.reference_parameters <= 0:
+        if not _positive((self.value, self.reference_parameters)) or not math.isfinite(self.exponent):
             raise ValueError(
-                f"value={self.value:g} and reference_parameters={self.reference_parameters:g} must be above 0"
+                f"value={self.value:g} and reference_parameters={self.reference_parameters:g} must be numbers above 0, "
+                f"and exponent={self.exponent:g} a finite one"
             )
-        if not self.grid or min(self.grid) <= 0 or list(self.grid) != sorted(set(self.grid)):
+        if not self.grid or not _positive(self.grid) or list(self.grid) != sorted(set(self.grid)):
             raise ValueError(f"grid={list(self.grid)} must be factors above 0, each once, in rising order")
 
     def at(self, parameters: float, factor: float = 1.0) -> float:
-        """Return the value for a model of `parameters` non-embedding parameters."""
+        """Return the value for a model of `parameters` non-embedding parameters.
+
+        Errors:
+            ConfigError: no float is as large or as small.
+        """
+        log = math.log(self.value) + math.log(factor) + self.exponent * math.log(parameters / self.reference_parameters)
+        if abs(log) > LARGEST_LOG:
+            raise ConfigError(
+                f"value={self.value:g} and exponent={self.exponent:g} give e^{log:.0f} at {parameters:.3g} parameters"
+            )
         return self.value * (parameters / self.reference_parameters) ** self.exponent * factor
 
 
@@ -99,11 +117,11 @@ class Stage:
     rungs: int = 3  # frontier only: how many of those on which the budget can be spent
 
     def __post_init__(self) -> None:
-        if not self.budgets or min(self.budgets) <= 0 or list(self.budgets) != sorted(set(self.budgets)):
+        if not self.budgets or not _positive(self.budgets) or list(self.budgets) != sorted(set(self.budgets)):
             raise ValueError(f"budgets={list(self.budgets)} must be FLOPs above 0, each once, in rising order")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
             raise ValueError(f"seeds={list(self.seeds)} must be whole numbers of at least 0, each once")
-        if not self.factors or min(self.factors) <= 0 or list(self.factors) != sorted(set(self.factors)):
+        if not self.factors or not _positive(self.factors) or list(self.factors) != sorted(set(self.factors)):
             raise ValueError(f"factors={list(self.factors)} must be above 0, each once, in rising order")
         if self.learning_rates == "grid" and self.factors != (1.0,):
             raise ValueError(f"factors={list(self.factors)} are for learning_rates=tuned: the grid has its own")
@@ -129,6 +147,16 @@ class Limits:
     def __post_init__(self) -> None:
         if self.min_steps < 1:
             raise ValueError(f"min_steps={self.min_steps} must be at least 1")
+        for name in ("max_tokens", "max_tokens_per_parameter", "memory_gib"):
+            value = getattr(self, name)
+            if value is not None and not _positive([value]):
+                raise ValueError(f"{name}={value:g} must be a number above 0, or null")
+        most = self.max_tokens_per_parameter
+        if not 0 <= self.min_tokens_per_parameter < (math.inf if most is None else most):
+            raise ValueError(
+                f"min_tokens_per_parameter={self.min_tokens_per_parameter:g} must be at least 0 and below "
+                f"max_tokens_per_parameter={most}"
+            )
 
 
 @dataclass(frozen=True)
@@ -159,8 +187,8 @@ class Analysis:
             raise ValueError(
                 f"bootstrap={self.bootstrap} must be at least 100 and law_bootstrap={self.law_bootstrap} at least 20"
             )
-        if self.huber_delta <= 0:
-            raise ValueError(f"huber_delta={self.huber_delta} must be above 0")
+        if not _positive([self.huber_delta]):
+            raise ValueError(f"huber_delta={self.huber_delta} must be a number above 0")
 
 
 @dataclass(frozen=True)
@@ -192,6 +220,19 @@ class Recipe:
             raise ValueError(f"name={self.name!r} must be letters, digits, '_', '.' and '-' (it names a directory)")
         if not self.contexts or min(self.contexts) < 1:
             raise ValueError(f"contexts={list(self.contexts)} must be at least one number of tokens above 0")
+        for name, values in (("contexts", self.contexts), ("figures", self.figures)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name}={list(values)} must be each once")
+        for name, keys in (("mixers", self.mixers), ("ladder", self.ladder)):
+            for key in keys:
+                if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_. ]*", key):
+                    raise ValueError(
+                        f"{name}: the key {key!r} must be letters, digits, '_', '.' and spaces (it names files)"
+                    )
+            files = {key.replace(" ", "_"): key for key in keys}
+            if len(files) < len(keys):
+                first, second = next((k, files[k.replace(" ", "_")]) for k in keys if k not in files.values())
+                raise ValueError(f"{name}: the keys {first!r} and {second!r} must not name the same files")
         variants = [*self.mixers.values(), *self.ladder.values()]
         for override in itertools.chain(self.overrides, *(variant.overrides for variant in variants)):
             key = override.partition("=")[0].lstrip("+~")

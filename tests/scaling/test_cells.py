@@ -1,12 +1,16 @@
 import dataclasses
+import re
 
 import pytest
 
+from powertrain.scaling.catalog import ComposedCatalog
 from powertrain.scaling.cells import Expander, infeasible, least_memory, make_cell
-from powertrain.scaling.recipe import Limits, Rule, Stage
+from powertrain.scaling.recipe import Limits, Recipe, Rule, Stage
+from powertrain.schema import ConfigError, build
 
 from . import synthetic
 from .fakes import FakeCatalog, fake_record
+from .test_recipe import minimal
 
 STAGES = (
     Stage((1e15,), "all", "grid"),
@@ -237,6 +241,23 @@ def test_an_infeasible_cell_is_dropped_with_the_reason(limits, words):
     expansion = Expander(recipe, FakeCatalog(), {}).expand()
     assert not any(c.mixer == "power" and c.size == "3m" and c.budget == 1e15 for c in expansion.cells)
     assert any(words in str(d.reason) and d.size == "3m" for d in expansion.dropped)
+
+
+@pytest.mark.parametrize(
+    ("section", "keys", "budgets", "words"),
+    [
+        ("mixers", ("power", "again"), (1e12,), "power 1m at 1e+12 FLOPs and again 1m at 1e+12 are the same run"),
+        ("ladder", ("1m", "same"), (1e12,), "power 1m at 1e+12 FLOPs and power same at 1e+12 are the same run"),
+        (None, (), (1e12, 1.00001e12), "power 1m at 1e+12 FLOPs and power 1m at 1.00001e+12 are the same run"),
+    ],
+)
+def test_what_is_the_same_run_under_two_names_is_refused(section, keys, budgets, words):
+    values = minimal(stages=[{"budgets": list(budgets), "sizes": "all", "learning_rates": "grid"}])
+    if section:
+        values[section] = {**values[section], keys[1]: values[section][keys[0]]}
+    recipe = build(Recipe, values)
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        Expander(recipe, ComposedCatalog(recipe), {}).expand()
 
 
 def test_memory_counts_weights_optimizer_and_activations():

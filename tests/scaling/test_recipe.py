@@ -1,4 +1,5 @@
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,27 @@ def test_shipped_recipes_are_valid(name):
         ({"overrides": ["+optim.lr=1e-3"]}, ["+optim.lr=1e-3", "give learning_rate"]),
         ({"overrides": ["schedule=cosine"]}, ["schedule=cosine", "decay_fraction"]),
         ({"ladder": {"1m": {"overrides": ["model=1m", "trainer.global_batch_tokens=2048"]}}}, ["give batch_tokens"]),
+        ({"contexts": [128, 128]}, ["contexts=[128, 128]", "each once"]),
+        ({"figures": ["gain", "gain"]}, ["figures=['gain', 'gain']", "each once"]),
+        ({"stages": [{"budgets": [math.inf], "sizes": "all", "learning_rates": "grid"}]}, ["budgets=[inf]"]),
+        ({"stages": [{"budgets": [math.nan], "sizes": "all", "learning_rates": "grid"}]}, ["budgets=[nan]"]),
+        ({"learning_rate": {"value": math.nan}}, ["value=nan"]),
+        ({"learning_rate": {"value": 1e-3, "exponent": math.inf}}, ["exponent=inf"]),
+        ({"learning_rate": {"value": 1e-3, "grid": [math.nan]}}, ["grid=[nan]"]),
+        ({"batch_tokens": {"value": math.inf}}, ["value=inf"]),
+        ({"limits": {"max_tokens": math.nan}}, ["max_tokens=nan"]),
+        ({"limits": {"memory_gib": -1}}, ["memory_gib=-1"]),
+        (
+            {"limits": {"min_tokens_per_parameter": 50, "max_tokens_per_parameter": 10}},
+            ["min_tokens_per_parameter=50", "max_tokens_per_parameter=10"],
+        ),
+        ({"analysis": {"huber_delta": math.nan}}, ["huber_delta=nan"]),
+        ({"mixers": {**minimal()["mixers"], "po/wer": {"overrides": ["mixer=power"]}}}, ["mixers", "'po/wer'"]),
+        ({"ladder": {"a-b": {"overrides": ["model=1m"]}}}, ["ladder", "'a-b'"]),
+        (
+            {"ladder": {"a b": {"overrides": ["model=1m"]}, "a_b": {"overrides": ["model=10m"]}}},
+            ["'a b' and 'a_b'", "same files"],
+        ),
         (
             {"mixers": {**minimal()["mixers"], "softmax": {"overrides": ["mixer=softmax", "seed=1"]}}},
             ["seed=1", "stages.seeds"],
@@ -121,6 +143,11 @@ def test_a_file_that_does_not_parse_or_exist_is_named(tmp_path):
 def test_a_rule_is_a_power_law_of_the_parameters():
     rule = Rule(4e-3, reference_parameters=1e6, exponent=-0.5)
     assert rule.at(4e6, 2.0) == pytest.approx(4e-3)
+
+
+def test_a_rule_whose_value_is_no_float_says_at_which_size():
+    with pytest.raises(ConfigError, match=r"value=0\.001 and exponent=1000 give e\^2296 at 1e\+08 parameters"):
+        Rule(1e-3, exponent=1000).at(1e8)
 
 
 def test_the_fingerprint_follows_the_content():
