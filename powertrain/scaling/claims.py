@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from powertrain.schema import build
+
 # Longer than any file system's caches and pauses, short enough that a lost machine does not hold up a sweep.
 LEASE_SECONDS = 120.0
 
@@ -95,10 +97,10 @@ class Claim:
 
 
 def read_owner(path: Path) -> Owner | None:
-    """Return who holds a claim, or None where nobody does."""
+    """Return who holds a claim; None where nobody does, or the file does not say who."""
     try:
-        return Owner(**json.loads(path.read_text()))
-    except (FileNotFoundError, json.JSONDecodeError, TypeError):
+        return build(Owner, json.loads(path.read_text()))
+    except (FileNotFoundError, ValueError):
         return None
 
 

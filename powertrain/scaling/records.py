@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -30,6 +32,11 @@ class CurvePoint:
 
 
 Place = tuple[int, float, str]  # context, budget, mixer
+
+_ABOVE_ZERO = (
+    *("context", "budget", "learning_rate", "learning_rate_factor", "batch_tokens", "batch_factor", "steps", "tokens"),
+    *("parameters", "parameters_total", "loss", "devices", "runners"),
+)
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,10 @@ class CellRecord:
     environment: dict[str, str] = field(default_factory=dict)  # versions, commit
 
     def __post_init__(self) -> None:
+        optional = {k: v for k in ("seconds", "bits_per_byte") if (v := getattr(self, k)) is not None}
+        for name, value in {**{k: getattr(self, k) for k in _ABOVE_ZERO}, **optional, **self.flops_per_token}.items():
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name}={value:g} must be a number above 0")
         missing = set(CONVENTIONS) - set(self.flops_per_token)
         if missing:
             raise ValueError(f"flops_per_token lacks {', '.join(sorted(missing))}")
@@ -90,7 +101,9 @@ class CellRecord:
                 f"{len(self.document_tokens)}"
             )
         total = sum(self.document_tokens)
-        if total and abs(sum(self.document_loss) / total - self.loss) > 1e-5 * self.loss:
+        if min(self.document_tokens, default=1) < 1:
+            raise ValueError("document_tokens must be at least 1 each")
+        if total and not abs(sum(self.document_loss) / total - self.loss) <= 1e-5 * self.loss:
             raise ValueError(
                 f"loss={self.loss:g} is not the mean {sum(self.document_loss) / total:g} over the documents' tokens"
             )
@@ -98,6 +111,11 @@ class CellRecord:
             raise ValueError(
                 f"position_loss has {len(self.position_loss)} rows and position_tokens {len(self.position_tokens)}"
             )
+        if {len(row) for row in (*self.position_loss, *self.position_tokens)} - {len(self.position_bounds)}:
+            raise ValueError(f"position_loss and position_tokens must have {len(self.position_bounds)} columns")
+        points = [x for p in self.curve for x in (p.tokens, p.loss, p.seconds or 0.0)]
+        if not all(map(math.isfinite, itertools.chain(self.document_loss, *self.position_loss, points))):
+            raise ValueError("losses must be finite, and so must be the curve's tokens and seconds")
 
     @property
     def place(self) -> Place:
@@ -132,9 +150,10 @@ def from_json(text: str) -> CellRecord:
         raise ConfigError(f"record version {found!r} cannot be read: this program reads version {VERSION}")
     values = {key: value for key, value in values.items() if key != "version"}
     columns = values.get("curve", {})
-    names = list(columns)
-    rows = zip(*(columns[name] for name in names), strict=True)
-    values["curve"] = [dict(zip(names, row, strict=True)) for row in rows]
+    try:
+        values["curve"] = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ConfigError("curve must be lists of one length, by their names") from error
     return build(CellRecord, values)
 
 
@@ -192,7 +211,7 @@ class RecordStore:
         path = self.path(cell)
         try:
             record = from_json(path.read_text(encoding="utf-8"))
-        except ConfigError as error:
+        except ValueError as error:
             raise ConfigError(f"{path}: {error}") from error
         if record.cell != cell:
             raise ConfigError(f"{path}: holds the record of cell {record.cell!r}")
@@ -213,8 +232,6 @@ _COLUMNS = (
 
 def table(records: Iterable[CellRecord]) -> Any:
     """Return records as a `pyarrow.Table`, one row per cell in order of context, mixer, budget, parameters and cell."""
-    import math
-
     import pyarrow
 
     ordered = sorted(records, key=lambda r: (r.context, r.mixer, r.budget, r.parameters, r.cell))

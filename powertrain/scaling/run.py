@@ -15,6 +15,7 @@ from powertrain.scaling.cells import Catalog, Cell, Expander, Expansion
 from powertrain.scaling.claims import LEASE_SECONDS, Claims
 from powertrain.scaling.recipe import Recipe
 from powertrain.scaling.records import CellRecord, RecordStore
+from powertrain.schema import ConfigError
 
 
 class Interrupted(Exception):
@@ -100,8 +101,16 @@ class Failures:
         os.replace(temporary, path)
 
     def message(self, cell: str) -> str:
-        """Return one line on why a cell failed."""
-        return str(json.loads((self.directory / f"{cell}.json").read_text())["error"]).splitlines()[0]
+        """Return one line on why a cell failed.
+
+        Errors:
+            ConfigError: names the file that cannot be read.
+        """
+        path = self.directory / f"{cell}.json"
+        try:
+            return str(json.loads(path.read_text())["error"]).splitlines()[0]
+        except (ValueError, LookupError, TypeError) as error:
+            raise ConfigError(f"{path}: does not say why the cell failed; --retry-failed removes it") from error
 
     def forget(self, cells: Iterable[str]) -> None:
         """Remove failures, so that these cells are tried again."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 import statistics
@@ -47,6 +48,11 @@ class Timing:
     readings: tuple[float, ...]  # tokens per second, in their order
     environment: dict[str, str]  # versions, commit
 
+    def __post_init__(self) -> None:
+        for name in ("tokens_per_second", "devices", "batch_tokens"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name):g} must be a number above 0")
+
     @property
     def key(self) -> Key:
         """What a timing and the records it speaks for have in common."""
@@ -75,7 +81,7 @@ def read(directory: Path) -> list[Timing]:
     for path in sorted(directory.glob("*.json")):
         try:
             timings.append(build(Timing, json.loads(path.read_text(encoding="utf-8"))))
-        except (json.JSONDecodeError, ConfigError) as error:
+        except ValueError as error:
             raise ConfigError(f"{path}: {error}") from error
     return timings
 

@@ -4,6 +4,8 @@ import os
 import signal
 import time
 
+import pytest
+
 from powertrain.scaling.claims import Claims, read_owner
 
 
@@ -51,6 +53,16 @@ def test_a_released_claim_of_somebody_else_stays(tmp_path):
     claim.path.write_text(json.dumps({**values, "token": "taken over"}))
     claim.release()
     assert read_owner(claim.path).token == "taken over"
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"[1]", b"1", b'{"token":"a","machine":"m","pid":"x","who":"w"}'])
+def test_a_claim_that_does_not_say_whose_it_is_holds_until_it_expires(tmp_path, content):
+    path = tmp_path / "a.claim"
+    path.write_bytes(content)
+    claims = Claims(tmp_path)
+    assert (claims.holder("a"), claims.take("a")) == ("unknown", None)
+    os.utime(path, (1.0, 1.0))
+    claims.take("a").release()
 
 
 def _hold(directory, ready):

@@ -48,6 +48,19 @@ def test_records_are_read_in_the_order_of_their_cells(tmp_path, records):
         (lambda v: v.update(loss=1.0), "is not the mean"),
         (lambda v: v["flops_per_token"].pop("executed"), "executed"),
         (lambda v: v["document_tokens"].pop(), "document_tokens"),
+        (lambda v: v.update(document_numbers=[1]), "document_numbers"),
+        (lambda v: v["document_tokens"].__setitem__(0, 0), "document_tokens must be at least 1"),
+        (lambda v: v.update(loss=math.nan), "loss=nan must be a number above 0"),
+        (lambda v: v.update(loss=-1.0, document_loss=[], document_tokens=[]), "loss=-1"),
+        (lambda v: v.update(seconds=math.inf), "seconds=inf"),
+        (lambda v: v.update(parameters=0), "parameters=0"),
+        (lambda v: v["flops_per_token"].update(executed=math.nan), "executed=nan"),
+        (lambda v: v["document_loss"].__setitem__(0, math.nan), "is not the mean nan"),
+        (lambda v: v["position_loss"][0].__setitem__(0, math.inf), "must be finite"),
+        (lambda v: v["position_loss"][0].pop(), "columns"),
+        (lambda v: v["curve"]["loss"].__setitem__(0, math.nan), "must be finite"),
+        (lambda v: v["curve"]["loss"].pop(), "curve must be lists of one length"),
+        (lambda v: v.update(curve=[]), "curve must be lists of one length"),
     ],
 )
 def test_a_record_that_cannot_be_trusted_is_refused(tmp_path, records, change, words):
@@ -58,6 +71,12 @@ def test_a_record_that_cannot_be_trusted_is_refused(tmp_path, records, change, w
     with pytest.raises(ConfigError, match=words) as error:
         RecordStore(tmp_path).read()
     assert path.name in str(error.value)
+
+
+def test_a_record_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match=r"binary\.json: .*decode"):
+        RecordStore(tmp_path).read()
 
 
 def test_a_renamed_record_is_refused(tmp_path, records):

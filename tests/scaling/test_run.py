@@ -24,6 +24,7 @@ from powertrain.scaling.recipe import Analysis, Limits, Stage, load_recipe
 from powertrain.scaling.records import table
 from powertrain.scaling.report import build
 from powertrain.scaling.run import Failures, Interrupted, SweepPaths, SweepState, run
+from powertrain.schema import ConfigError
 
 from . import synthetic
 from .fakes import FakeCatalog, FakeExecutor
@@ -90,6 +91,14 @@ def test_a_failed_cell_is_reported_and_the_rest_goes_on(tmp_path):
     Failures(state.paths.failures).forget([broken])
     run(state_in(tmp_path), executor)
     assert broken in executor.ran
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\xff"])
+def test_a_failure_that_says_nothing_is_named(tmp_path, content):
+    failures = Failures(tmp_path)
+    (tmp_path / "synthetic-0.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"synthetic-0\.json: does not say why"):
+        failures.message("synthetic-0")
 
 
 def test_an_interrupted_cell_leaves_nothing_behind_but_its_progress(tmp_path, unbroken):

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 import re
 
 import pytest
@@ -62,6 +63,20 @@ def test_a_timing_is_read_back_and_replaced(tmp_path):
     path.write_text("{")
     with pytest.raises(ConfigError, match=path.name):
         timing.read(tmp_path)
+
+
+def test_a_timing_that_cannot_be_trusted_is_named(tmp_path):
+    path = timing.write(tmp_path, SPEED)
+    values = json.loads(path.read_text())
+    for broken, words in (
+        (json.dumps({**values, "tokens_per_second": 0.0}).encode(), "tokens_per_second=0 must be"),
+        (json.dumps({**values, "tokens_per_second": math.nan}).encode(), "tokens_per_second=nan must be"),
+        (json.dumps({**values, "devices": 0}).encode(), "devices=0 must be"),
+        (b"\xff\xfe", "decode"),
+    ):
+        path.write_bytes(broken)
+        with pytest.raises(ConfigError, match=f"{path.name}: .*{words}"):
+            timing.read(tmp_path)
 
 
 def version_check(timings, changed=None):
