@@ -5,24 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 
 from powertrain.scaling.recipe import Recipe
+from powertrain.training.config import LoggerConfig
 
 
-def log_report(recipe: Recipe, report: Path, directory: Path) -> str:
+def log_report(recipe: Recipe, logger: LoggerConfig, report: Path, directory: Path) -> str:
     """Log a report's files as an artifact in the sweep's group, offline where there is no key, and say where.
 
     Args:
+        logger: of the sweep's cells.
         report: directory of the finished report.
         directory: where W&B keeps its own files.
     """
     import wandb
 
-    from powertrain.training.config import LoggerConfig
     from powertrain.training.loggers import wandb_mode
 
-    config = LoggerConfig()
-    mode = wandb_mode(config)
+    mode = wandb_mode(logger)
     run = wandb.init(
-        project=config.wandb_project,
+        project=logger.wandb_project,
+        entity=logger.wandb_entity,
         group=recipe.name,
         job_type="report",
         name=f"{recipe.name}-report",

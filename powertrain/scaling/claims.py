@@ -13,7 +13,9 @@ import json
 import os
 import socket
 import threading
+import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -127,19 +129,19 @@ class Claims:
         finally:
             probe.unlink(missing_ok=True)
 
-    def _expired(self, path: Path, owner: Owner | None) -> bool:
+    def _expired(self, path: Path, owner: Owner | None, now: Callable[[], float]) -> bool:
         if owner is not None and owner.dead():
             return True
         try:
-            return self._now() - path.stat().st_mtime > self.lease_seconds
+            return now() - path.stat().st_mtime > self.lease_seconds
         except FileNotFoundError:
             return False
 
     def holder(self, name: str) -> str | None:
-        """Return who holds a claim that has not expired, in words; None where it is free."""
+        """Return who holds a claim that has not expired, in words; None where it is free. Writes nothing."""
         path = self._path(name)
         owner = read_owner(path)
-        if not path.exists() or self._expired(path, owner):
+        if not path.exists() or self._expired(path, owner, time.time):
             return None
         return owner.who if owner is not None else "unknown"
 
@@ -149,7 +151,7 @@ class Claims:
         path, owner = self._path(name), _this_process()
         if path.exists():
             previous = read_owner(path)
-            if not self._expired(path, previous) or not self._evict(path, previous):
+            if not self._expired(path, previous, self._now) or not self._evict(path, previous):
                 return None
         # A claim appears whole: written aside, then linked under its name, which fails where one exists.
         temporary = self.directory / f".{name}-{owner.token}"

@@ -207,7 +207,8 @@ def _plan(recipe: Recipe, arguments: argparse.Namespace) -> int:
             chosen = "" if arguments.device else "the recipe trains there"
         else:
             device, chosen = choose_device(records, gpu_here())
-        plan = make_plan(_cells_within_limits(state), device, records, state.store.finished(), timings, chosen)
+        expansion, finished = _cells_within_limits(state), state.store.finished()
+        plan = make_plan(expansion, device, records, finished, timings, chosen, state.trunk_steps(expansion))
     if arguments.json:
         for row in as_rows(plan):
             print(json.dumps(row))
@@ -435,5 +436,5 @@ def _report(recipe: Recipe, arguments: argparse.Namespace) -> int:
     if arguments.wandb:
         from powertrain.scaling.artifact import log_report
 
-        print(log_report(recipe, output, paths.root))
+        print(log_report(recipe, state.shared_config().logger, output, paths.root))
     return 0

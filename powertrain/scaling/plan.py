@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,12 +55,14 @@ def make_plan(
     finished: Iterable[str] = (),
     timings: Iterable[Timing] = (),
     chosen: str = "",
+    trunk_steps: Mapping[str, int] | None = None,
 ) -> Plan:
-    """Price an expansion on a device."""
+    """Price an expansion on a device; `trunk_steps` as in `Pricer.estimate`."""
+    done = frozenset(finished)
     candidates = [c for p in expansion.pending for c in p.candidates]
     cells = {c.id: c for c in [*expansion.cells, *candidates]}
-    estimates = Pricer(device, records, timings).estimate(list(cells.values()))
-    return Plan(expansion, estimates, frozenset(finished), device, chosen)
+    estimates = Pricer(device, records, timings).estimate(list(cells.values()), done, trunk_steps)
+    return Plan(expansion, estimates, done, device, chosen)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Literal
 
@@ -207,14 +207,22 @@ class Pricer:
             return None, "unknown"
         return max(flops / (self.device.peak_flops * ASSUMED_UTILISATION), own * LAYER_SECONDS), "assumed"
 
-    def estimate(self, cells: Sequence[Cell]) -> dict[str, Estimate]:
-        """Return an estimate per cell id; cells of one trunk pay for their shared steps once, smallest budget first."""
-        reached: dict[str, int] = defaultdict(int)
+    def estimate(
+        self, cells: Sequence[Cell], finished: Set[str] = frozenset(), trunk_steps: Mapping[str, int] | None = None
+    ) -> dict[str, Estimate]:
+        """Return an estimate per cell id; cells of one trunk pay for their shared steps once, smallest budget first.
+
+        Args:
+            finished: ids of cells that will not run, and so leave no trunk behind.
+            trunk_steps: how far each trunk is here already.
+        """
+        reached: dict[str, int] = defaultdict(int, trunk_steps or {})
         result: dict[str, Estimate] = {}
         layers = {(c.mixer, c.size): c.config.model.n_layers for c in cells}
         for cell in sorted(cells, key=lambda c: (c.trunk, c.steps)):
             new_steps = cell.steps - min(reached[cell.trunk], cell.decay_start)
-            reached[cell.trunk] = max(reached[cell.trunk], cell.decay_start)
+            if cell.id not in finished:
+                reached[cell.trunk] = max(reached[cell.trunk], cell.decay_start)
             step, basis = self.step_seconds(cell, layers)
             seconds = new_steps * step + OVERHEAD_SECONDS if step is not None else None
             result[cell.id] = Estimate(seconds, new_steps, basis)

@@ -161,8 +161,20 @@ class SweepState:
         return self.catalog.config(next(iter(recipe.mixers)), next(iter(recipe.ladder)), recipe.contexts[0])
 
     def failed(self, expansion: Expansion) -> set[str]:
-        """Return the cells of the recipe that failed; their files may hold others, of a recipe that has changed."""
-        return self.failures.ids() & {c.id for c in expansion.cells}
+        """Return the cells of the recipe that failed and are not finished.
+
+        Failures may be of other cells, of a recipe that has changed, or from before another runner finished the cell.
+        """
+        return self.failures.ids() & {c.id for c in expansion.cells} - self.store.finished()
+
+    def trunk_steps(self, expansion: Expansion) -> dict[str, int]:
+        """Return the newest checkpoint of each trunk that this directory has; records may have come without theirs."""
+        from powertrain.training.checkpoint import CheckpointStore
+
+        steps = {
+            t: CheckpointStore(self.paths.runs / t / "checkpoints").steps() for t in {c.trunk for c in expansion.cells}
+        }
+        return {trunk: max(there) for trunk, there in steps.items() if there}
 
     def missing(self, expansion: Expansion) -> dict[str, list[Cell]]:
         """Return the cells that are neither finished nor failed, by trunk, each trunk's smallest budget first."""

@@ -148,6 +148,8 @@ def measure(cell: Cell, directory: Path) -> Timing:
             trainer=dataclasses.replace(cell.config.trainer, log_every_steps=READING_STEPS),
             data=dataclasses.replace(cell.config.data, max_val_tokens=cell.context),
             paths=dataclasses.replace(cell.config.paths, runs=place),
+            # All timings have one run id.
+            logger=dataclasses.replace(cell.config.logger, wandb=False),
         )
         result = run(config, command="powertrain sweep time")
         if result.fit.interrupted_by is not None:

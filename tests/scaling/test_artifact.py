@@ -4,6 +4,7 @@ import time
 
 from powertrain.scaling.artifact import log_report
 from powertrain.scaling.report import write
+from powertrain.training.config import LoggerConfig
 
 from . import synthetic
 
@@ -15,12 +16,13 @@ def test_the_report_becomes_an_offline_artifact(tmp_path, monkeypatch):
     for name in ("CACHE", "DATA", "CONFIG"):
         monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / name.lower()))
     write({"README.md": b"# page", "figures/x-1.svg": b"<svg/>"}, tmp_path / "report")
-    said = log_report(synthetic.recipe(), tmp_path / "report", tmp_path / "sweep")
+    logger = LoggerConfig(wandb_project="theirs", wandb_entity="team")
+    said = log_report(synthetic.recipe(), logger, tmp_path / "report", tmp_path / "sweep")
     assert said == "W&B artifact synthetic-report (offline)"
     (run,) = (tmp_path / "sweep").glob("wandb/offline-run-*/run-*.wandb")
     # W&B's service may still be writing when the call has returned.
     deadline = time.monotonic() + 60
     while b"figures/x-1.svg" not in (content := run.read_bytes()) and time.monotonic() < deadline:
         time.sleep(0.2)
-    for text in (b"synthetic-report", b"README.md", b"figures/x-1.svg"):
+    for text in (b"synthetic-report", b"README.md", b"figures/x-1.svg", b"theirs", b"team"):
         assert text in content

@@ -46,6 +46,15 @@ def test_a_claim_is_renewed_and_expires_only_without_its_owner(tmp_path):
     taken.release()
 
 
+def test_whoever_only_looks_writes_nothing(tmp_path, monkeypatch):
+    claims = Claims(tmp_path)
+    (tmp_path / "a.claim").write_text(json.dumps({"token": "x", "machine": "elsewhere", "pid": 1, "who": "somebody"}))
+    monkeypatch.setattr(Claims, "_now", None)
+    assert claims.holder("a") == "somebody"
+    os.utime(tmp_path / "a.claim", (1.0, 1.0))
+    assert claims.holder("a") is None
+
+
 def test_a_released_claim_of_somebody_else_stays(tmp_path):
     claims = Claims(tmp_path)
     claim = claims.take("a")

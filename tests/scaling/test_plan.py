@@ -217,6 +217,22 @@ def test_budgets_of_a_trunk_pay_for_shared_steps_once():
     assert plan.estimates[large.id].new_steps == large.steps - small.decay_start
 
 
+def test_steps_are_shared_with_trunks_that_are_here():
+    """Records that came from another machine came without their trunks."""
+    plan = fake_plan((Stage((1e15, 3e15), "all", "grid"),))
+    small = plan.expansion.cells[0]
+    large = next(c for c in plan.expansion.cells if c.trunk == small.trunk and c.budget > small.budget)
+
+    def new_steps(*finished, **trunks):
+        made = make_plan(plan.expansion, find_device("H200"), finished=finished, trunk_steps=trunks)
+        return made.estimates[large.id].new_steps
+
+    assert new_steps() == large.steps - small.decay_start
+    assert new_steps(small.id) == large.steps
+    assert new_steps(small.id, **{small.trunk: 7}) == large.steps - 7
+    assert new_steps(small.id, **{small.trunk: 10**9}) == large.steps - large.decay_start
+
+
 def test_a_reason_that_drops_cells_is_said_once_with_every_size_budget_and_number():
     few, short = "{} tokens per parameter, fewer than 2", "{} steps of 65536 tokens, fewer than 40"
     reasons = (

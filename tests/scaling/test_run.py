@@ -93,6 +93,16 @@ def test_a_failed_cell_is_reported_and_the_rest_goes_on(tmp_path):
     assert broken in executor.ran
 
 
+def test_a_cell_that_another_runner_finished_has_not_failed(tmp_path):
+    state = state_in(tmp_path)
+    run(state, FakeExecutor())
+    expansion = state.expand()
+    for cell in expansion.cells[:2]:
+        state.failures.add(cell, RuntimeError("out of memory"))
+    state.store.path(expansion.cells[0].id).unlink()
+    assert state.failed(expansion) == {expansion.cells[0].id}
+
+
 @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\xff"])
 def test_a_failure_that_says_nothing_is_named(tmp_path, content):
     failures = Failures(tmp_path)

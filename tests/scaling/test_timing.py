@@ -11,7 +11,7 @@ from powertrain.scaling.analysis import analyse
 from powertrain.schema import ConfigError
 
 from . import synthetic
-from .test_execute import recipe_in
+from .test_execute import recipe_in, state_in
 
 SPEED = timing.Timing("power", "8m", 65536, 65536, "NVIDIA H200", 1, 2e6, (1e6, 2e6, 3e6), {"commit": "0"})
 
@@ -98,6 +98,21 @@ def test_a_comparison_holds_the_code_of_its_timings_too():
     assert version_check([dataclasses.replace(later, context=8192)], own)[0], "it speaks for none of these records"
     nowhere = [dataclasses.replace(r, environment={}) for r in records()]
     assert version_check([], nowhere) == (None, "not recorded")
+
+
+def test_timings_are_logged_nowhere(tmp_path, monkeypatch):
+    """They would all be one run of W&B."""
+    path = recipe_in(tmp_path)
+    path.write_text(path.read_text().replace("overrides:\n", "overrides:\n  - logger.wandb=true\n", 1))
+    cell = state_in(path, tmp_path / "sweeps").expand().cells[0]
+    assert cell.config.logger.wandb
+
+    def train(config, *, command):
+        raise RuntimeError(f"wandb={config.logger.wandb}")
+
+    monkeypatch.setattr("powertrain.train.run", train)
+    with pytest.raises(RuntimeError, match="wandb=False"):
+        timing.measure(cell, tmp_path)
 
 
 def test_a_sweep_is_prepared_run_timed_and_reported(tmp_path, capsys):
