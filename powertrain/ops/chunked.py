@@ -133,7 +133,8 @@ class _SegmentInputs:
 
     def over(self, chunks: slice) -> tuple[Tensor | None, Tensor | None]:
         """Return `across` and `unbroken` of these chunks."""
-        return tuple(None if x is None else x[:, chunks] for x in (self.across, self.unbroken))  # type: ignore[return-value]
+        across, unbroken = (None if x is None else x[:, chunks] for x in (self.across, self.unbroken))
+        return across, unbroken
 
     def read_rows(self, x: Tensor) -> Tensor:
         """Return `x (N, G, D, R, C)` of the chunks that read a state as one batch `(N * chunks, D, R * C)`, 0 where no
