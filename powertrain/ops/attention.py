@@ -44,8 +44,10 @@ def softmax_attention(
     Q, K, V, scale = _checked(Q, K, V, log_G, cu_seqlens, scale)
     if log_G is None and cu_seqlens is None and Q.shape[1] == K.shape[1]:
         q, k, v = (x.transpose(1, 2) for x in (Q, K, V))
+        # By a branch: of dynamic shapes the comparison is no bool, which a compiler's SDPA refuses.
+        shared_keys = True if Q.shape[2] != K.shape[2] else False  # noqa: SIM210
         out = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scale, enable_gqa=Q.shape[2] != K.shape[2]
+            q, k, v, is_causal=True, scale=scale, enable_gqa=shared_keys
         )
         return out.transpose(1, 2)
     return _attention(Q, K, V, log_G, cu_seqlens, scale, K.shape[1])

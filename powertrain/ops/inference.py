@@ -95,7 +95,8 @@ def _decode(
         stop = min(start + _BLOCK, q.shape[2])
         k_seen, u_seen, G_seen = (None if x is None else x[:, : older + stop] for x in (k, u, G))
         outputs.append(_read(q[:, :, start:stop], k_seen, u_seen, G_seen, initial_state, sum_of_keys, deg))
-    out = from_query_head(torch.cat(outputs, dim=2), Q.shape[0]).to(Q.dtype)
+    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+    out = from_query_head(out, Q.shape[0]).to(Q.dtype)
     if k is not None and u is not None and switch_over_seq_len is not None and k.shape[1] >= switch_over_seq_len:
         initial_state, sum_of_keys = _fold(k, u, G, initial_state, sum_of_keys, deg, Q.shape[0])
     return out, initial_state, sum_of_keys

@@ -144,3 +144,10 @@ def test_bad_window(window: object) -> None:
     tensors = make_inputs(1, 4, 1, 1, 4, 4, dtype=torch.float32).tensors
     with pytest.raises(ValueError, match="window="):
         window_attention(**tensors, window=window)  # type: ignore[arg-type]
+
+
+def test_compiled_for_dynamic_shapes_with_and_without_shared_keys() -> None:
+    compiled = torch.compile(softmax_attention, dynamic=True, fullgraph=True, backend="aot_eager")
+    for tokens, heads in ((8, 2), (16, 4)):
+        q, k, v = (torch.randn(1, tokens, n, 16) for n in (heads, 2, 2))
+        torch.testing.assert_close(compiled(q, k, v), softmax_attention(q, k, v))
