@@ -7,7 +7,7 @@ import dataclasses
 import json
 import shutil
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +15,17 @@ from powertrain.config import RunConfig
 from powertrain.scaling.catalog import DeviceType, model_cost
 from powertrain.scaling.cells import Cell
 from powertrain.scaling.recipe import Recipe
-from powertrain.scaling.records import CellRecord
+from powertrain.scaling.records import CellRecord, Start
 from powertrain.scaling.run import Interrupted, SweepPaths, SweepState
-from powertrain.schema import ConfigError
+from powertrain.schema import ConfigError, build
 from powertrain.training.config import BudgetConfig
 from powertrain.training.signals import Stopped, StopSignals
 
 if TYPE_CHECKING:
     from powertrain.train import RunResult
+
+# Of a run's directory: which processes trained it.
+STARTS_FILE = "starts.json"
 
 
 def trunk_config(cell: Cell) -> RunConfig:
@@ -37,8 +40,27 @@ def trunk_config(cell: Cell) -> RunConfig:
     )
 
 
+def read_starts(run_dir: Path) -> list[Start]:
+    """Return the processes that trained a run, in their order."""
+    path = run_dir / STARTS_FILE
+    return [build(Start, values) for values in json.loads(path.read_text())] if path.exists() else []
+
+
+def write_starts(run_dir: Path, starts: Iterable[Start]) -> None:
+    """Keep which processes trained a run."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    temporary = run_dir / f"{STARTS_FILE}.tmp"
+    temporary.write_text(json.dumps([dataclasses.asdict(start) for start in starts]) + "\n")
+    temporary.replace(run_dir / STARTS_FILE)
+
+
+def _before(starts: Iterable[Start], step: int) -> list[Start]:
+    # Whoever started at that step or later made none of the steps up to it.
+    return [start for start in starts if start.from_step < step]
+
+
 def branch(trunk: Path, run_dir: Path, decay_start: int) -> int:
-    """Give a new run the newest checkpoint of its trunk that lies before its anneal, and the metrics up to there.
+    """Give a new run the newest checkpoint of its trunk that lies before its anneal, the metrics and who trained it.
 
     Args:
         trunk: run directory of the trunk.
@@ -60,6 +82,7 @@ def branch(trunk: Path, run_dir: Path, decay_start: int) -> int:
     run_dir.mkdir(parents=True, exist_ok=True)
     # Records after that step are dropped when the run resumes.
     shutil.copyfile(trunk / METRICS_FILE, run_dir / METRICS_FILE)
+    write_starts(run_dir, _before(read_starts(trunk), step))
     CheckpointStore(run_dir / "checkpoints").adopt(source, step)
     return step
 
@@ -168,9 +191,21 @@ class TrainingExecutor:
             logger=dataclasses.replace(config.logger, wandb=self.wandb or config.logger.wandb),
         )
 
+    def recorded(self, cell: Cell) -> None:
+        """Remove what only the training of a cell needed; see `powertrain.scaling.run.Executor`."""
+        if not self.keep_checkpoints:
+            shutil.rmtree(self.paths.runs / cell.id / "checkpoints", ignore_errors=True)
+
     def _train(self, config: RunConfig) -> RunResult:
         from powertrain.train import run
+        from powertrain.training.batching import resolve_devices
+        from powertrain.training.checkpoint import CheckpointStore
 
+        run_dir = self.paths.runs / config.resolved_run_id()
+        step = max(CheckpointStore(run_dir / "checkpoints").steps(), default=0)
+        device = device_name(resolve_devices(config.trainer).torch_device)
+        start = Start(step, device, self.runners, environment_here())
+        write_starts(run_dir, [*_before(read_starts(run_dir), step), start])
         result = run(config, command="powertrain sweep run", signals=self.signals)
         if result.fit.interrupted_by is not None:
             raise Interrupted(result.fit.interrupted_by)
@@ -205,7 +240,8 @@ class TrainingExecutor:
         device_type: DeviceType = "cuda" if device.type == "cuda" else "cpu"
         cost = model_cost(cell.config.model, cell.context, device_type)
         count = devices.world_size
-        record = CellRecord(
+        starts = read_starts(result.run_dir)
+        return CellRecord(
             cell=cell.id,
             sweep=self.recipe.name,
             mixer=cell.mixer,
@@ -230,7 +266,7 @@ class TrainingExecutor:
             seconds=result.fit.counters.seconds * count,
             device=device_name(device),
             devices=count,
-            runners=self.runners,
+            runners=max(start.runners for start in starts),
             document_loss=measured.document_loss,
             document_tokens=measured.document_tokens,
             document_numbers=measured.document_numbers,
@@ -244,10 +280,8 @@ class TrainingExecutor:
                 "evaluation": measured.fingerprint,
             },
             environment=environment_of(result.run_dir),
+            starts=tuple(starts),
         )
-        if not self.keep_checkpoints:
-            shutil.rmtree(result.run_dir / "checkpoints", ignore_errors=True)
-        return record
 
 
 def device_name(device: Any) -> str:

@@ -145,7 +145,8 @@ def fairness(records: Sequence[CellRecord], sample: Sample, timings: Sequence[Ti
         )
     )
     checks.append(_annealed(records))
-    values = {f"{r.devices} x {r.device}" for r in records if r.device}
+    devices = {(r.devices, device) for r in records for device in {s.device for s in r.starts} | {r.device}}
+    values = {f"{count} x {device}" for count, device in devices if device}
     text = ", ".join(sorted(values)) or "not recorded"
     checks.append(Check("one kind of device", None if not values else len(values) == 1, text))
     keys = {key_of(r) for r in records}
@@ -155,11 +156,14 @@ def fairness(records: Sequence[CellRecord], sample: Sample, timings: Sequence[Ti
 
 def _one_version(records: Sequence[CellRecord], timings: Sequence[Timing]) -> Check:
     # Commit and versions alike; what one of them lacks, such as a commit outside of git, cannot differ.
-    sources: dict[str, Sequence[CellRecord | Timing]] = {"records": records, "timings": timings}
+    sources = {
+        "records": [environment for r in records for environment in r.environments],
+        "timings": [t.environment for t in timings],
+    }
     found: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
-    for source, states in sources.items():
-        for state in states:
-            for key, value in state.environment.items():
+    for source, environments in sources.items():
+        for environment in environments:
+            for key, value in environment.items():
                 found[key][source].add(value)
     different = {key: by_source for key, by_source in found.items() if len(set().union(*by_source.values())) > 1}
     name = "one version of the code"

@@ -31,6 +31,16 @@ class CurvePoint:
     kind: str = "train"  # train (mean since the point before) or val (evaluation documents)
 
 
+@dataclass(frozen=True)
+class Start:
+    """A process that trained steps of a run."""
+
+    from_step: int  # the last step of those before it
+    device: str
+    runners: int  # that shared the device
+    environment: dict[str, str]  # versions, commit
+
+
 Place = tuple[int, float, str]  # context, budget, mixer
 
 _ABOVE_ZERO = (
@@ -69,7 +79,7 @@ class CellRecord:
     seconds: float | None = None  # device-seconds of training, over the trunk and this branch
     device: str = ""
     devices: int = 1
-    runners: int = 1  # that shared the device; with several, `seconds` is no measure of the mixer's speed
+    runners: int = 1  # that shared the device, at most; with several, `seconds` is no measure of the mixer's speed
     # Summed nats of each part of a document that an evaluation sequence holds, in their order; of each whole sequence
     # where data.document_mask=false.
     document_loss: tuple[float, ...] = ()
@@ -81,7 +91,9 @@ class CellRecord:
     position_tokens: tuple[tuple[int, ...], ...] = ()  # tokens, (evaluation sequence, bucket)
     curve: tuple[CurvePoint, ...] = ()
     data: dict[str, str] = field(default_factory=dict)  # fingerprints: of the tokens, their order, the evaluation
-    environment: dict[str, str] = field(default_factory=dict)  # versions, commit
+    environment: dict[str, str] = field(default_factory=dict)  # versions, commit; of the last process
+    # The processes that trained it, its part of the trunk too, in their order; empty: not recorded.
+    starts: tuple[Start, ...] = ()
 
     def __post_init__(self) -> None:
         optional = {k: v for k in ("seconds", "bits_per_byte") if (v := getattr(self, k)) is not None}
@@ -116,6 +128,11 @@ class CellRecord:
         points = [x for p in self.curve for x in (p.tokens, p.loss, p.seconds or 0.0)]
         if not all(map(math.isfinite, itertools.chain(self.document_loss, *self.position_loss, points))):
             raise ValueError("losses must be finite, and so must be the curve's tokens and seconds")
+
+    @property
+    def environments(self) -> list[dict[str, str]]:
+        """Versions and commit of every process that is known."""
+        return [s.environment for s in self.starts] or [self.environment]
 
     @property
     def place(self) -> Place:

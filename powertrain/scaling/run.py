@@ -37,6 +37,9 @@ class Executor(Protocol):
             Exception: anything else is the cell's failure, and not the sweep's.
         """
 
+    def recorded(self, cell: Cell) -> None:
+        """Be told that the record of a cell is kept, and what its training left is needed no longer."""
+
 
 @dataclass(frozen=True)
 class SweepPaths:
@@ -240,6 +243,7 @@ def run(
                         record = executor.run(cell)
                         assert record.cell == cell.id, f"the record of {record.cell} came from cell {cell.id}"
                         state.store.append(record)
+                        executor.recorded(cell)
                     except Interrupted as interrupted:
                         on_end(cell, interrupted)
                         outcome.interrupted_by = interrupted.signum

@@ -46,6 +46,9 @@ class FakeExecutor:
             time.sleep(self.work)
         return fake_record(cell)
 
+    def recorded(self, cell: Cell) -> None:
+        pass
+
 
 def fake_record(cell: Cell) -> CellRecord:
     """The record of a cell: its law, a best learning-rate factor of 1, and a shift by seed."""

@@ -3,6 +3,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,11 +17,13 @@ from powertrain.data.datamodule import TokenDataModule
 from powertrain.models.gpt import GPT
 from powertrain.scaling.catalog import ComposedCatalog
 from powertrain.scaling.evaluate import documents_of, measure, position_bounds, sum_by_document, training_curve
-from powertrain.scaling.execute import TrainingExecutor, branch, trunk_config
+from powertrain.scaling.execute import TrainingExecutor, branch, read_starts, trunk_config
 from powertrain.scaling.recipe import load_recipe
 from powertrain.scaling.records import table
 from powertrain.scaling.run import SweepPaths, SweepState, run
 from powertrain.training.signals import StopSignals
+
+from .fakes import fake_record
 
 RECIPE = """
 name: tiny
@@ -206,6 +209,64 @@ def test_killed_at_random_a_real_sweep_ends_with_the_identical_table(tmp_path):
     done = subprocess.run([*command, "--quiet"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert rows(state) == rows(unbroken)
+
+
+def test_a_record_names_every_process_that_trained_it(tmp_path, monkeypatch):
+    """A trunk of two processes, one of whose steps were lost; a branch of the second; another process goes on."""
+    store = "powertrain.training.checkpoint.CheckpointStore"
+    monkeypatch.setattr(f"{store}.fault", lambda self, step: None)
+    monkeypatch.setattr(f"{store}.adopt", lambda self, source, step: self.path(step).mkdir(parents=True))
+    state = state_in(recipe_in(tmp_path), tmp_path / "sweeps")
+    cell = state.expand().cells[0]
+    trunk, own = state.paths.runs / cell.trunk, state.paths.runs / cell.id
+
+    def train(config, commit, runners, reaches):
+        def run(config, *, command, signals):
+            run_dir = state.paths.runs / config.run_id
+            (run_dir / "metrics.jsonl").touch()
+            (run_dir / "checkpoints" / f"step-{reaches:08d}").mkdir(parents=True)
+            return SimpleNamespace(fit=SimpleNamespace(interrupted_by=None), run_dir=run_dir)
+
+        monkeypatch.setattr("powertrain.train.run", run)
+        monkeypatch.setattr("powertrain.scaling.execute.environment_here", lambda: {"commit": commit})
+        with StopSignals() as signals:
+            TrainingExecutor(state.recipe, state.paths, runners=runners, signals=signals)._train(config)
+
+    def starts(run_dir):
+        return [(s.from_step, s.runners, s.environment["commit"]) for s in read_starts(run_dir)]
+
+    config = trunk_config(cell)
+    train(config, "a", 1, 2)
+    train(config, "b", 3, 4)
+    shutil.rmtree(trunk / "checkpoints" / "step-00000004")
+    train(config, "c", 1, 5)
+    assert starts(trunk) == [(0, 1, "a"), (2, 1, "c")], "what b trained was lost"
+    assert branch(trunk, own, 5) == 5
+    train(dataclasses.replace(cell.config, run_id=cell.id), "d", 2, 9)
+    assert starts(own) == [(0, 1, "a"), (2, 1, "c"), (5, 2, "d")]
+
+
+def test_checkpoints_are_removed_after_the_record_is_kept(tmp_path, monkeypatch):
+    state = state_in(recipe_in(tmp_path), tmp_path / "sweeps")
+    cell = state.expand().cells[0]
+    for keep in (True, False):
+        checkpoints = state.paths.runs / cell.id / "checkpoints"
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        executor = TrainingExecutor(state.recipe, state.paths, keep_checkpoints=keep)
+        monkeypatch.setattr(executor, "run", fake_record)
+
+        def append(record):
+            raise OSError("No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(state.store, "append", append)
+            run(state, executor)
+        assert checkpoints.is_dir(), "of a record that could not be written"
+        state.failures.forget(state.failures.ids())
+        run(state, executor)
+        assert checkpoints.is_dir() is keep
+        for path in state.paths.records.glob("*"):
+            path.unlink()
 
 
 def progress(state):

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from powertrain.scaling.recipe import CONVENTIONS
-from powertrain.scaling.records import RecordStore, from_json, table, to_json
+from powertrain.scaling.records import RecordStore, Start, from_json, table, to_json
 from powertrain.schema import ConfigError
 
 from .synthetic import make_records
@@ -19,6 +19,8 @@ def records():
 def test_a_record_survives_its_file(records):
     for record in records[:3]:
         assert from_json(to_json(record)) == record
+    started = dataclasses.replace(records[0], starts=(Start(0, "cpu", 2, {"commit": "a"}),))
+    assert from_json(to_json(started)) == started
 
 
 def test_a_cell_is_recorded_once(tmp_path, records):

@@ -19,7 +19,7 @@ from powertrain.scaling.figures import draw_envelope, draw_gain, draw_isoflop, d
 from powertrain.scaling.isoflop import MinimumInterval
 from powertrain.scaling.plan import Coverage
 from powertrain.scaling.recipe import Analysis
-from powertrain.scaling.records import CurvePoint
+from powertrain.scaling.records import CurvePoint, Start
 from powertrain.scaling.report import build, page, summary, write
 
 from . import synthetic
@@ -473,6 +473,8 @@ def test_unfair_records_are_called_so():
         "same order of the data for every mixer of a seed"
     }
     assert broken_checks(swap(device="another")) == {"one kind of device"}
+    elsewhere = Start(0, "another", 1, first.environment)
+    assert broken_checks(swap(starts=(elsewhere,))) == {"one kind of device"}
     shorter = swap(document_loss=(first.loss * 7,), document_tokens=(7,))
     assert "same evaluation documents and positions" in broken_checks(shorter)
     untuned = [r for r in fair if not (r.mixer == "softmax" and r.learning_rate_factor == 2.0)]

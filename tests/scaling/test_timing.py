@@ -8,6 +8,7 @@ import pytest
 from powertrain.cli import main
 from powertrain.scaling import timing
 from powertrain.scaling.analysis import analyse
+from powertrain.scaling.records import Start
 from powertrain.schema import ConfigError
 
 from . import synthetic
@@ -96,6 +97,10 @@ def test_a_comparison_holds_the_code_of_its_timings_too():
     upgraded = dataclasses.replace(SPEED, environment={"commit": commit, "torch": "3"})
     assert version_check([upgraded], own) == (False, "torch 2 (records); torch 3 (timings)")
     assert version_check([dataclasses.replace(later, context=8192)], own)[0], "it speaks for none of these records"
+    # A cell that another commit began.
+    starts = tuple(Start(step, "NVIDIA H200", 1, {"commit": commit}) for step, commit in ((0, "e"), (7, "f")))
+    continued = [dataclasses.replace(r, starts=starts, environment={"commit": "f"}) for r in own]
+    assert version_check([], continued) == (False, "commit e, f (records)")
     nowhere = [dataclasses.replace(r, environment={}) for r in records()]
     assert version_check([], nowhere) == (None, "not recorded")
 
