@@ -25,6 +25,7 @@ from torch import Tensor
 from powertrain.bench.provenance import provenance
 from powertrain.ops import power_retention
 from powertrain.ops.plan import choose_chunk_size
+from powertrain.schema import ConfigError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -93,7 +94,23 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--draw", action="store_true", help="only draw the figure of --output")
     args = parser.parse_args(argv)
     args.key_heads = args.heads if args.key_heads is None else args.key_heads
+    _check(args)
     return args
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what no run could measure, by a ConfigError."""
+    counts = {"--tokens": min(args.tokens), "--batch": args.batch, "--heads": args.heads, "--key-heads": args.key_heads}
+    counts |= {"--dim": args.dim, "--repeats": args.repeats, "--chunk-size": args.chunk_size, "--threads": args.threads}
+    for option, count in counts.items():
+        if count is not None and count < 1:
+            raise ConfigError(f"{option} {count} is not allowed: it must be at least 1")
+    if args.heads % args.key_heads:
+        raise ConfigError(f"--key-heads {args.key_heads} does not divide --heads {args.heads}")
+    allowed = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    allowed += [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    if args.device not in allowed:
+        raise ConfigError(f"--device {args.device} is not allowed: this machine has {', '.join(allowed)}")
 
 
 def _measure(tokens: int, args: argparse.Namespace) -> Row:

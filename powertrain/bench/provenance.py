@@ -11,19 +11,23 @@ from powertrain.version import __version__
 
 
 def provenance(benchmark: str, argv: list[str]) -> dict[str, Any]:
-    """Return name, command, commit (None outside a checkout) and versions of a run of `powertrain bench BENCHMARK`."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    """Return name, command, commit (None outside a checkout or without git) and versions of a run of `powertrain bench
+    BENCHMARK`.
+    """
     return {
         "benchmark": benchmark,
         "command": " ".join(["powertrain", "bench", benchmark, *argv]),
-        "commit": commit.stdout.strip() or None,
+        "commit": _commit(),
         "powertrain": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def _commit() -> str | None:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from powertrain.bench.op import main, median_ratio
+from powertrain.bench.provenance import provenance
+from powertrain.schema import ConfigError
 
 
 def test_writes_rows_and_environment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -36,6 +38,29 @@ def test_writes_rows_and_environment(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_a_speedup_is_the_median_ratio_of_neighbouring_runs() -> None:
     assert median_ratio([1.0, 2.0, 10.0], [2.0, 2.0, 30.0]) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--tokens", "64", "0"], "--tokens 0 is not allowed: it must be at least 1"),
+        (["--heads", "0"], "--heads 0 is not allowed"),
+        (["--key-heads", "-1"], "--key-heads -1 is not allowed"),
+        (["--heads", "3", "--key-heads", "2"], "--key-heads 2 does not divide --heads 3"),
+        (["--threads", "0"], "--threads 0 is not allowed"),
+        (["--repeats", "0"], "--repeats 0 is not allowed"),
+        (["--device", "gpu"], "--device gpu is not allowed: this machine has cpu"),
+        (["--device", "cuda:99"], "--device cuda:99 is not allowed"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_sentence(given: list[str], words: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=words):
+        main([*given, "--output", str(tmp_path / "op.json")])
+
+
+def test_without_git_a_record_has_no_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert provenance("op", ["--dim", "8"])["commit"] is None
 
 
 def test_unknown_arguments_exit_with_usage() -> None:
