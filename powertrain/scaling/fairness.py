@@ -67,7 +67,8 @@ def flags(
     for point in sample.points:
         groups[point.mixer, point.budget, point.size].append(point)
     elsewhere: dict[tuple[str, float, str], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for r in others:
+    measured_on = {p.first.data.get("evaluation") for p in sample.points}
+    for r in (r for r in others if r.data.get("evaluation") in measured_on):
         elsewhere[r.mixer, r.budget, r.size][r.learning_rate].append(r.loss)
     for (mixer, budget, size), points in sorted(groups.items()):
         best = min(points, key=lambda p: p.loss)

@@ -343,7 +343,7 @@ def _resampled(findings: Findings) -> str:
 def _intervals(recipe: Recipe, findings: Findings) -> str:
     """Return what the intervals at one context are made of."""
     sample = findings.sample
-    where = f"At context {findings.context} intervals"
+    where = f"At context {findings.context}, intervals"
     parts = []
     if "documents" not in sample.unknown:
         parts.append(f"{_resampled(findings)}, the same ones for every mixer")

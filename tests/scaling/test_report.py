@@ -348,7 +348,7 @@ def test_what_is_not_compared_still_says_how_much_seeds_differ_and_which_rates_a
     edge = {f.mixer for f in found.flags if f.text.startswith("the highest learning rate")}
     assert edge == {r.mixer for r in own}
 
-    def aside(change):
+    def aside(change, **other):
         made = [
             dataclasses.replace(
                 r,
@@ -359,6 +359,7 @@ def test_what_is_not_compared_still_says_how_much_seeds_differ_and_which_rates_a
                 loss=r.loss + change + 0.5 * seed,
                 document_loss=(),
                 document_tokens=(),
+                **other,
             )
             for r in own
             if r.learning_rate_factor == 1.0 and r.seed == 0
@@ -374,6 +375,8 @@ def test_what_is_not_compared_still_says_how_much_seeds_differ_and_which_rates_a
     lower = [f for f in aside(-1.0).flags if f.kind == "learning rate"]
     assert lower
     assert all("which is not compared, was lower" in f.text for f in lower)
+    other_text = aside(-1.0, data={**own[0].data, "evaluation": "another"})
+    assert not [f for f in other_text.flags if "which is not compared" in f.text]
 
 
 def test_one_seed_one_rate_and_a_loss_that_rises_are_doubts():
