@@ -140,7 +140,7 @@ class Verdict:
     runner_up: str
     margin: float  # loss of the runner-up minus the lowest
     margin_interval: tuple[float, float]
-    lowest_share: float  # share of replicates in which `lowest` is lowest
+    lowest_share: float  # share of replicates in which `lowest` is lowest; NaN where no noise is known
     duels: tuple[Duel, ...]
     outcome: Outcome  # of the subject against its best rival
     extrapolated: tuple[str, ...]  # mixers whose loss lies outside their measured range
@@ -205,7 +205,7 @@ def judge(
                 runner_up=runner_up,
                 margin=losses[runner_up] - losses[lowest],
                 margin_interval=interval(replicates[runner_up] - replicates[lowest], confidence),
-                lowest_share=float(np.mean(everyone.argmin(axis=0) == 0)),
+                lowest_share=math.nan if unknown == NOISE else float(np.mean(everyone.argmin(axis=0) == 0)),
                 duels=tuple(duels),
                 outcome="unfinished" if unmeasured and outcome == "wins" else outcome,
                 extrapolated=tuple(m for m in ranked if not lines[m].measured(compute, same)),
