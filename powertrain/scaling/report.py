@@ -36,11 +36,7 @@ CAPTIONS: dict[Figure, str] = {
         "do not bend upwards."
     ),
     "perplexity": "Perplexity on held-out text of each mixer's best configuration per budget.",
-    "position": (
-        "Loss by position in the context at the largest budget shared, and its difference to the baseline. Bands: "
-        "bootstrap over evaluation sequences, the same ones for every mixer, and noise between seeds where it was "
-        "measured, as a shift of all positions alike."
-    ),
+    "position": "Loss by position in the context at the largest budget shared, and its difference to the baseline.",
     "seconds": (
         "The same runs against FLOPs and against measured time: at the speed that each mixer and size reaches alone on "
         "the device (`powertrain sweep time`) where that was measured, else the time of the run itself. Runs that "
@@ -73,6 +69,12 @@ def _caption(recipe: Recipe, kind: Figure, findings: Findings) -> str:
             f" Bands: bootstrap over {' and '.join(known)}{' alone' if len(known) == 1 else ''}, without the shift "
             "that a draw of text gives all mixers alike."
         )
+    if kind == "position":
+        # One sequence cannot be resampled.
+        several = any(len(p.first.position_tokens) > 1 for p in findings.selected.values())
+        bands = ["bootstrap over evaluation sequences, the same ones for every mixer"] if several else []
+        bands += ["noise between seeds, as a shift of all positions alike"] if findings.sample.seed_noise else []
+        text += f" Bands: {', and '.join(bands)}." if bands else ""
     if kind == "perplexity" and any(law.frontier for law in findings.laws):
         text += " Dashed: the fitted law at the size that it finds best, which need not be one that was trained."
     if kind == "seconds":

@@ -212,6 +212,25 @@ def test_position_bands_hold_the_noise_between_seeds():
         assert (width < 1.1 * expected).all()
 
 
+def test_the_caption_of_positions_says_what_bands_hold():
+    options = {"budgets": (1e15,), "sizes": {"3m": 3e6}, "factors": (1.0,), "curves": False}
+    for seeds, rows, bands in (
+        (
+            (0, 1),
+            16,
+            " Bands: bootstrap over evaluation sequences, the same ones for every mixer, and noise between seeds",
+        ),
+        ((0,), 16, " Bands: bootstrap over evaluation sequences, the same ones for every mixer.\n"),
+        ((0, 1), 1, " Bands: noise between seeds, as a shift of all positions alike.\n"),
+        ((0,), 1, "its difference to the baseline.\n"),
+    ):
+        made = [
+            dataclasses.replace(r, position_loss=r.position_loss[:rows], position_tokens=r.position_tokens[:rows])
+            for r in records(seeds=seeds, **options)
+        ]
+        assert bands in page(recipe(), [analyse(recipe(), made, 65536)], [(65536, "position")])
+
+
 def isoflop_legend(found):
     figure = draw_isoflop(recipe(), found)
     (legend,) = figure.legends
