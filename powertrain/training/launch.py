@@ -38,7 +38,7 @@ def launcher() -> str | None:
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         return "srun"
     # Ours, or any other that gives torchrun's variables; LOCAL_RANK alone may be left over from something else.
-    return "powertrain" if {"LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys() else None
+    return "powertrain" if {"RANK", "LOCAL_RANK"} <= os.environ.keys() else None
 
 
 def launch(command: list[str], processes: int, *, num_nodes: int = 1) -> int:

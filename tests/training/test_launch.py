@@ -262,14 +262,14 @@ def test_a_watch_that_cannot_write_its_file_still_ends_what_hangs(tmp_path):
 
 
 def test_who_started_this_process(monkeypatch):
-    for name in ("LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_TASKS"):
+    for name in ("LOCAL_RANK", "RANK", "TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
     assert launcher() is None
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
     assert launcher() is None
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert launcher() is None
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     assert launcher() == "powertrain"
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     assert launcher() == "srun"
