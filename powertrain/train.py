@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from powertrain.cluster.queue import current_job_id
 from powertrain.cluster.snapshot import code_version
 from powertrain.config import RunConfig, changes, compose, planned_vocabulary, read_config, to_values
-from powertrain.data.progress import is_rank_zero
 from powertrain.divisors import divisors
+from powertrain.processes import is_rank_zero
 from powertrain.run_status import StatusReport
 from powertrain.schema import ConfigError
 from powertrain.wording import counted

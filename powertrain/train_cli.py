@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from powertrain.cluster.queue import SlurmError, current_job_id
 from powertrain.config import GROUPS, RunConfig, compose, options, read_config, share_dir, to_values
-from powertrain.data.progress import is_rank_zero
+from powertrain.processes import global_rank, is_rank_zero, launcher
 from powertrain.run_status import RunBusyError
 from powertrain.schema import ConfigError
 from powertrain.train import EXTENDABLE, RunResult, check_same_run, long_on_cpu, plan, run, say
@@ -128,10 +128,11 @@ def _train_here(config: RunConfig, arguments: argparse.Namespace, argv: list[str
 
     again_as = shlex.join([_program(), "train", *argv])
     try:
-        # Imports and the kernels' compilation take the longest of a start, and a signal may come meanwhile.
-        from powertrain.training.batching import resolve_devices
-        from powertrain.training.launch import end_with_launcher, launch, launcher
-
+        # Imports take the longest of a start, and an exception in the midst of one may be lost, or leave half a module.
+        with signals.deferred(b"stopping once all is loaded"):
+            from powertrain.training.batching import resolve_devices
+            from powertrain.training.launch import end_with_launcher, launch
+        signals.raise_received()
         devices = resolve_devices(config.trainer)
         if devices.torch_device.type == "cuda":
             from powertrain.ops.cuda import library_problem
@@ -192,13 +193,12 @@ def _end_rank(error: Exception) -> NoReturn:
         time.sleep(LOST_PEER_DELAY)
     elif not is_rank_zero():
         time.sleep(OTHER_RANK_DELAY)
-    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")
     # Errors that all ranks agree on speak for all of them.
     agreed = isinstance(error, _expected_errors())
     known = agreed or isinstance(error, ValueError | OSError)
     text = f"powertrain train: {error if known else f'{type(error).__name__}: {error}'}\n"
     if not (agreed and is_rank_zero()):
-        text = text.replace(": ", f": rank {rank}: ", 1)
+        text = text.replace(": ", f": rank {global_rank()}: ", 1)
     if not known or os.environ.get("POWERTRAIN_TRACEBACK", "0") not in ("", "0"):
         text += "".join(traceback.format_exception(error))
     sys.stderr.write(text)

@@ -392,6 +392,15 @@ def test_a_run_of_no_numbers_at_all_ends_without_a_sample(mixer, why, tiny, caps
     assert math.isnan(run(compose(overrides)).val_loss)
 
 
+@pytest.mark.parametrize("name", ["LOCAL_RANK", "RANK", "SLURM_PROCID"])
+def test_a_rank_that_another_program_has_left_in_the_environment_costs_a_run_alone_nothing(tiny, monkeypatch, name):
+    monkeypatch.setenv(name, "1")
+    result = run(compose([*tiny, "trainer.max_steps=1"]))
+    assert result.metrics["val/loss"] > 0
+    for file in ("config.yaml", "status.json", "tokenizer/tokenizer.json"):
+        assert (result.run_dir / file).exists(), file
+
+
 def test_budget_in_flops(tiny, tmp_path):
     result = run(compose([*tiny, "budget=flops", "budget.value=1e8"]))
     per_step = result.length.flops_per_step

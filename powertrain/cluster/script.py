@@ -85,7 +85,7 @@ def _directives(cluster: ClusterConfig, job: BatchJob) -> list[str]:
 def batch_script(cluster: ClusterConfig, job: BatchJob) -> str:
     """Return the script that `sbatch` takes."""
     processes = cluster.processes_per_node
-    lines = ["#!/bin/bash", *_directives(cluster, job), "", "set -eo pipefail", ""]
+    lines = ["#!/bin/bash", *_directives(cluster, job), "", "set -eo pipefail +o posix", ""]
     if cluster.setup:
         lines += ["# cluster.setup", *cluster.setup, ""]
     lines += [f"export {key}={shlex.quote(value)}" for key, value in cluster.env.items()]
@@ -125,14 +125,14 @@ def batch_script(cluster: ClusterConfig, job: BatchJob) -> str:
         "ranks=$!",
         'while kill -0 "$ranks" 2> /dev/null; do wait "$ranks" || true; done',
         "code=0",
-        'wait "$ranks" || code=$?  # of srun, which bash keeps',
+        'wait "$ranks" || code=$?  # of srun, which bash keeps, but not as a POSIX shell',
     ]
     if job.last_resort is not None and job.unanswered is not None:
         unanswered = shlex.quote(str(job.unanswered))
         usr1 = signal.SIGUSR1.value
         lines += [
             "# A signal that came before the run took signals has ended it.",
-            f'[ "$code" -ne {128 + usr1} ] || echo {usr1} > {unanswered}',
+            f'[ "$code" -ne {128 + usr1} ] || echo {usr1} > {unanswered} || true',
             "# Where Slurm has not answered the run in time, this asks again.",
             f"if [ -e {unanswered} ]; then {shlex.join(job.last_resort)} || true; fi",
         ]

@@ -17,10 +17,11 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from powertrain.processes import local_rank
 from powertrain.wording import counted
 
 from .config import DataConfig
-from .progress import Progress, rank, say
+from .progress import Progress, say
 from .shards import FORMAT, MANIFEST, SPLITS, ShardWriter, TokenStore, fsync_directory
 from .sources import Source, open_source
 from .tokenizers import Tokenizer, byte_tokenizer, pretrained_identity, pretrained_tokenizer, train_bpe
@@ -92,7 +93,7 @@ def _key(config: DataConfig, source: Source) -> str:
 
 
 def _give_rank_zero_a_head_start(directory: Path) -> None:
-    if rank("LOCAL_RANK", "SLURM_LOCALID") == 0:
+    if local_rank() == 0:
         return
     until = time.monotonic() + _HEAD_START_SECONDS
     lock = directory.with_suffix(".lock")

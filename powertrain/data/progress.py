@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from typing import Self
 
+from powertrain.processes import is_rank_zero
+
 _REFRESH_BYTES = 1 << 18
-
-
-def rank(*names: str) -> int:
-    """Return this process's number as its launcher tells it in one of the environment variables `names`; 0 without."""
-    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), 0)
-
-
-def is_rank_zero() -> bool:
-    """Return whether this is the process of several that speaks and writes for all."""
-    return rank("RANK", "SLURM_PROCID", "LOCAL_RANK") == 0
 
 
 def say(message: str) -> None:

@@ -11,12 +11,12 @@ last column closes it: total tokens, then zeros, then total bytes.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import mmap
 import os
 from array import array
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -205,7 +205,7 @@ class TokenStream:
             self._index = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
         except (FileNotFoundError, ValueError) as error:
             raise _damaged(path, f"cannot be read ({error})") from error
-        self._opened_shard = functools.lru_cache(_OPEN_SHARDS)(self._open_shard)
+        self._shards: OrderedDict[int, tuple[mmap.mmap, np.ndarray, Path, int]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         # Workers that are spawned reopen the files; only their place travels.
@@ -250,6 +250,15 @@ class TokenStream:
         if actual != size:
             raise _damaged(path, f"changed from {size} to {actual} bytes while in use")
         return tokens[offset + start : offset + stop]
+
+    def _opened_shard(self, shard: int) -> tuple[mmap.mmap, np.ndarray, Path, int]:
+        if shard in self._shards:
+            self._shards.move_to_end(shard)
+        else:
+            if len(self._shards) == _OPEN_SHARDS:
+                self._shards.popitem(last=False)
+            self._shards[shard] = self._open_shard(shard)
+        return self._shards[shard]
 
     def _open_shard(self, shard: int) -> tuple[mmap.mmap, np.ndarray, Path, int]:
         path = self.directory / f"tokens-{shard:05d}.bin"

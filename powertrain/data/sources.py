@@ -13,8 +13,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from powertrain.processes import is_rank_zero
+
 from .config import DataConfig
-from .progress import is_rank_zero
 
 _NOT_SOURCES = frozenset({"__pycache__", "site-packages", "dist-packages"})
 # What no single file is in: opened as a file, the first of them or the archive's own bytes would be the text.
@@ -205,6 +206,8 @@ class DataFiles(_Rows):
             "files": _listing(local, stats),
             "urls": [file for file in self.files if "://" in file],
         }
+        if config.source == "json":
+            self.identity["reader"] = 2  # the first one rewrote what looked like a date
 
     def _load(self) -> Iterator[Any]:
         for file in self.files:
@@ -244,19 +247,21 @@ class DataFiles(_Rows):
                     self.skipped["file(s) without rows"] += 1
 
     def _json_rows(self, stream: IO[str]) -> Iterator[dict[str, Any]]:
-        """Yield the rows of JSON Lines one by one; arrays and objects over many lines are read at once."""
+        """Yield the rows of JSON Lines one by one; where the first line is no value, the file is read at once."""
         # Not by `datasets` or pyarrow: they take a block of strings that look like dates for dates, and rewrite them.
+        begun = False
         for number, line in enumerate(stream, start=1):
             if line.isspace():
                 continue
-            if line.startswith("[") or line.strip() == "{":
-                values = _json_values(line + stream.read())
-            else:
-                try:
-                    values = iter([json.loads(line)])
-                except json.JSONDecodeError as error:
+            try:
+                value = json.loads(line)
+                rows = iter(value if isinstance(value, list) else (value,))
+            except json.JSONDecodeError as error:
+                if begun:
                     raise ValueError(f"line {number}: {error.msg}") from error
-            for row in values:
+                rows = _json_values(line + stream.read(), number)
+            begun = True
+            for row in rows:
                 if isinstance(row, str):
                     row = {"text": row}
                 if not isinstance(row, dict):
@@ -277,11 +282,14 @@ class DataFiles(_Rows):
             yield from batch.to_pylist()
 
 
-def _json_values(text: str) -> Iterator[Any]:
+def _json_values(text: str, first_line: int) -> Iterator[Any]:
     """Yield the values that `text` holds one after another, of an array its items."""
-    decoder, text, at = json.JSONDecoder(), text.rstrip(), 0
+    decoder, text, at = json.JSONDecoder(), text.strip(), 0
     while at < len(text):
-        value, end = decoder.raw_decode(text, at)
+        try:
+            value, end = decoder.raw_decode(text, at)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {first_line + error.lineno - 1}: {error.msg}") from error
         yield from value if isinstance(value, list) else (value,)
         at = next((place for place in range(end, len(text)) if not text[place].isspace()), len(text))
 

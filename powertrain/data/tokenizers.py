@@ -29,7 +29,7 @@ _META = "tokenizer_meta.json"
 # Long texts are tokenized in parts of about so many characters, which end with a word: byte-level BPE splits a text
 # there in any case, before it looks for tokens.
 _PART_CHARACTERS = 1 << 16
-_WORD_END = re.compile(r"[0-9A-Za-z](?=[ \n])")
+_WORD_END = re.compile(r"\S(?=[ \n])")
 
 
 def _hf() -> Any:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import platform
 import re
 import shlex
 import subprocess
@@ -126,7 +127,9 @@ def _not_compiled(sources: Path, nvcc: Nvcc) -> list[Unit]:
 
 
 def _object(home: Path, unit: Unit, nvcc: Nvcc) -> Path:
-    key = hashlib.sha256(f"{unit.name}\0{unit.digest}\0{' '.join(unit.flags)}\0{nvcc.release}".encode())
+    key = hashlib.sha256(
+        f"{unit.name}\0{unit.digest}\0{' '.join(unit.flags)}\0{nvcc.release}\0{platform.machine()}".encode()
+    )
     return home / "objects" / f"{key.hexdigest()[:24]}.o"
 
 

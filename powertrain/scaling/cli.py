@@ -376,8 +376,7 @@ def _submit(recipe: Recipe, arguments: argparse.Namespace) -> int:
     _cells_within_limits(state)
     trainer = state.shared_config().trainer
     if trainer.accelerator == "gpu" and not cluster.gpus_per_node:
-        count = 1 if trainer.devices == "auto" else trainer.devices
-        raise ConfigError(f"{recipe.name} trains on GPUs: give --cluster gpus_per_node={count}")
+        raise ConfigError(f"{recipe.name} trains on GPUs: give --cluster gpus_per_node=1")
     flags = ["--requeue", str(cluster.signal_seconds), *_of_runners(arguments)]
     array, report = slurm_jobs(arguments.recipe, arguments.directory, state.paths, arguments.slurm, flags)
     if arguments.dry_run:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from powertrain.divisors import divisors
+from powertrain.processes import local_rank
 from powertrain.training.config import TrainerConfig
 from powertrain.training.nonfinite import autocast
 from powertrain.wording import counted
@@ -44,7 +45,7 @@ class Devices:
         """The device of this process, as far as its local rank is known from the environment."""
         if self.accelerator == "cpu":
             return torch.device("cpu")
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        return torch.device("cuda", local_rank())
 
 
 def resolve_devices(config: TrainerConfig) -> Devices:

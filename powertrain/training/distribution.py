@@ -25,14 +25,15 @@ from lightning.pytorch.plugins.environments import (
     TorchElasticEnvironment,
 )
 from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from powertrain.ops.context_shard import ContextGroup
+from powertrain.processes import launcher
 from powertrain.training.batching import Devices
 from powertrain.training.config import TrainerConfig
-from powertrain.training.launch import launcher
 from powertrain.training.ranks import Ranks, agree_to_start
 from powertrain.training.signals import POLL, StopSignals
 
@@ -112,9 +113,8 @@ def process_group(config: TrainerConfig, devices: Devices, signals: StopSignals)
         ValueError: the processes that were started are not those that the configuration asks for.
     """
     environment = launcher_environment(devices)
-    started = environment.world_size() if environment is not None else 1
-    if devices.world_size == 1 and isinstance(environment, SLURMEnvironment):
-        started = 1  # tasks that train each for itself, as those of a sweep
+    # Slurm's variables of a batch script, or of a shell in an allocation, are of many tasks, none of which runs here.
+    started = environment.world_size() if environment is not None and launcher() is not None else 1
     if started != devices.world_size:
         raise ValueError(
             f"trainer.devices={config.devices} and trainer.num_nodes={config.num_nodes} make {devices.world_size}"
@@ -122,6 +122,8 @@ def process_group(config: TrainerConfig, devices: Devices, signals: StopSignals)
             " or srun with equal numbers."
         )
     if devices.world_size == 1:
+        # Lightning takes it from variables, of which one may be left over from something else.
+        rank_zero_only.rank = 0  # type: ignore[attr-defined]
         yield Ranks(device=devices.torch_device)
         return
     assert environment is not None

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-# Set for the processes that `launch` starts.
-LAUNCHER = "POWERTRAIN_LAUNCHER"
+from powertrain.processes import LAUNCHER
+
 # Seconds that the others get to end by themselves, once one has failed.
 GRACE = 10.0
 # Seconds that a process waits before it reports an error, by kind; the launcher ends it earlier where it can.
@@ -28,17 +28,6 @@ OTHER_RANK_DELAY = 1.0
 LOST_PEER_DELAY = 15.0
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _PR_SET_PDEATHSIG = 1
-
-
-def launcher() -> str | None:
-    """Return what started this process as one of several: torchrun, srun or powertrain; None where it is alone."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        return "torchrun"
-    # A batch script sees Slurm's variables too, but only srun starts processes; a shell under srun is one of one.
-    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        return "srun"
-    # Ours, or any other that gives torchrun's variables; LOCAL_RANK alone may be left over from something else.
-    return "powertrain" if {"RANK", "LOCAL_RANK"} <= os.environ.keys() else None
 
 
 def launch(command: list[str], processes: int, *, num_nodes: int = 1) -> int:

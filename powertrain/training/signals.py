@@ -11,12 +11,14 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
+from powertrain.processes import is_rank_zero
+
 POLL = 0.1  # seconds between two looks at what may have come
 
 
 def _say(line: bytes) -> None:
     """Write a line to the terminal from within a handler, on rank 0 alone."""
-    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+    if is_rank_zero():
         os.write(2, b"\npowertrain: " + line + b"\n")
 
 
@@ -59,6 +61,7 @@ class StopSignals:
         self.received: int | None = None
         self._previous: list[dict[int, Any]] = []
         self._deferred = False
+        self._promise = b""
         self._ending = False
 
     def __enter__(self) -> StopSignals:
@@ -79,13 +82,16 @@ class StopSignals:
                 signal.signal(signum, handler)
 
     @contextmanager
-    def deferred(self) -> Iterator[None]:
+    def deferred(self, promise: bytes = b"stopping after this step, and saving") -> Iterator[None]:
         """Make a signal within the block a flag, `received`.
 
         Saving inside a handler would interrupt collectives of the step, and deadlock against the other ranks.
+
+        Args:
+            promise: what a Ctrl-C leads to.
         """
         with self:
-            self._deferred = True
+            self._deferred, self._promise = True, promise
             try:
                 yield
             finally:
@@ -106,7 +112,7 @@ class StopSignals:
         if self.received is not None and signum == signal.SIGINT:
             end_at_once()
         if self.received is None and self._deferred and signum == signal.SIGINT:
-            _say(b"stopping after this step, and saving; Ctrl-C again ends it at once")
+            _say(self._promise + b"; Ctrl-C again ends it at once")
         self.received = self.received or signum
         if not self._deferred and not self._ending:
             self._ending = True

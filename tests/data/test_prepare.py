@@ -470,10 +470,10 @@ def test_progress_is_shown_on_the_terminal_of_rank_zero(sources: Path, tmp_path:
         os.close(here)
         return b"".join(chunks).decode()
 
-    shown = terminal_output(RANK="0")
+    shown = terminal_output(RANK="0", LOCAL_RANK="0")
     assert "tokenizing" in shown
     assert "prepared 60 documents" in shown
-    assert terminal_output(RANK="1") == ""
+    assert terminal_output(RANK="1", LOCAL_RANK="1") == ""
 
 
 def test_the_next_in_line_takes_over_from_the_dead(sources: Path) -> None:
@@ -489,6 +489,7 @@ def test_the_next_in_line_takes_over_from_the_dead(sources: Path) -> None:
 
 
 def test_other_local_ranks_wait_for_the_lock_only_so_long(text_config: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr("powertrain.data.prepare._HEAD_START_SECONDS", 0.2)
     begin = time.monotonic()

@@ -206,6 +206,10 @@ def test_json_arrays_and_objects_over_many_lines(tmp_path: Path, indent: int | N
         "array": json.dumps(rows, indent=indent),
         "lines": "\ufeff" + "\n\n".join(json.dumps(row, indent=indent) for row in rows) + "\r\n",
         "strings": json.dumps(["a", "b"], indent=indent),
+        "after a space": " " + json.dumps(rows, indent=indent),
+        "on one line": " ".join(json.dumps(row) for row in rows),
+        "from the second line on": '{"text": "a",\n "x": 1}\n{"text": "b"}',
+        "by carriage returns": "\r".join(json.dumps(row) for row in rows),
     }.items():
         (tmp_path / name).write_text(content, encoding="utf-8")
         assert documents(source="json", files=str(tmp_path / name)) == ["a", "b"], name
@@ -229,6 +233,7 @@ def test_json_rows_that_lack_the_field(tmp_path: Path) -> None:
         ('{"text": "a"}\n5\n', r"a row is an object or a string, not 5"),
         ('{"text": "a \\ud800 b"}\n', r"surrogates not allowed"),
         ("[" * 100_000, r"recursion"),
+        ('\n[{"text": "a"},\n{"text": }]\n', r"line 3: Expecting value"),
     ],
 )
 def test_json_that_does_not_parse(tmp_path: Path, content: str, words: str) -> None:

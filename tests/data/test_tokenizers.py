@@ -66,7 +66,12 @@ def test_tokens_of_parts_are_those_of_the_whole(bpe: Tokenizer, monkeypatch: pyt
         parts = list(bpe.parts(text))
         assert "".join(parts) == text
         assert np.concatenate(bpe.encode_batch(parts)).tolist() == bpe.encode(text).tolist()
-    assert len(list(bpe.parts("word " * 100))) > 1
+    # Letters of whatever script: memory follows the longest part.
+    for word in ("word ", "слово ", "字字字。\n", "(x) "):
+        text = word * 100
+        parts = list(bpe.parts(text))
+        assert len(parts) > 1
+        assert np.concatenate(bpe.encode_batch(parts)).tolist() == bpe.encode(text).tolist()
 
 
 def test_vocabulary(tokenizer: Tokenizer) -> None:

@@ -33,6 +33,13 @@ def test_key_follows_sources_headers_and_flags(tree: Path, monkeypatch: pytest.M
     assert toolchain.library_key(tree) == keys[-1]
 
 
+def test_objects_of_two_machines_have_two_names(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (unit, *_), nvcc = toolchain.units(tree), toolchain.Nvcc(tree / "nvcc", (13, 0))
+    here = build._object(tree, unit, nvcc)
+    monkeypatch.setattr("platform.machine", lambda: "another")
+    assert build._object(tree, unit, nvcc) != here
+
+
 def test_only_what_includes_a_changed_header_is_compiled_anew(tree: Path) -> None:
     (tree / "src" / "sm80" / "extra.cu").write_text("__global__ void extra() {}\n")
     before = {unit.name: unit.digest for unit in toolchain.units(tree)}

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from powertrain.processes import global_rank, is_rank_zero, launcher, local_rank
 from powertrain.run_status import read_status
 from powertrain.training import launch as launching
 from powertrain.training.distribution import _common_store
-from powertrain.training.launch import launch, launcher
+from powertrain.training.launch import launch
 from powertrain.training.records import read_metrics
 from powertrain.training.watchdog import EXIT_CODE
 from tests.forked import Forked
@@ -262,16 +263,23 @@ def test_a_watch_that_cannot_write_its_file_still_ends_what_hangs(tmp_path):
 
 
 def test_who_started_this_process(monkeypatch):
-    for name in ("LOCAL_RANK", "RANK", "TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_TASKS"):
+    names = ("LOCAL_RANK", "RANK", "TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID")
+    for name in names:
         monkeypatch.delenv(name, raising=False)
-    assert launcher() is None
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
-    assert launcher() is None
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    assert launcher() is None
+
+    def seen():
+        return launcher(), global_rank(), local_rank(), is_rank_zero()
+
+    assert seen() == (None, 0, 0, True)
+    # What one of several has left in the environment of another.
+    for name in ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "1")
+        assert seen() == (None, 0, 0, True)
+    monkeypatch.setenv("RANK", "3")
+    assert seen() == ("powertrain", 3, 1, False)
     monkeypatch.setenv("RANK", "0")
-    assert launcher() == "powertrain"
+    assert seen() == ("powertrain", 0, 1, True)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
-    assert launcher() == "srun"
+    assert seen() == ("srun", 1, 1, False)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    assert launcher() == "torchrun"
+    assert seen() == ("torchrun", 0, 1, True)
