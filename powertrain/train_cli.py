@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 import traceback
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -130,6 +131,8 @@ def _train_here(config: RunConfig, arguments: argparse.Namespace, argv: list[str
     try:
         # Imports take the longest of a start, and an exception in the midst of one may be lost, or leave half a module.
         with signals.deferred(b"stopping once all is loaded"):
+            for module in ("training.fit", "training.loggers", "training.status", "data.datamodule"):
+                import_module(f"powertrain.{module}")
             from powertrain.training.batching import resolve_devices
             from powertrain.training.launch import end_with_launcher, launch
         signals.raise_received()
@@ -209,10 +212,7 @@ def _end_rank(error: Exception) -> NoReturn:
 
 
 def _interrupted(config: RunConfig, signum: int, saved: str, command: str) -> int:
-    """Say how to resume, or in a Slurm job see to it that the run resumes by itself; return the exit code.
-
-    Without torch, whose import the signal may have cut short.
-    """
+    """Say how to resume, or in a Slurm job see to it that the run resumes by itself; return the exit code."""
     if current_job_id() is None or signum == signal.SIGINT:
         say(f"\nInterrupted. {saved}; resume with:\n  {command}")
         return 128 + signum

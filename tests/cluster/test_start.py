@@ -4,6 +4,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -90,3 +92,41 @@ def test_a_signal_while_a_rank_is_late_queues_the_job_again(corpus, tmp_path, st
         assert read_status(start.directory / "run").state == "interrupted", place
     requeued = [c["argv"] for c in map(json.loads, calls.read_text().splitlines()) if c["argv"][0] == "requeue"]
     assert requeued == [["requeue", "7"]] * len(starts)
+
+
+# Sends itself the signal as it begins to import the first argument, which it tells by a line.
+SIGNALLED = """\
+import os, signal, sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == sys.argv[1]:
+            print("signalled", flush=True)
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+sys.meta_path.insert(0, Finder())
+from powertrain.cli import main
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["torch", "numpy", "lightning.pytorch.trainer", "powertrain.training.status", "powertrain.data.datamodule"],
+)
+def test_a_signal_in_the_midst_of_an_import_is_not_lost(corpus, tmp_path, stub, module):  # noqa: F811
+    calls = stub("scontrol", "JobState=RUNNING Reason=None Restarts=0 PreemptTime=None\n")
+    options = [*OPTIONS, f"data.files={corpus}/*.py", f"paths.cache={corpus / 'cache'}", f"paths.runs={tmp_path}"]
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNALLED, module, "train", *options, "trainer.devices=1", "run_id=run"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "SLURM_JOB_ID": "7"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    said = done.stdout.splitlines()
+    assert said[0] == "signalled", done.stderr
+    assert said[-1] == "job 7 is queued again and will continue from what is saved", done.stderr
+    assert done.returncode == 0
+    assert [json.loads(line)["argv"][0] for line in calls.read_text().splitlines()] == ["--oneliner", "requeue"]
