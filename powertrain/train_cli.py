@@ -129,15 +129,13 @@ def _train_here(config: RunConfig, arguments: argparse.Namespace, argv: list[str
 
     again_as = shlex.join([_program(), "train", *argv])
     try:
-        # Imports take the longest of a start, and an exception in the midst of one may be lost, or leave half a module.
-        with signals.deferred(b"stopping once all is loaded"):
-            for module in ("training.fit", "training.loggers", "training.status", "data.datamodule"):
-                import_module(f"powertrain.{module}")
-            from powertrain.training.batching import resolve_devices
-            from powertrain.training.launch import end_with_launcher, launch
-        signals.raise_received()
+        _load(signals, "training.batching", "training.launch")
+        from powertrain.training.batching import resolve_devices
+        from powertrain.training.launch import end_with_launcher, launch
+
         devices = resolve_devices(config.trainer)
         if devices.torch_device.type == "cuda":
+            _load(signals, "ops.cuda")
             from powertrain.ops.cuda import library_problem
 
             library_problem()  # builds the kernels, with progress, before any process waits for another
@@ -145,9 +143,21 @@ def _train_here(config: RunConfig, arguments: argparse.Namespace, argv: list[str
             again = [sys.executable, "-m", "powertrain", "train", *argv]
             return launch(again, devices.per_node, num_nodes=devices.num_nodes)
         end_with_launcher()
+        _load(signals, "training.fit", "training.loggers", "training.status", "data.datamodule")
         return _train_as_rank(config, arguments, argv, signals, devices)
     except Stopped as stop:
         return _interrupted(config, stop.signum, "No step was under way", again_as)
+
+
+def _load(signals: StopSignals, *modules: str) -> None:
+    """Import modules of powertrain; a signal waits for them.
+
+    An exception in the midst of an import may be lost, or leave half a module.
+    """
+    with signals.deferred(b"stopping once all is loaded"):
+        for module in modules:
+            import_module(f"powertrain.{module}")
+    signals.raise_received()
 
 
 def _train_as_rank(
