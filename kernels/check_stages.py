@@ -26,6 +26,12 @@ def error(out: Tensor, reference: Tensor) -> float:
     return wrong / size if size > 0 else (0.0 if wrong == 0 else math.inf)  # nothing enters the first chunk
 
 
+def equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    """Whether the tensors of `theirs` are the same bits in `ours`."""
+    synchronize()
+    return all(torch.equal(ours[name].view(torch.uint8), x.view(torch.uint8)) for name, x in theirs.items())
+
+
 def pack_rows(run: Run, eps: float) -> dict[str, tuple[float, float]]:
     """What pt_pack makes, against torch: equal, except that the decays and what they multiply may be rounded differently."""
     out = run.pack()
@@ -38,6 +44,8 @@ def pack_rows(run: Run, eps: float) -> dict[str, tuple[float, float]]:
     if not torch.equal(out["gates"][-integers:].view(torch.int32), run.gates[-integers:].view(torch.int32)):
         rows["document_start"] = (math.nan, 0.0)
     rows["gates"] = (error(out["gates"][:-integers], run.gates[:-integers].double()), 2.0**-22)
+    if not equal(run.pack(gates_alone=True), {"gates": out["gates"]}):
+        rows["gates alone"] = (math.nan, 0.0)
     return rows
 
 
@@ -68,8 +76,7 @@ def check(library: ctypes.CDLL, case: Case, arch: int, stages: int) -> dict:
         if stages > 2:
             out |= run.backward(forward, stages > 3)
             again = run.backward(run.forward(), stages > 3)
-            synchronize()
-            if any(not torch.equal(out[name].view(torch.uint8), again[name].view(torch.uint8)) for name in again):
+            if not equal(out, again):
                 rows["deterministic"] = (math.nan, 0.0)
         synchronize()
         if "key_dots" in out:
@@ -103,8 +110,11 @@ def query_scan_rows(
     ours, again = run.query_scan(), run.query_scan()
     dim = run.case.head_dim
     rows = {}
-    if any(not torch.equal(ours[name].view(torch.uint8), again[name].view(torch.uint8)) for name in again):
+    if not equal(ours, again):
         rows["query_scan deterministic"] = (math.nan, 0.0)
+    packed = {name: getattr(run, name) for name in ("packed_q", "packed_k", "packed_v")}
+    if not equal(run.query_scan(packs=True), ours | packed):
+        rows["query_scan packing"] = (math.nan, 0.0)
     if not all(x.isfinite().all() for x in ours.values()):
         rows["query_scan written"] = (math.nan, 0.0)
     # chunk_scan_grad takes both entries of a pair in a tile on the diagonal for one number.
@@ -138,8 +148,15 @@ def key_grad_rows(
     dim, tokens = run.case.head_dim, run.case.tokens
     flow = run.state_flow(forward["states"], ours["dstates"], None, True)
     rows = {}
-    if any(not torch.equal(ours[name].view(torch.uint8), again[name].view(torch.uint8)) for name in again):
+    if not equal(ours, again):
         rows["key_grads deterministic"] = (math.nan, 0.0)
+    # dn' may be rounded differently here and there; but what follows from it is the same.
+    packing, expected = run.key_grads(packs=forward), run.packed_dn
+    rows["key_grads packing"] = (error(packing["packed_dn"].double(), expected.double()), eps)
+    run.packed_dn = packing["packed_dn"]
+    if not equal(packing, run.key_grads()):
+        rows["key_grads packed before"] = (math.nan, 0.0)
+    run.packed_dn = expected
     if not all(x.isfinite().all() for x in ours.values()):
         rows["key_grads written"] = (math.nan, 0.0)
     ours["dstates"] = unpack_states(ours["dstates"], dim)

@@ -67,15 +67,15 @@ class ChunkScanGrad(ctypes.Structure):
 
 class QueryScan(ctypes.Structure):
     _fields_ = [
-        ("q", P), ("k", P), ("v", P), ("gates", P), ("initial", P), ("out", Strided), ("normalizer", P), ("states", P),
+        ("q", P), ("k", P), ("v", P), ("unpacked_q", Strided), ("unpacked_k", Strided), ("unpacked_v", Strided), ("gates", P), ("initial", P), ("out", Strided), ("normalizer", P), ("states", P),
         ("final_state", P), ("workspace", P),
     ]  # fmt: skip
 
 
 class KeyGrads(ctypes.Structure):
     _fields_ = [
-        ("q", P), ("k", P), ("v", P), ("dn", P), ("gates", P), ("dv", Strided), ("dk", Strided), ("dots", P),
-        ("grad_states", P), ("final_state", P), ("workspace", P),
+        ("q", P), ("k", P), ("v", P), ("dn", P), ("dy", Strided), ("y", Strided), ("normalizer", P), ("gates", P), ("dv", Strided),
+        ("dk", Strided), ("dots", P), ("grad_states", P), ("final_state", P), ("workspace", P),
     ]  # fmt: skip
 
 
@@ -282,16 +282,16 @@ class Run:
         assert gates.numel() * 4 == self.sizes.gates, (gates.numel() * 4, self.sizes.gates)
         return gates
 
-    def pack(self) -> dict[str, Tensor]:
+    def pack(self, gates_alone: bool = False) -> dict[str, Tensor]:
         """What pt_pack makes of the inputs; the attributes of the same names are what it should make. Without a gate or documents it gets none."""
         c = self.case
-        names = ("gates", "packed_q", "packed_k", "packed_v", "decayed_v")
+        names = ("gates",) if gates_alone else ("gates", "packed_q", "packed_k", "packed_v", "decayed_v")
         out = {name: torch.full_like(getattr(self, name), math.nan) for name in names}
         log_G = self.log_G if c.gate else None
         starts = [row * c.tokens + start for row in range(c.batch) for start in (0, *c.documents)]
         offsets = torch.tensor([*starts, c.batch * c.tokens], dtype=torch.int32, device=DEVICE) if c.documents else None
         params = Pack(
-            *map(strided, (self.q, self.k, self.v)),
+            *([Strided()] * 3 if gates_alone else map(strided, (self.q, self.k, self.v))),
             *(None, None, None),
             *((None, 0, 0, 0) if log_G is None else (log_G.data_ptr(), *log_G.stride())),
             *((None, 0) if offsets is None else (offsets.data_ptr(), offsets.numel())),
@@ -326,8 +326,9 @@ class Run:
         )
         self.call("pt_chunk_scan_grad", ctypes.byref(params), self.stream())
 
-    def query_scan(self, final_only: bool = False) -> dict[str, Tensor]:
-        """y, normalizer, states and final (or that alone), where pt_query_scan takes the problem."""
+    def query_scan(self, final_only: bool = False, packs: bool = False) -> dict[str, Tensor]:
+        """y, normalizer, states and final (or that alone), where pt_query_scan takes the problem; with `packs` of the tensors as they are, packed as
+        packed_q, packed_k and packed_v."""
         c = self.case
         out = {
             "y": self.new(*self.q.shape, dtype=c.dtype),
@@ -336,9 +337,15 @@ class Run:
             "final": self.new(*self.boundary_shape, dtype=torch.float32),
         }
         workspace = self.new(self.sizes.steps_workspace // 4, dtype=torch.float32)
-        inputs = (self.packed_q, self.packed_k, self.packed_v, self.gates, self.initial)
+        packed = {name: getattr(self, name) for name in ("packed_q", "packed_k", "packed_v")}
+        if packs:
+            packed = {name: torch.full_like(x, math.nan) for name, x in packed.items()}
+            out |= packed
         params = QueryScan(
-            *(None if t is None else t.data_ptr() for t in inputs),
+            *(x.data_ptr() for x in packed.values()),
+            *(map(strided, (self.q, self.k, self.v)) if packs else [Strided()] * 3),
+            self.gates.data_ptr(),
+            None if self.initial is None else self.initial.data_ptr(),
             Strided() if final_only else strided(out["y"]),
             *(out[name].data_ptr() for name in ("normalizer", "states", "final")),
             workspace.data_ptr(),
@@ -346,8 +353,9 @@ class Run:
         self.call("pt_query_scan", ctypes.byref(params), self.stream())
         return out
 
-    def key_grads(self, final_only: bool = False) -> dict[str, Tensor]:
-        """dv, dk, key_dots (2, B, Hk, Tp), dstates and dinitial (or that alone), where pt_key_grads takes the problem."""
+    def key_grads(self, final_only: bool = False, packs: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """dv, dk, key_dots (2, B, Hk, Tp), dstates and dinitial (or that alone), where pt_key_grads takes the problem; with `packs`, what the forward
+        pass made, of dy as it is, packed as packed_dn."""
         c = self.case
         padded = -(-c.tokens // BLOCK) * BLOCK
         out = {
@@ -358,9 +366,13 @@ class Run:
             "dinitial": self.new(*self.boundary_shape, dtype=torch.float32),
         }
         workspace = self.new(self.sizes.steps_workspace // 4, dtype=torch.float32)
-        inputs = [self.packed_q, self.packed_k, self.packed_v, self.packed_dn, self.gates]
+        dn = self.packed_dn
+        if packs:
+            dn = out["packed_dn"] = torch.full_like(dn, math.nan)
         params = KeyGrads(
-            *(t.data_ptr() for t in inputs),
+            *(t.data_ptr() for t in (self.packed_q, self.packed_k, self.packed_v, dn)),
+            *((strided(self.dy), strided(packs["y"]), packs["normalizer"].data_ptr()) if packs else (Strided(), Strided(), None)),
+            self.gates.data_ptr(),
             *(Strided() if final_only else strided(out[name]) for name in ("dv", "dk")),
             *(out[name].data_ptr() for name in ("key_dots", "dstates", "dinitial")),
             workspace.data_ptr(),

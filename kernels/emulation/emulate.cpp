@@ -54,6 +54,11 @@ struct Barrier {
   int64_t bytes = 0;
   uint64_t phase = 0;
 };
+struct Batch {  // copies of one thread that arrive together
+  int left = 0;
+  uint32_t barrier = 0;
+  bool closed = false;
+};
 struct Fiber : Thread {
   std::unique_ptr<char[]> stack;
   void* top = nullptr;
@@ -61,6 +66,7 @@ struct Fiber : Thread {
   const uint64_t* watched = nullptr;  // runnable once *watched differs from `seen` in the bits of `mask`
   uint64_t seen = 0, mask = ~0ull;
   std::vector<std::pair<uint32_t, const void*>> open_copies;
+  std::shared_ptr<Batch> batch;  // its own copies since it last asked for an arrival
   std::deque<std::vector<std::pair<uint32_t, const void*>>> committed_copies;
 };
 struct Warpgroup {
@@ -78,8 +84,10 @@ int block_threads;
 
 struct Copy {
   uint32_t destination;
-  const void* source;
+  const void* source;  // of a thread's own copy perhaps null: zeros
   uint32_t bytes, barrier;
+  int owner = 0;  // the thread, + 1, as whose write it counts; 0: a bulk copy
+  std::shared_ptr<Batch> batch;
 };
 std::vector<Copy> copies;      // under way
 int unfenced[kSharedBytes / 2];  // by 16-bit word: the thread that wrote it without a fence since, + 1
@@ -159,7 +167,15 @@ void execute(const std::vector<Product>& products) {
     }
 }
 
+void land_own(const Copy& copy) {
+  if (copy.source) memcpy(shared_memory + copy.destination, copy.source, copy.bytes);
+  else memset(shared_memory + copy.destination, 0, copy.bytes);
+  for (uint32_t word = copy.destination / 2; word < (copy.destination + copy.bytes) / 2; word++) unfenced[word] = copy.owner;
+  if (copy.batch && --copy.batch->left == 0 && copy.batch->closed) barrier_arrive(copy.batch->barrier);
+}
+
 void land(const Copy& copy) {
+  if (copy.owner) return land_own(copy);
   for (uint32_t word = copy.destination / 2; word < (copy.destination + copy.bytes) / 2; word++)
     if (unfenced[word]) fail("a copy overwrites shared memory at %u, which thread %d wrote without a proxy fence", word * 2, unfenced[word] - 1);
   memcpy(shared_memory + copy.destination, copy.source, copy.bytes);
@@ -218,7 +234,7 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void
           Fiber& f = *fibers[t];
           f.thread = {t % block.x, t / block.x % block.y, t / (block.x * block.y)};
           f.block = {x, y, z}, f.block_dim = block, f.grid_dim = grid, f.done = false, f.watched = nullptr;
-          f.open_copies.clear(), f.committed_copies.clear();
+          f.open_copies.clear(), f.committed_copies.clear(), f.batch.reset();
           void** top = (void**)(((uintptr_t)f.stack.get() + kStackBytes) & ~(uintptr_t)15) - 1;  // as after a call
           *--top = (void*)entry;
           for (int r = 0; r < 6; r++) *--top = nullptr;
@@ -287,6 +303,22 @@ void bulk_load(uint32_t destination, const void* source, uint32_t bytes, uint32_
   if (!seed()) return land(copy);
   memset(shared_memory + destination, 0xff, bytes);
   copies.push_back(copy);
+}
+
+void copy_own(uint32_t destination, const void* source, uint32_t bytes, bool exists) {
+  if (destination % bytes || (uintptr_t)source % bytes || destination + bytes > kSharedBytes) fail("a copy of %u bytes from %p to %u", bytes, source, destination);
+  Copy copy = {destination, exists ? source : nullptr, bytes, 0, current->index() + 1, nullptr};
+  if (!seed()) return land_own(copy);
+  std::shared_ptr<Batch>& batch = self().batch;
+  if (!batch) batch = std::make_shared<Batch>();
+  batch->left++, copy.batch = batch;
+  memset(shared_memory + destination, 0xff, bytes);
+  copies.push_back(copy);
+}
+void arrive_after_copies(uint32_t barrier) {
+  const std::shared_ptr<Batch> batch = std::move(self().batch);
+  if (!batch || batch->left == 0) return barrier_arrive(barrier);
+  batch->barrier = barrier, batch->closed = true;
 }
 
 void written(uint32_t address, uint32_t bytes) {

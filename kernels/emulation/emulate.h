@@ -68,6 +68,10 @@ void wgmma(const Product& product);
 void wgmma_commit();
 void wgmma_wait(int pending);
 
+// cp.async as a write of this thread, zeros where not `exists`, and its arrival when all that it has started are there.
+void copy_own(uint32_t destination, const void* source, uint32_t bytes, bool exists);
+void arrive_after_copies(uint32_t barrier);
+
 void copy(uint32_t destination, const void* source);  // cp.async of 16 bytes, by one thread
 void copy_commit();
 void copy_wait(int pending);

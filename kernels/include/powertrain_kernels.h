@@ -33,7 +33,7 @@
 extern "C" {
 #endif
 
-#define PT_ABI_VERSION 11
+#define PT_ABI_VERSION 12
 #define PT_API __attribute__((visibility("default")))
 
 typedef enum { PT_OK = 0, PT_INVALID = 1, PT_UNSUPPORTED = 2, PT_CUDA_ERROR = 3 } pt_status;
@@ -121,7 +121,7 @@ PT_API int pt_row_scale(const pt_problem* problem, const pt_row_scale_params* pa
 
 /* Copies q, k and v into tiles of 64 tokens, zero beyond T; v with a column of ones appended, and once more with every token's decay to its
  * chunk's end multiplied in, for pt_chunk_state. On the way, the decays of every token within its 64-token block and its chunk, with documents as
- * gates that close (see layout.cuh, gates). */
+ * gates that close (see layout.cuh, gates); these alone where there is nowhere to pack to, because pt_query_scan does. */
 typedef struct {
   pt_tensor q, k, v;        /* (B, T, Hq, K), (B, T, Hk, K), (B, T, Hk, V) of problem.dtype */
   const float* query_scale; /* (B, Hq) powers of two that q is multiplied by, or null */
@@ -132,7 +132,7 @@ typedef struct {
   const int32_t* cu_seqlens; /* (num_cu_seqlens,) offsets over the flattened B*T tokens, every row start among them, or null */
   int32_t num_cu_seqlens;
   void* gates;              /* out, pt_sizes.gates bytes */
-  void *packed_q, *packed_k, *packed_v;
+  void *packed_q, *packed_k, *packed_v; /* out, or all null, and decayed_v, too: then q, k and v are not read */
   void* decayed_v;          /* pt_sizes.packed_v bytes, the ones column as hi + lo in two columns; or null */
 } pt_pack_params;
 PT_API int pt_pack(const pt_problem* problem, const pt_pack_params* params, void* stream);
@@ -257,9 +257,12 @@ typedef struct {
 PT_API int pt_chunk_scan_grad(const pt_problem* problem, const pt_chunk_scan_grad_params* params, void* stream);
 
 /* What pt_chunk_state and pt_chunk_scan compute, in one, in steps of 128 tokens from the start of the row on: on Hopper, at head dim 32 in bf16, with
- * chunks of 128, 256, 384 or 512 tokens, more than one of them. */
+ * chunks of 128, 256, 384 or 512 tokens, more than one of them.
+ * Where it reads the tokens twice, since it splits time or final_state is wanted, it can pack them as it reads them for the first time: bytes that move
+ * while products are computed (pt_packs_on_the_way says whether it does). */
 typedef struct {
-  const void *q, *k, *v;  /* packed */
+  void *q, *k, *v;        /* packed; out where the next three are given. q is read for out alone */
+  pt_tensor unpacked_q, unpacked_k, unpacked_v; /* (B, T, Hq, K), (B, T, Hk, K), (B, T, Hk, V), or their .data are null: pt_pack has packed them */
   const void* gates;
   const float* initial;   /* boundary state, or null: zero */
   pt_tensor out;          /* y (B, T, Hq, V); out.data may be null with final_state: nothing else is computed */
@@ -270,9 +273,12 @@ typedef struct {
 } pt_query_scan_params;
 PT_API int pt_query_scan(const pt_problem* problem, const pt_query_scan_params* params, void* stream);
 
-/* What the reverse stages compute, in one: where pt_query_scan takes the problem, and with no gradient of the final state. */
+/* What the reverse stages compute, in one: where pt_query_scan takes the problem, and with no gradient of the final state. As there, it can pack dn'. */
 typedef struct {
-  const void *q, *k, *v, *dn; /* packed */
+  const void *q, *k, *v;      /* packed */
+  void* dn;                   /* packed; out where dy is given */
+  pt_tensor dy, y;            /* (B, T, Hq, V), or their .data are null: pt_pack_grad has packed them */
+  const float* normalizer;    /* (B, Hq, T) with dy, else null */
   const void* gates;
   pt_tensor dv, dk;           /* (B, T, Hk, K); both .data may be null with final_state: nothing else is computed */
   float* dots;                /* out, (2, B, Hk, Tp): (k_j . dk_j) / 2, as in pt_chunk_scan_grad, then its part from later steps (of 128 tokens, as
@@ -282,6 +288,9 @@ typedef struct {
   void* workspace;            /* pt_sizes.steps_workspace bytes */
 } pt_key_grads_params;
 PT_API int pt_key_grads(const pt_problem* problem, const pt_key_grads_params* params, void* stream);
+
+/* Whether pt_query_scan packs q, k and v, or pt_key_grads dy and y, of these tensors: rows have to begin at multiples of 16 bytes. */
+PT_API int pt_packs_on_the_way(const pt_problem* problem, int32_t has_final_state, const pt_tensor* tensors, int32_t count, int32_t* packs);
 
 /* --- whole passes: the stages above in order (src/common/passes.cu) ------------------------------------------------------------ */
 

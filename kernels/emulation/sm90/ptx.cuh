@@ -13,6 +13,9 @@ inline void barrier_wait(uint32_t barrier, uint32_t parity) { emulate::barrier_w
 inline void bulk_load(uint32_t destination, const void* source, uint32_t bytes, uint32_t barrier) {
   emulate::bulk_load(destination, source, bytes, barrier);
 }
+inline void copy_16(uint32_t destination, const void* source, bool exists) { emulate::copy_own(destination, source, 16, exists); }
+inline void copy_4(uint32_t destination, const void* source, bool exists) { emulate::copy_own(destination, source, 4, exists); }
+inline void barrier_arrive_after_copies(uint32_t barrier) { emulate::arrive_after_copies(barrier); }
 inline void fence_async_shared() { emulate::fence_async(); }
 constexpr int kProducerRegisters = 24;
 template <int kConsumers>
@@ -59,6 +62,10 @@ inline void store_shared_2(uint32_t address, uint16_t value) {
   emulate::written(address, 2);
 }
 inline int opaque(int x) { return x; }
+template <typename T>
+T* opaque(T* x) {
+  return x;
+}
 inline float exp2_fast(float x) { return exp2f(x); }
 
 template <typename T>

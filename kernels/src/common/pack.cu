@@ -1,26 +1,12 @@
 // pt_pack, pt_pack_grad, pt_power_scale: tensors with strides into tiles, once, so that every later read is a contiguous copy.
 #include "gates.cuh"
-#include "numeric.cuh"
 #include "launch.cuh"
+#include "rows.cuh"
 
 namespace powertrain {
 namespace {
 
 constexpr int kThreads = kGateThreads;
-
-template <typename T>
-struct Strided {
-  const T* data;
-  int64_t stride_b, stride_t, stride_h;
-  __device__ __forceinline__ const T* row(int b, int64_t t, int h) const { return data + b * stride_b + t * stride_t + h * stride_h; }
-};
-template <typename T>
-Strided<T> strided(const pt_tensor& x) {
-  return {(const T*)x.data, x.stride_b, x.stride_t, x.stride_h};
-}
-bool vectorizable(const pt_tensor& x) {  // rows of 16-byte loads
-  return ((uintptr_t)x.data % 16 == 0) && x.stride_b % 8 == 0 && x.stride_t % 8 == 0 && x.stride_h % 8 == 0;
-}
 
 // Eight consecutive elements of a row.
 template <typename T>
@@ -31,27 +17,6 @@ __device__ __forceinline__ uint4 load8(const T* p, bool vector) {
   for (int i = 0; i < 8; i++) e[i] = ((const uint16_t*)p)[i];
   return make_uint4(e[0] | e[1] << 16, e[2] | e[3] << 16, e[4] | e[5] << 16, e[6] | e[7] << 16);
 }
-// 16 bytes in one store. Of an assignment nvcc makes four, as soon as it does not see that the address is a multiple of 16.
-template <typename T>
-__device__ __forceinline__ void store8(T* to, uint4 v) {
-  __stwb((uint4*)to, v);
-}
-template <typename T>
-__device__ __forceinline__ uint32_t scaled(uint32_t w, float s) {
-  return Numeric<T>::pack(Numeric<T>::low(w) * s, Numeric<T>::high(w) * s);
-}
-template <typename T>
-__device__ __forceinline__ uint4 scaled(uint4 v, float s) {
-  return make_uint4(scaled<T>(v.x, s), scaled<T>(v.y, s), scaled<T>(v.z, s), scaled<T>(v.w, s));
-}
-
-// x as a sum of two 16-bit numbers: high in the low half.
-template <typename T>
-__device__ __forceinline__ uint32_t high_and_low(float x) {
-  const float high = Numeric<T>::to_float(Numeric<T>::from_float(x));
-  return Numeric<T>::pack(high, x - high);
-}
-
 // Blocks are taken heads first: in memory the heads of a token are neighbours.
 struct BlockIndex {
   int b, h;
@@ -130,7 +95,7 @@ struct PackArguments {
   Gates gates;
 };
 
-// Values, and their gates on the way. Lanes are two column groups of sixteen tokens: whole sectors are read and written.
+// Values, and their gates on the way; or the gates alone, where there is nowhere to put values. Lanes are two column groups of sixteen tokens: whole sectors are read and written.
 template <typename T, int D>
 __device__ void pack_values(const PackArguments<T>& a, uint32_t index, float* shared) {
   constexpr int kLoads = 4, kStep = kThreads * 8 / D;  // of a thread; tokens between them
@@ -142,6 +107,7 @@ __device__ void pack_values(const PackArguments<T>& a, uint32_t index, float* sh
   float* const decay = shared;
   if (index == 0) clear_pads(a.gate_inputs, a.gates, a.key_blocks / a.blocks);
   form_gates(a.gate_inputs, a.gates, bh, b, h, first, count, decay, shared + kGateBlocks * kBlock);
+  if (!a.packed_v) return;
   __syncthreads();
   const int existing = (int)min(a.seq_len - (int64_t)first * kBlock, (int64_t)count * kBlock);
   const int64_t out = ((int64_t)bh * a.blocks + first) * value_block_elements(D);
@@ -195,34 +161,6 @@ __global__ void __launch_bounds__(kThreads, PT_PACK_RESIDENT) pack_inputs(const 
                         a.packed_k, a.vector_k, shared);
 }
 
-// A group of D / 8 lanes holds one row of dn' = scale * [dy / d, -(dy . y) / d].
-// Before the scale is known the values are not rounded: they may lie beyond the type.
-template <typename T, int D, bool kRounded>
-struct GradRow {
-  float value[8];
-  float last;
-  __device__ __forceinline__ GradRow(uint4 dy, uint4 y, float d, float value_scale, float scale) {
-    const uint32_t* dyw = &dy.x;
-    const uint32_t* yw = &y.x;
-    const float inverse = fabsf(d) < kSmallestNormalizer ? 0.f : scale / d;
-    float dot = 0.f;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      // The last column answers to the rounded values, so that dn' . o' vanishes for what is stored.
-      value[2 * i] = Numeric<T>::low(dyw[i]) * inverse;
-      value[2 * i + 1] = Numeric<T>::high(dyw[i]) * inverse;
-      if (kRounded) {
-        const uint32_t w = Numeric<T>::pack(value[2 * i], value[2 * i + 1]);
-        value[2 * i] = Numeric<T>::low(w), value[2 * i + 1] = Numeric<T>::high(w);
-      }
-      dot += value[2 * i] * Numeric<T>::low(yw[i]) + value[2 * i + 1] * Numeric<T>::high(yw[i]);
-    }
-#pragma unroll
-    for (int step = 1; step < D / 8; step *= 2) dot += __shfl_xor_sync(~0u, dot, step);
-    last = -dot * value_scale;
-  }
-};
-
 template <typename T, int D, bool kOnlyMaximum>
 __global__ void __launch_bounds__(kThreads) pack_grad(Strided<T> dy, Strided<T> y, bool vector, const float* normalizer,
                                                       const float* value_scale, float* dn_scale, int query_heads, int key_heads,
@@ -244,20 +182,23 @@ __global__ void __launch_bounds__(kThreads) pack_grad(Strided<T> dy, Strided<T> 
       b = load8(y.row(at.b, t, at.h) + lane * 8, vector);
       d = normalizer[((int64_t)at.b * query_heads + at.h) * seq_len + t];
     }
-    const GradRow<T, D, !kOnlyMaximum> row(a, b, d, vs, scale);
+    const GradRow<T, !kOnlyMaximum> row(a, b, d, scale);
+    float last = row.dot;
+#pragma unroll
+    for (int step = 1; step < kLanes; step *= 2) last += __shfl_xor_sync(~0u, last, step);
+    last *= -vs;
     if (kOnlyMaximum) {
 #pragma unroll
       for (int i = 0; i < 8; i++) largest = fmaxf(largest, fabsf(row.value[i]));
-      largest = fmaxf(largest, fabsf(row.last));
+      largest = fmaxf(largest, fabsf(last));
     } else {
-      const uint4 v = make_uint4(Numeric<T>::pack(row.value[0], row.value[1]), Numeric<T>::pack(row.value[2], row.value[3]),
-                                 Numeric<T>::pack(row.value[4], row.value[5]), Numeric<T>::pack(row.value[6], row.value[7]));
+      const uint4 v = row.row();
       store8(packed + offset + value_index(lane * 8, token), v);
-      if (lane == 0) store8(packed + offset + value_index(D, token), make_uint4(high_and_low<T>(row.last), 0, 0, 0));
+      if (lane == 0) store8(packed + offset + value_index(D, token), make_uint4(high_and_low<T>(last), 0, 0, 0));
       if (decayed) {
         const float by = decay[((int64_t)(at.b * key_heads + group) * blocks + at.block) * kBlock + token];
         store8(decayed + offset + value_index(lane * 8, token), scaled<T>(v, by));
-        if (lane == 0) store8(decayed + offset + value_index(D, token), make_uint4(high_and_low<T>(row.last * by), 0, 0, 0));
+        if (lane == 0) store8(decayed + offset + value_index(D, token), make_uint4(high_and_low<T>(last * by), 0, 0, 0));
       }
     }
   }
@@ -423,8 +364,9 @@ int run_pack(const pt_problem& p, const pt_pack_params& a, cudaStream_t stream) 
   const int64_t rows = (int64_t)p.batch * p.key_heads, wanted = 2 * multiprocessors();
   k.value_blocks = kGateBlocks;
   while (k.value_blocks > (uint32_t)kPacks<D> && rows * ceil_div(blocks, k.value_blocks) < wanted) k.value_blocks /= 2;
-  k.query_grid = (uint32_t)ceil_div(k.query_blocks, kPacks<D>), k.value_grid = (uint32_t)(rows * ceil_div(blocks, k.value_blocks));
-  const uint32_t grid = k.query_grid + k.value_grid + (uint32_t)ceil_div(k.key_blocks, kPacks<D>);
+  const auto feature_grid = [&](int64_t blocks) { return a.packed_v ? (uint32_t)ceil_div(blocks, kPacks<D>) : 0; };
+  k.query_grid = feature_grid(k.query_blocks), k.value_grid = (uint32_t)(rows * ceil_div(blocks, k.value_blocks));
+  const uint32_t grid = k.query_grid + k.value_grid + feature_grid(k.key_blocks);
   return launch("pt_pack", pack_inputs<T, D>, grid, kThreads, 0, stream, k);
 }
 
@@ -488,7 +430,9 @@ int pt_row_scale(const pt_problem* problem, const pt_row_scale_params* params, v
 
 int pt_pack(const pt_problem* problem, const pt_pack_params* params, void* stream) {
   if (int status = validate(problem)) return status;
-  PT_REQUIRE(params && params->q.data && params->k.data && params->v.data && params->packed_q && params->packed_k && params->packed_v);
+  PT_REQUIRE(params);
+  const bool packs = params->packed_q && params->packed_k && params->packed_v;
+  PT_REQUIRE(packs ? params->q.data && params->k.data && params->v.data : !(params->packed_q || params->packed_k || params->packed_v || params->decayed_v));
   PT_REQUIRE(params->gates && (!params->cu_seqlens || params->num_cu_seqlens > 0));
   return with_type(*problem, [&](auto element, auto dim) {
     return run_pack<decltype(element), dim.value>(*problem, *params, (cudaStream_t)stream);

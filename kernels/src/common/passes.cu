@@ -133,6 +133,7 @@ int pt_forward(const pt_problem* problem, const pt_forward_params* params, void*
   const Saved saved(p, sizes, has_initial, a.saved);
   const ForwardBuffers buffers(p, sizes, a.phase, has_initial, has_final, a.workspace);
   PT_REQUIRE(a.workspace || buffers.bytes == 0);
+  const bool packs_later = buffers.steps && packs_on_the_way(p, has_final, {a.q, a.k, a.v});
 
   if (a.phase != PT_FINISH) {
     if (saved.q_scale) {
@@ -143,9 +144,10 @@ int pt_forward(const pt_problem* problem, const pt_forward_params* params, void*
       PT_TRY(pt_power_scale(problem, &of_v, stream));
       if (has_initial) PT_TRY(bound_key_scale(p, a.initial_state, a.initial_sum_of_keys, saved.v_scale, saved.k_scale, (cudaStream_t)stream));
     }
+    const bool packs = !packs_later;
     const pt_pack_params pack = {a.q, a.k, a.v, saved.q_scale, saved.k_scale, saved.v_scale,
                                  a.log_G, a.log_G_stride_b, a.log_G_stride_t, a.log_G_stride_h, a.cu_seqlens, a.num_cu_seqlens,
-                                 saved.gates, saved.q, saved.k, saved.v, buffers.decayed_v};
+                                 saved.gates, packs ? saved.q : nullptr, packs ? saved.k : nullptr, packs ? saved.v : nullptr, buffers.decayed_v};
     PT_TRY(pt_pack(problem, &pack, stream));
   }
   if (buffers.initial) {
@@ -161,8 +163,9 @@ int pt_forward(const pt_problem* problem, const pt_forward_params* params, void*
     PT_TRY(pt_chunk_state(problem, &state, stream));
   }
   if (buffers.steps) {
-    const pt_query_scan_params scan = {saved.q, saved.k, saved.v, saved.gates, buffers.initial, a.out, a.normalizer, states,
-                                       buffers.final_state, buffers.scan_workspace};
+    const pt_tensor none = {};
+    const pt_query_scan_params scan = {saved.q, saved.k, saved.v, packs_later ? a.q : none, packs_later ? a.k : none, packs_later ? a.v : none, saved.gates,
+                                       buffers.initial, a.out, a.normalizer, states, buffers.final_state, buffers.scan_workspace};
     PT_TRY(pt_query_scan(problem, &scan, stream));
   }
   if (buffers.final_state) {
@@ -196,7 +199,8 @@ int pt_backward(const pt_problem* problem, const pt_backward_params* params, voi
     PT_TRY(pt_row_scale(problem, &rows, stream));
     q = buffers.scaled_q, normalizer = buffers.scaled_normalizer;
   }
-  if (a.phase != PT_FINISH) {
+  const bool packs_later = buffers.key_grads && packs_on_the_way(p, has_initial, {a.dy, a.y});
+  if (a.phase != PT_FINISH && !packs_later) {
     const pt_pack_grad_params pack = {a.dy,        a.y,
                                       normalizer,  saved.v_scale,
                                       buffers.dn_scale, buffers.dn,
@@ -221,16 +225,18 @@ int pt_backward(const pt_problem* problem, const pt_backward_params* params, voi
   // q . dq of every query head, then k . dk of every key head and its part from later chunks.
   float* const query_dots = a.dlog_G && !initial_only ? buffers.dots : nullptr;
   float* const key_dots = query_dots ? query_dots + sizes.dots / 4 * (p.query_heads / p.key_heads) : nullptr;
+  if (buffers.key_grads) {
+    // Before dq, which reads dn'.
+    const pt_tensor none = {};
+    const pt_key_grads_params of_k = {q,    saved.k, saved.v,  buffers.dn, packs_later ? a.dy : none, packs_later ? a.y : none, packs_later ? normalizer : nullptr, saved.gates,
+                                      a.dv, a.dk,    key_dots, query_dots ? buffers.grad_states : nullptr, buffers.entering, buffers.scan_workspace};
+    PT_TRY(pt_key_grads(problem, &of_k, stream));
+  }
   if (!initial_only) {
     const pt_chunk_scan_grad_params of_q = {0,    has_initial,   q,             saved.k,          saved.v, buffers.dn, saved.gates, saved.states,
                                             a.dq, saved.q_scale, saved.v_scale, buffers.dn_scale, buffers.row_scale,     query_dots};
     // dq before dk: `powertrain bench kernels` tells both calls of a stage apart by their order.
     PT_TRY(pt_chunk_scan_grad(problem, &of_q, stream));
-  }
-  if (buffers.key_grads) {
-    const pt_key_grads_params of_k = {q,    saved.k, saved.v,  buffers.dn,                              saved.gates,
-                                      a.dv, a.dk,    key_dots, query_dots ? buffers.grad_states : nullptr, buffers.entering, buffers.scan_workspace};
-    PT_TRY(pt_key_grads(problem, &of_k, stream));
   }
   if (initial_only) return pt_boundary(problem, &boundary, stream);
   if (!buffers.key_grads) {

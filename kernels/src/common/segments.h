@@ -24,6 +24,9 @@ struct SegmentScan {
   const void *x, *u, *gates;
   const float* initial;  // boundary or null: zero
   float* final_state;    // boundary or null
+  // Whose tensors are packed on the way to x and u, or both null.
+  const pt_query_scan_params* inputs;
+  const pt_key_grads_params* gradients;
 };
 constexpr int kMostEntered = 128;  // segments
 int choose_entered_segments(const pt_problem& problem);  // the fewest with which query_scan and key_grads keep the device busy

@@ -335,7 +335,7 @@ int launch_key_grads(const pt_problem& problem, const pt_key_grads_params& param
   using Kernel = KeyGrads<T>;
   const Gates gates = gates_of(problem, params.gates);
   const int segments = choose_entered_segments(problem);
-  const SegmentScan scan = {true, params.q, params.dn, params.gates, nullptr, params.final_state};
+  const SegmentScan scan = {true, params.q, params.dn, params.gates, nullptr, params.final_state, nullptr, params.dy.data ? &params : nullptr};
   const float* entering;
   if (int status = find_entering<T>(problem, scan, segments, params.workspace, &entering, stream)) return status;
   if (!params.dk.data) return PT_OK;

@@ -53,6 +53,18 @@ __device__ __forceinline__ void bulk_load(uint32_t destination, const void* sour
                : "memory");
 }
 
+// Copies of 16 or 4 bytes by every thread, zeros where not `exists`; and this thread's arrival when all that it has started are there. For proxies they
+// count as the thread's own writes.
+__device__ __forceinline__ void copy_16(uint32_t destination, const void* source, bool exists) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(exists ? 16 : 0) : "memory");
+}
+__device__ __forceinline__ void copy_4(uint32_t destination, const void* source, bool exists) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(destination), "l"(source), "r"(exists ? 4 : 0) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive_after_copies(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
 // ldmatrix ------------------------------------------------------------------------------------------------------------------------
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -123,6 +135,11 @@ __device__ __forceinline__ void store_shared_2(uint32_t address, uint16_t v) {
 // The same number, of which the compiler knows nothing: what follows from it is computed where it is needed, not kept in registers across a loop.
 __device__ __forceinline__ int opaque(int x) {
   asm volatile("mov.b32 %0, %0;" : "+r"(x));
+  return x;
+}
+template <typename T>
+__device__ __forceinline__ T* opaque(T* x) {
+  asm volatile("mov.b64 %0, %0;" : "+l"(x));
   return x;
 }
 __device__ __forceinline__ float exp2_fast(float x) {

@@ -234,7 +234,7 @@ int launch_query_scan(const pt_problem& problem, const pt_query_scan_params& par
   using Kernel = QueryScan<T>;
   const Gates gates = gates_of(problem, params.gates);
   const int segments = choose_entered_segments(problem);
-  const SegmentScan scan = {false, params.k, params.v, params.gates, params.initial, params.final_state};
+  const SegmentScan scan = {false, params.k, params.v, params.gates, params.initial, params.final_state, params.unpacked_q.data ? &params : nullptr, nullptr};
   const float* entering;
   if (int status = find_entering<T>(problem, scan, segments, params.workspace, &entering, stream)) return status;
   if (!params.out.data) return PT_OK;

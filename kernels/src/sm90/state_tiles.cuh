@@ -66,22 +66,20 @@ struct StateTiles {
     const float2 both = Pair<T>::unpack(pair);
     return Pair<T>::pack(both.x * by, both.y * by);
   }
-  // u times its decays, and `across`; its last component twice that. By kThreads threads of whole warps, kAtOnce rows each at a time, before products
-  // read it.
-  template <int kThreads, int kAtOnce>
-  __device__ static __forceinline__ void decay_inputs(uint32_t block, float across, int thread) {
+  __device__ static __forceinline__ uint4 multiplied(uint4 row, float by) {
+    return make_uint4(multiplied(row.x, by), multiplied(row.y, by), multiplied(row.z, by), multiplied(row.w, by));
+  }
+  // The last components of tokens 2 pair and 2 pair + 1, decayed and doubled, where products read hi and lo.
+  __device__ static __forceinline__ void set_norm(uint32_t block, int pair, float first, float second) {
+    const float first_high = round_to<T>(first), second_high = round_to<T>(second);
+    store_shared_4(block + kNormHigh + pair * 4, Pair<T>::pack(first_high, second_high));
+    store_shared_4(block + kNormLow + pair * 4, Pair<T>::pack(first - first_high, second - second_high));
+  }
+  // u without its last component times its decays and `across`, by kThreads threads of whole warps, kAtOnce rows each at a time. A row is 16 bytes, eight
+  // columns of a token, which `seen` gets as it was.
+  template <int kThreads, int kAtOnce, typename Seen>
+  __device__ static __forceinline__ void decay_values(uint32_t block, float across, int thread, Seen seen) {
     const uint32_t u = block + kXBytes, decays = u + kUBytes;
-    const uint32_t norm = u + (kColumnGroups * kBlock + 2 * (thread % 32)) * kRowBytes;
-    float2 last[2];
-    if (thread < 32) last[0] = Pair<T>::unpack(load_shared_4(norm)), last[1] = Pair<T>::unpack(load_shared_4(norm + kRowBytes));
-    __syncwarp();
-    if (thread < 32) {  // two tokens
-      const float2 by = load_shared_float2(decays + thread * 8);
-      const float first = 2.f * across * by.x * (last[0].x + last[0].y), second = 2.f * across * by.y * (last[1].x + last[1].y);
-      const float first_high = round_to<T>(first), second_high = round_to<T>(second);
-      store_shared_4(block + kNormHigh + thread * 4, Pair<T>::pack(first_high, second_high));
-      store_shared_4(block + kNormLow + thread * 4, Pair<T>::pack(first - first_high, second - second_high));
-    }
 #pragma unroll 1
     for (int row = thread; row < kColumnGroups * kBlock; row += kAtOnce * kThreads) {
       float by[kAtOnce];
@@ -93,11 +91,23 @@ struct StateTiles {
       }
 #pragma unroll
       for (int i = 0; i < kAtOnce; i++) {
-        values[i].x = multiplied(values[i].x, by[i]), values[i].y = multiplied(values[i].y, by[i]);
-        values[i].z = multiplied(values[i].z, by[i]), values[i].w = multiplied(values[i].w, by[i]);
-        store_shared_16(u + (row + i * kThreads) * kRowBytes, values[i]);
+        seen(row + i * kThreads, values[i]);
+        store_shared_16(u + (row + i * kThreads) * kRowBytes, multiplied(values[i], by[i]));
       }
     }
+  }
+  // All of u, as it was packed, before products read it.
+  template <int kThreads, int kAtOnce>
+  __device__ static __forceinline__ void decay_inputs(uint32_t block, float across, int thread) {
+    const uint32_t norm = block + kXBytes + (kColumnGroups * kBlock + 2 * (thread % 32)) * kRowBytes;
+    float2 last[2];
+    if (thread < 32) last[0] = Pair<T>::unpack(load_shared_4(norm)), last[1] = Pair<T>::unpack(load_shared_4(norm + kRowBytes));
+    __syncwarp();
+    if (thread < 32) {
+      const float2 by = load_shared_float2(block + kXBytes + kUBytes + thread * 8);
+      set_norm(block, thread, 2.f * across * by.x * (last[0].x + last[0].y), 2.f * across * by.y * (last[1].x + last[1].y));
+    }
+    decay_values<kThreads, kAtOnce>(block, across, thread, [](int, uint4) {});
     fence_async_shared();
   }
 
