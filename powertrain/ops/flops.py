@@ -7,7 +7,7 @@ PyTorch implementation runs: whole diagonal blocks, states between two saved one
 
 from dataclasses import dataclass, fields
 
-from powertrain.ops.plan import Plan, attention_row_blocks, make_plan
+from powertrain.ops.plan import Plan, attention_block_rows, make_plan
 from powertrain.ops.sympow import phi_dimension
 
 
@@ -71,17 +71,20 @@ def power_retention_flops(
         chunk_size=chunk_size,
         device_type=device_type,
     )
-    chunks = [size.chunk_size for size in plan.segments() for _ in range(size.chunks)]
-    pairs = sum(_executed_pairs(size, plan) if executed else size * (size + 1) // 2 for size in chunks)
-    reading = tokens - (0 if initial_state else chunks[0])
-    writing = tokens - (0 if final_state else chunks[-1])
+    whole, rest = divmod(tokens, plan.chunk_size)
+    if executed:
+        pairs = whole * _executed_pairs(plan.chunk_size, plan) + _executed_pairs(rest, plan)
+    else:
+        pairs = whole * _causal_pairs(plan.chunk_size, plan.chunk_size) + _causal_pairs(rest, rest)
+    reading = tokens - (0 if initial_state else plan.chunk_size)
+    writing = tokens - (0 if final_state else rest or plan.chunk_size)
     query_rows, key_rows = batch * query_heads, batch * key_heads
     update, query = 2 * F * W * writing * key_rows, 2 * F * W * reading * query_rows
     recomputed = 0
     if executed:
         # States inside a segment are formed again from the one saved at its start.
-        again = sum((segment.chunks - 1) * segment.chunk_size for segment in plan.segments())
-        recomputed = 2 * F * W * again * key_rows
+        again = whole - -(-whole // plan.chunks_per_segment)
+        recomputed = 2 * F * W * again * plan.chunk_size * key_rows
     return OpPassFlops(
         forward=OpFlops(intra_chunk=2 * (key_dim + W) * pairs * query_rows, state_update=update, state_query=query),
         backward=OpFlops(
@@ -142,5 +145,11 @@ def _causal_pairs(tokens: int, window: int) -> int:
 
 
 def _attention_pairs(tokens: int, window: int, device_type: str, first_row: int) -> int:
-    blocks = attention_row_blocks(tokens, window, device_type, first_row=first_row)
-    return sum((rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns in blocks)
+    """The pairs of `plan.attention_row_blocks`, whose number grows with the tokens, without forming them."""
+    size = attention_block_rows(device_type)
+    whole, rest = divmod(tokens - first_row, size)
+    # Of the blocks that begin within the window each sees all columns before its end, and each later one as many.
+    early = min(whole, max(0, -(-(window - first_row) // size)))
+    pairs = early * size * first_row + size**2 * early * (early + 1) // 2
+    pairs += (whole - early) * size * (size + window - 1)
+    return pairs + rest * (tokens - max(0, tokens - rest - window + 1))

@@ -204,6 +204,11 @@ def make_plan(
     )
 
 
+def attention_block_rows(device_type: str) -> int:
+    """Return how many rows a block of softmax attention has."""
+    return _ROW_BLOCK.get(device_type, _ROW_BLOCK["cuda"])
+
+
 def attention_row_blocks(
     tokens: int, window: int, device_type: str, first_column: list[int] | None = None, first_row: int = 0
 ) -> Iterator[tuple[slice, slice]]:
@@ -211,7 +216,7 @@ def attention_row_blocks(
 
     `first_column` optionally holds, for each token, the first token of its document; rows start at token `first_row`.
     """
-    block_size = _ROW_BLOCK.get(device_type, _ROW_BLOCK["cuda"])
+    block_size = attention_block_rows(device_type)
     for start in range(first_row, tokens, block_size):
         first = max(0, start - window + 1)
         if first_column is not None:
@@ -224,7 +229,7 @@ def attention_sequences_per_group(*, tokens: int, window: int, query_heads_per_k
     """Return how many key heads blocked softmax attention takes at once, so that the scores of one block of rows fit a
     tile.
     """
-    rows = _ROW_BLOCK.get(device_type, _ROW_BLOCK["cuda"])
+    rows = attention_block_rows(device_type)
     elements = query_heads_per_key_head * rows * min(tokens, window + rows)
     return max(1, _TILE_ELEMENTS.get(device_type, _TILE_ELEMENTS["cuda"]) // elements)
 

@@ -108,6 +108,14 @@ def test_gelu_and_untied_head():
     assert forward.head == HEAD
 
 
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_counting_takes_no_longer_for_longer_contexts(mixer: str):
+    # Sums over their blocks would take hours. The unquadratic mixers cost a token no more than at a common context.
+    common, absurd = (model_flops(small_config(mixer), T).executed.total for T in (1 << 20, 1 << 40))
+    quadratic = mixer.startswith("softmax")
+    assert absurd / common == pytest.approx(1, rel=1e-2) if not quadratic else absurd / common > 1000
+
+
 def test_cost_grows_with_context_for_softmax_only():
     def flops(kind: str, T: int) -> TokenFlops:
         config = ModelConfig(vocab_size=320, mixer=MixerConfig(kind=kind, window=512))
