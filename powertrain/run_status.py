@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from powertrain.files import write_file
+
 STATUS_FILE = "status.json"
 STATES = ("running", "finished", "interrupted", "failed")
 HEARTBEAT_SECONDS = 10.0
@@ -70,14 +72,12 @@ def read_status(run_dir: str | Path) -> RunStatus | None:
 
 def write_status(run_dir: str | Path, status: RunStatus) -> None:
     """Replace `status.json` at once, so that a reader never sees half of it."""
-    path = Path(run_dir) / STATUS_FILE
-    temporary = path.with_name(f".{STATUS_FILE}.{os.getpid()}.tmp")
     values = dataclasses.asdict(status)
     for key in ("loss", "val_loss"):
         if values[key] is not None and not math.isfinite(values[key]):
             values[key] = None  # JSON has no NaN
-    temporary.write_text(json.dumps(values) + "\n")
-    os.replace(temporary, path)
+    # Not durable: a disk that is busy with a checkpoint would hold up the heartbeat.
+    write_file(Path(run_dir) / STATUS_FILE, json.dumps(values) + "\n", durable=False)
 
 
 class RunBusyError(ValueError):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import platform
 import signal
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from powertrain.cluster.queue import current_job_id
 from powertrain.cluster.snapshot import code_version
 from powertrain.config import RunConfig, changes, compose, planned_vocabulary, read_config, to_values
 from powertrain.divisors import divisors
+from powertrain.files import write_file
 from powertrain.processes import is_rank_zero
 from powertrain.run_status import StatusReport
 from powertrain.schema import ConfigError
@@ -164,12 +164,7 @@ def _describe_run(run_dir: Path, config: RunConfig, command: str) -> None:
         ("config.yaml", yaml.safe_dump(to_values(config), sort_keys=False)),
         ("environment.json", json.dumps(environment(command), indent=2) + "\n"),
     ):
-        temporary = run_dir / f".{name}.tmp"
-        with temporary.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(run_dir / name)
+        write_file(run_dir / name, text)
 
 
 def environment(command: str = "") -> dict[str, Any]:

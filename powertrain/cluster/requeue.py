@@ -27,6 +27,7 @@ from powertrain.cluster.queue import (
     slurm,
     this_restart,
 )
+from powertrain.files import write_file
 
 ATTEMPTS_FILE = "attempts.json"
 # Left for the batch script where Slurm did not answer rank 0: the number of the signal.
@@ -163,9 +164,7 @@ def _count_attempt(run_dir: Path, job_id: str) -> _Attempt:
     # A full disk is no reason to stop a run that is saved.
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(this._asdict()) + "\n")
-        os.replace(temporary, path)
+        write_file(path, json.dumps(this._asdict()) + "\n")
     return this
 
 

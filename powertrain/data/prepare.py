@@ -17,12 +17,13 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from powertrain.files import fsync
 from powertrain.processes import local_rank
 from powertrain.wording import counted
 
 from .config import DataConfig
 from .progress import Progress, say
-from .shards import FORMAT, MANIFEST, SPLITS, ShardWriter, TokenStore, fsync_directory
+from .shards import FORMAT, MANIFEST, SPLITS, ShardWriter, TokenStore
 from .sources import Source, open_source
 from .tokenizers import Tokenizer, byte_tokenizer, pretrained_identity, pretrained_tokenizer, train_bpe
 
@@ -133,7 +134,7 @@ def _prepare(config: DataConfig, source: Source, directory: Path) -> None:
     try:
         manifest = _write(config, source, temporary)
         os.replace(temporary, directory)
-        fsync_directory(directory.parent)
+        fsync(directory.parent)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise OSError(

@@ -23,6 +23,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from powertrain.files import fsync, write_file
+
 from .tokenizers import Tokenizer, load_tokenizer
 
 FORMAT = 1
@@ -40,14 +42,6 @@ class ShardError(RuntimeError):
 
 def _damaged(path: Path, what: str) -> ShardError:
     return ShardError(f"prepared tokens are damaged: {path} {what}; delete {path.parent} to prepare them again")
-
-
-def fsync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def sha256_file(path: Path) -> str:
@@ -116,8 +110,7 @@ class ShardWriter:
         self.tokenizer.save(self.directory)
         files = {}
         for path in sorted(self.directory.iterdir()):
-            with open(path, "rb") as stream:
-                os.fsync(stream.fileno())
+            fsync(path)
             files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
         manifest = {
             "format": FORMAT,
@@ -130,11 +123,8 @@ class ShardWriter:
             "files": files,
             **record,
         }
-        with open(self.directory / MANIFEST, "w", encoding="utf-8") as stream:
-            json.dump(manifest, stream, indent=1)
-            stream.flush()
-            os.fsync(stream.fileno())
-        fsync_directory(self.directory)
+        write_file(self.directory / MANIFEST, json.dumps(manifest, indent=1))
+        fsync(self.directory)
         return manifest
 
     def _write_index(self, split: str, deduplicate: bool, content: Any) -> dict[str, int]:

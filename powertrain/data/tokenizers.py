@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from powertrain.files import write_file
+
 from .config import TokenizerConfig
 
 if TYPE_CHECKING:
@@ -135,14 +137,8 @@ class Tokenizer:
         meta = json.dumps({"kind": self.kind, "eod": self.eod}) + "\n"
         for name, content in ((_FILE, self.backend.to_str(pretty=True).encode()), (_META, meta.encode())):
             path = directory / name
-            if path.exists() and path.read_bytes() == content:
-                continue
-            temporary = path.with_name(f".{name}.tmp")
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+            if not path.exists() or path.read_bytes() != content:
+                write_file(path, content)
 
 
 def byte_tokenizer() -> Tokenizer:

@@ -1,12 +1,12 @@
 """`powertrain export`: the weights of a checkpoint as one safetensors file, whatever processes wrote it."""
 
 import argparse
-import os
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import nn
 
+from powertrain.files import replacing_file
 from powertrain.inference.generate import load_run, run_directory
 
 
@@ -17,10 +17,9 @@ def export_weights(model: nn.Module, path: str | Path) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
     weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    save_file(weights, temporary, metadata={"format": "pt"})
-    os.replace(temporary, path)
+    with replacing_file(path) as temporary:
+        save_file(weights, temporary, metadata={"format": "pt"})
 
 
 def main(argv: list[str]) -> int:

@@ -5,11 +5,11 @@ import hashlib
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from powertrain.files import write_file
 from powertrain.locks import take_lock
 from powertrain.native.errors import KernelsUnavailable
 
@@ -73,8 +73,8 @@ def publish(
     )
     folder.mkdir(parents=True, exist_ok=True)
     # The manifest goes first: a crash between the two leaves a library that fails its check, never one unchecked.
-    _write_atomically(folder / "manifest.json", json.dumps(asdict(manifest), indent=2).encode())
-    _write_atomically(folder / name, content)
+    write_file(folder / "manifest.json", json.dumps(asdict(manifest), indent=2))
+    write_file(folder / name, content)
     say(f"built {folder / name} in {manifest.seconds:.0f} s")
 
 
@@ -82,7 +82,7 @@ def copy_out(library: Path, output: Path) -> None:
     """Copies a built library and its manifest into the folder `output`."""
     output.mkdir(parents=True, exist_ok=True)
     for name in (library.name, "manifest.json"):
-        _write_atomically(output / name, (library.parent / name).read_bytes())
+        write_file(output / name, (library.parent / name).read_bytes())
 
 
 def verify_library(library: Path) -> Manifest:
@@ -126,17 +126,3 @@ def _manifest_matches(folder: Path, key: str) -> bool:
         return Manifest.read(folder / "manifest.json").key == key
     except (OSError, ValueError, TypeError):
         return False
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as handle:
-            handle.write(content)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from powertrain.files import write_new_file
 from powertrain.schema import build
 
 # Longer than any file system's caches and pauses, short enough that a lost machine does not hold up a sweep.
@@ -153,15 +154,9 @@ class Claims:
             previous = read_owner(path)
             if not self._expired(path, previous, self._now) or not self._evict(path, previous):
                 return None
-        # A claim appears whole: written aside, then linked under its name, which fails where one exists.
-        temporary = self.directory / f".{name}-{owner.token}"
-        temporary.write_text(json.dumps(owner.__dict__))
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
+        # Not durable: what a power cut ends holds no claim.
+        if not write_new_file(path, json.dumps(owner.__dict__), durable=False):
             return None
-        finally:
-            temporary.unlink(missing_ok=True)
         return Claim(path, owner, self.lease_seconds)
 
     def _evict(self, path: Path, previous: Owner | None) -> bool:

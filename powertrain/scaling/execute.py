@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from powertrain.config import RunConfig
+from powertrain.files import write_file
 from powertrain.scaling.catalog import DeviceType, model_cost
 from powertrain.scaling.cells import Cell
 from powertrain.scaling.recipe import Recipe
@@ -49,9 +50,7 @@ def read_starts(run_dir: Path) -> list[Start]:
 def write_starts(run_dir: Path, starts: Iterable[Start]) -> None:
     """Keep which processes trained a run."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    temporary = run_dir / f"{STARTS_FILE}.tmp"
-    temporary.write_text(json.dumps([dataclasses.asdict(start) for start in starts]) + "\n")
-    temporary.replace(run_dir / STARTS_FILE)
+    write_file(run_dir / STARTS_FILE, json.dumps([dataclasses.asdict(start) for start in starts]) + "\n")
 
 
 def _before(starts: Iterable[Start], step: int) -> list[Start]:

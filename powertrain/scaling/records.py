@@ -6,13 +6,12 @@ import dataclasses
 import itertools
 import json
 import math
-import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from powertrain.files import write_new_file
 from powertrain.scaling.recipe import CONVENTIONS, Convention
 from powertrain.schema import ConfigError, build
 
@@ -202,22 +201,7 @@ class RecordStore:
             False where another runner's record was there first; that one stays.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=self.directory, prefix=f".{record.cell}-", suffix=".tmp")
-        temporary = Path(name)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(to_json(record) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            try:
-                # A hard link fails where the name exists, which a rename does not.
-                os.link(temporary, self.path(record.cell))
-            except FileExistsError:
-                return False
-        finally:
-            temporary.unlink(missing_ok=True)
-        return True
+        return write_new_file(self.path(record.cell), to_json(record) + "\n")
 
     def read_one(self, cell: str) -> CellRecord:
         """Return the record of a cell.

@@ -5,12 +5,12 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from powertrain.files import write_file
 from powertrain.scaling.analysis import Findings, analyse
 from powertrain.scaling.compare import ENVELOPE_BIN, ENVELOPE_STEPS, Verdict, compared
 from powertrain.scaling.drawing import render, style
@@ -570,9 +570,7 @@ def write(files: dict[str, bytes], directory: Path) -> None:
     for name, content in files.items():
         path = directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
+        write_file(path, content)
     for path in (directory / "figures").glob("*"):
         if f"figures/{path.name}" not in files:
             path.unlink()

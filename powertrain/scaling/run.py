@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from powertrain.config import RunConfig
+from powertrain.files import write_file
 from powertrain.scaling.cells import Catalog, Cell, Expander, Expansion
 from powertrain.scaling.claims import LEASE_SECONDS, Claims
 from powertrain.scaling.recipe import Recipe
@@ -98,10 +98,7 @@ class Failures:
         self.directory.mkdir(parents=True, exist_ok=True)
         text = "".join(traceback.format_exception(error))
         content = {"cell": cell.id, "error": f"{type(error).__name__}: {error}", "traceback": text}
-        path = self.directory / f"{cell.id}.json"
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(temporary, path)
+        write_file(self.directory / f"{cell.id}.json", json.dumps(content, indent=1) + "\n")
 
     def message(self, cell: str) -> str:
         """Return one line on why a cell failed.

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import re
 import statistics
 import tempfile
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from powertrain.files import write_file
 from powertrain.scaling.compare import compared, select
 from powertrain.scaling.records import CellRecord, Place
 from powertrain.scaling.resample import resample
@@ -90,9 +90,7 @@ def write(directory: Path, timing: Timing) -> Path:
     """Write a timing, in the place of an earlier one of the same key."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{timing.name}.json"
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(dataclasses.asdict(timing), indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_file(path, json.dumps(dataclasses.asdict(timing), indent=1, sort_keys=True) + "\n")
     return path
 
 

@@ -32,6 +32,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from powertrain.files import fsync, write_file
 from powertrain.training.checkpoint_files import (
     CheckpointError,
     HostCopies,
@@ -81,14 +82,6 @@ def _patiently(path: Path, read: Callable[[], T]) -> T:
         if not os.path.isdir(path.parent):
             raise UnreadableError(f"{path.parent} is not there") from error
         raise CheckpointError(f"{path.name} is missing") from error
-
-
-def _fsync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _file_name(rank: int) -> str:
@@ -403,11 +396,8 @@ class CheckpointStore:
             return
         try:
             manifest["files"] = {_file_name(rank): entry for rank, entry in enumerate(entries)}
-            with (temporary / MANIFEST).open("w") as file:
-                json.dump(_seal(manifest), file)
-                file.flush()
-                os.fsync(file.fileno())
-            _fsync_directory(temporary)
+            write_file(temporary / MANIFEST, json.dumps(_seal(manifest)))
+            fsync(temporary)
             # What no reader would take must not replace or prune what one would.
             _read_manifest(temporary)
             for rank, entry in enumerate(entries):
@@ -419,7 +409,7 @@ class CheckpointStore:
                     f"{self.path(later)} is not of this attempt of the run; it is set aside as {kept}", stacklevel=2
                 )
             os.rename(temporary, target)
-            _fsync_directory(self.directory)
+            fsync(self.directory)
         except (OSError, TypeError, ValueError, CheckpointError) as error:
             save.error = self._explain(save.step, pieces, error)
             shutil.rmtree(temporary, ignore_errors=True)
@@ -467,7 +457,7 @@ class CheckpointStore:
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(path.name)
         os.replace(temporary, self.directory / name)
-        _fsync_directory(self.directory)
+        fsync(self.directory)
 
     def _explain(self, step: int, pieces: list[Piece], error: BaseException) -> str:
         needed = sum(piece.local.nbytes for piece in pieces)

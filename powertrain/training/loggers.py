@@ -16,6 +16,7 @@ from urllib.parse import urlparse
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from powertrain.files import replacing_file
 from powertrain.training.config import LoggerConfig
 from powertrain.training.records import METRICS_FILE, read_metrics
 
@@ -76,12 +77,14 @@ class CsvLogger(JsonlLogger):
     def save(self) -> None:
         records = read_metrics(self._run_dir)
         columns = dict.fromkeys(key for record in records for key in record)
-        temporary = self._run_dir / ".metrics.csv.tmp"
-        with temporary.open("w", newline="") as file:
+        # Not durable: it is made anew from metrics.jsonl.
+        with (
+            replacing_file(self._run_dir / "metrics.csv", durable=False) as temporary,
+            temporary.open("w", newline="") as file,
+        ):
             writer = csv.DictWriter(file, list(columns))
             writer.writeheader()
             writer.writerows(records)
-        os.replace(temporary, self._run_dir / "metrics.csv")
 
     @rank_zero_only
     def finalize(self, status: str) -> None:

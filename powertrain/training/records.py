@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from powertrain.files import write_file
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -29,9 +30,4 @@ def truncate_metrics(run_dir: str | Path, step: int) -> None:
     kept = "".join(json.dumps(record) + "\n" for record in read_metrics(run_dir) if record["step"] <= step)
     if kept == path.read_text():
         return
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        file.write(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_file(path, kept)

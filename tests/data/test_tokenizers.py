@@ -103,6 +103,7 @@ def test_saving_leaves_no_half_and_writes_nothing_twice(
     with pytest.raises(OSError, match="No space left"):
         bpe.save(tmp_path)
     assert load_tokenizer(tmp_path).fingerprint == byte_tokenizer().fingerprint
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tokenizer.json", "tokenizer_meta.json"]
     byte_tokenizer().save(tmp_path)  # the same: nothing is written
 
 

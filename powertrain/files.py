@@ -1,0 +1,86 @@
+"""Files that appear under their names whole or not at all. Any part of powertrain may import it; it imports none.
+
+What is written lies beside its place, under a name that no other writer has, until it is whole; then one call of the
+file system puts it there. So a reader finds the file of before or that of after, a writer that fails changes nothing,
+and any number of processes may write one file: the last one's stays. Permissions are those that the umask gives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+# Longer than any writer takes, and than the clocks of machines that share files differ.
+ABANDONED_SECONDS = 24 * 3600.0
+
+
+def write_file(path: Path, content: str | bytes, *, durable: bool = True) -> None:
+    """Write a file, in the place of the one before; text as UTF-8.
+
+    Args:
+        durable: its content is on the disk before it has its name, so that a power cut leaves a whole file, too.
+    Errors:
+        OSError: it cannot be written; the file of before is as it was.
+    """
+    with replacing_file(path, durable=durable) as temporary:
+        temporary.write_bytes(_encoded(content))
+
+
+def write_new_file(path: Path, content: str | bytes, *, durable: bool = True) -> bool:
+    """Write a file unless there is one of that name; False where there is. Otherwise as `write_file`."""
+    with _beside(path) as temporary:
+        temporary.write_bytes(_encoded(content))
+        if durable:
+            fsync(temporary)
+        try:
+            # A hard link fails where the name exists, which a rename does not.
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+    return True
+
+
+@contextlib.contextmanager
+def replacing_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """Yield the name of a file to write, which takes the place of `path` when the block ends well; see `write_file`."""
+    with _beside(path) as temporary:
+        yield temporary
+        if durable:
+            fsync(temporary)
+        os.replace(temporary, path)
+
+
+def fsync(path: Path) -> None:
+    """Return when the content of a file, or the names in a directory, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_abandoned(directory: Path, pattern: str) -> None:
+    """Remove the files of that pattern that nobody has written to for a day: what was killed left them."""
+    for path in directory.glob(pattern):
+        with contextlib.suppress(OSError):  # another process was faster, or they are another user's
+            if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
+                path.unlink()
+
+
+@contextlib.contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    remove_abandoned(path.parent, f".{glob.escape(path.name)}.*.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _encoded(content: str | bytes) -> bytes:
+    return content.encode() if isinstance(content, str) else content
