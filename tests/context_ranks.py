@@ -90,6 +90,9 @@ OP_CASES = {
     "window_37_fp64": OpCase(kind="window", keywords=(("window", 37),), dtype=torch.float64),
 }
 
+# Documents of which get keys whose state no fp32 can hold.
+OVERFLOWING = OP_CASES["power"]
+
 # What the CUDA kernels take, emulated on a CPU.
 KERNEL_CASES = {
     "kernels": _power(sizes=(2, 150, 4, 2, 32, 32), dtype=torch.bfloat16, keywords={"chunk_size": 64}),
@@ -133,7 +136,18 @@ def model_batch() -> dict[str, Tensor]:
 
 
 def _op_results(case: OpCase, ranks: ContextGroup, device: str) -> dict[str, Tensor]:
-    inputs = case.inputs()
+    return _results_of(case, case.inputs(), ranks, device)
+
+
+def _overflow_results(ranks: ContextGroup) -> dict[str, Tensor]:
+    """Those of `OVERFLOWING` where all documents of the first row on rank 1, which begin and end there, overflow."""
+    inputs = OVERFLOWING.inputs()
+    bounds = ranks.shard(*OVERFLOWING.sizes[:2]).bounds
+    inputs.tensors["K"][0, bounds[1] : bounds[2]] = 1e30
+    return _results_of(OVERFLOWING, inputs, ranks, "cpu")
+
+
+def _results_of(case: OpCase, inputs: Inputs, ranks: ContextGroup, device: str) -> dict[str, Tensor]:
     B, T, *_ = case.sizes
     keywords = dict(inputs.keywords)
     cu_seqlens = keywords.pop("cu_seqlens", None)
@@ -185,6 +199,7 @@ def _rank(rank: int, size: int, folder: str, where: str) -> None:
     cases = {"cpus": OP_CASES, "emulated kernels": KERNEL_CASES, "gpus": OP_CASES | KERNEL_CASES}[where]
     results: dict[str, Any] = {name: _op_results(case, ranks, device) for name, case in cases.items()}
     if where == "cpus":
+        results["overflow"] = _overflow_results(ranks)
         results |= {f"model_{mixer}": _model_results(mixer, ranks) for mixer in MODEL_MIXERS}
     torch.save(results, Path(folder) / f"rank-{rank}.pt")
     dist.destroy_process_group()

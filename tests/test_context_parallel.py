@@ -87,6 +87,19 @@ def check_model(mixer, parts):
         assert {part["all_gathers"] for part in parts} == {ALL_GATHERS[mixer]}
 
 
+def check_overflow(parts):
+    """What overflows in documents of one rank changes nothing in those of the others."""
+    for rank, part in enumerate(parts):
+        for name, value in part["overflow"].items():
+            where = f"{name} on rank {rank}"
+            if rank == 1:
+                assert not value[0].isfinite().all(), f"{where} does not overflow"
+                value, usual = value[1:], part["power"][name][1:]
+            else:
+                usual = part["power"][name]
+            assert torch.equal(value, usual), f"{where} changes"
+
+
 def failures_of(cases, parts):
     failures = []
     for name, case in cases.items():
@@ -121,4 +134,8 @@ def test_slices_give_what_the_whole_gives(size, tmp_path):
             check_model(mixer, [part[f"model_{mixer}"] for part in parts])
         except AssertionError as error:
             failures.append(f"model of {mixer}: {error}")
+    try:
+        check_overflow(parts)
+    except AssertionError as error:
+        failures.append(f"overflow: {error}")
     assert not failures, "\n".join(failures)

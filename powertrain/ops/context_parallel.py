@@ -33,6 +33,7 @@ from powertrain.ops.cuda_ops import (
     power_retention_cuda_bwd_op,
     power_retention_cuda_op,
 )
+from powertrain.ops.decay import kept
 from powertrain.ops.library import power_retention_bwd_op, power_retention_op
 
 Saved = Sequence[Any]  # tensors and None
@@ -203,7 +204,7 @@ def _passes(total_log_gates: Tensor, shard: ContextShard) -> Tensor:
     for rank in range(1, shard.ranks.size):
         for holds in (shard.continues(rank), shard.unbroken(rank)):
             if holds is not None:
-                passes[rank] *= holds[:, None]
+                passes[rank].masked_fill_(~holds[:, None], 0.0)
     return passes
 
 
@@ -215,7 +216,7 @@ def _entering(states: Tensor, passes: Tensor, shard: ContextShard) -> Tensor:
         return result
     weight = _continues(rank, passes, shard)
     for other in reversed(range(rank)):
-        result.addcmul_(states[other], weight[..., None])
+        _add(result, states[other], weight, shard)
         weight = weight * passes[other]
     return result
 
@@ -225,9 +226,15 @@ def _leaving(grads: Tensor, passes: Tensor, shard: ContextShard) -> Tensor:
     result = torch.zeros_like(grads[0])
     carried = torch.ones_like(passes[0])
     for other in range(shard.ranks.rank + 1, shard.ranks.size):
-        result.addcmul_(grads[other], (carried * _continues(other, passes, shard))[..., None])
+        _add(result, grads[other], carried * _continues(other, passes, shard), shard)
         carried = carried * passes[other]
     return result
+
+
+def _add(result: Tensor, x: Tensor, weight: Tensor, shard: ContextShard) -> None:
+    """Add x `(B, Hk, X)`, weighted by `weight (B, Hk)`, and of another document nothing, also where x is not finite."""
+    weighs = None if shard.whole_cu_seqlens is None else (weight != 0)[..., None]
+    result.addcmul_(kept(x, weighs), weight[..., None])
 
 
 def _continues(rank: int, passes: Tensor, shard: ContextShard) -> Tensor:

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from powertrain.ops.context_parallel import _passes
 from powertrain.ops.context_shard import ContextGroup, ContextShard, _pieces
 from powertrain.ops.decay import document_of_each_token
 from tests.models.small import small_model, tokens
@@ -47,6 +48,14 @@ def test_what_passes_from_slice_to_slice(size: int) -> None:
             continues = shard.continues(rank)
             assert continues is not None
             assert torch.equal(continues, whole[:, start] == whole[:, start - 1])
+
+
+def test_nothing_passes_a_boundary_whatever_the_gates_are() -> None:
+    gates = torch.full((3, B, 1), torch.nan)
+    passes = _passes(gates, shard_of(0, 3))
+    # Row 0 begins documents in each slice, row 1 none.
+    assert torch.equal(passes[1:, 0], torch.zeros(2, 1))
+    assert passes[1:, 1].isnan().all()
 
 
 def test_rows_without_offsets_are_one_document() -> None:
