@@ -138,7 +138,7 @@ class TokenDataModule(L.LightningDataModule):
         global_batch_size: sequences of one optimizer step over all ranks and accumulated micro-batches; None means one
             micro-batch a rank.
         seed: chooses the order of training samples.
-        cache_dir: where prepared tokens live; None means `default_cache_dir()`.
+        cache_dir: where prepared tokens live; None means `cache_directory()`.
 
     Attributes of the corpus (`vocab_size`, `train_tokens`, ...) prepare it on first use. The training loader has no end
     and starts at `consumed_samples`: limit a run by steps and validate every so many steps. The `Trainer` keeps

@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from powertrain.cache_directory import cache_directory
 from powertrain.files import fsync
 from powertrain.processes import local_rank
 from powertrain.wording import counted
@@ -34,14 +35,6 @@ _HEAD_START_SECONDS = 10.0
 
 # Split and text, or None with a part of a text that is not its last.
 _Piece: TypeAlias = tuple[str, str] | None
-
-
-def default_cache_dir() -> Path:
-    """Return `$POWERTRAIN_CACHE`, else `powertrain` in the user's cache directory."""
-    if given := os.environ.get("POWERTRAIN_CACHE"):
-        return Path(given).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "powertrain"
 
 
 def prepare(config: DataConfig, cache_dir: str | Path | None = None) -> TokenStore:
@@ -71,7 +64,7 @@ def prepared(config: DataConfig, cache_dir: str | Path | None = None) -> TokenSt
 
 
 def _directory(config: DataConfig, source: Source, cache_dir: str | Path | None) -> Path:
-    root = Path(cache_dir or default_cache_dir()).expanduser() / "data"
+    root = Path(cache_dir or cache_directory()).expanduser() / "data"
     return root / f"{config.source}-{_key(config, source)}"
 
 

@@ -3,12 +3,12 @@
 import contextlib
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from powertrain.cache_directory import cache_directory
 from powertrain.files import write_file
 from powertrain.locks import take_lock
 from powertrain.native.errors import KernelsUnavailable
@@ -31,24 +31,15 @@ class Manifest:
 
 
 def cache_root() -> Path:
-    """`$POWERTRAIN_CACHE`, else the user's cache directory; the kernels live in its `kernels/`.
+    """`kernels` in the `cache_directory`; absolute, because the build runs in a directory of its own.
 
     Raises:
-        KernelsUnavailable: this process has no home directory, and nothing names another one.
+        KernelsUnavailable: there is no cache directory.
     """
-    if os.environ.get("POWERTRAIN_CACHE"):
-        root = Path(os.environ["POWERTRAIN_CACHE"])
-    elif os.environ.get("XDG_CACHE_HOME"):
-        root = Path(os.environ["XDG_CACHE_HOME"]) / "powertrain"
-    else:
-        try:
-            root = Path.home() / ".cache" / "powertrain"
-        except RuntimeError:
-            raise KernelsUnavailable(
-                "This user has no home directory to keep the kernels in: set POWERTRAIN_CACHE to a directory."
-            ) from None
-    # Absolute: the build runs in a directory of its own.
-    return (root / "kernels").absolute()
+    try:
+        return cache_directory() / "kernels"
+    except ValueError as error:
+        raise KernelsUnavailable(str(error)) from error
 
 
 def find(name: str, key: str, folders: tuple[Path, ...]) -> Path | None:

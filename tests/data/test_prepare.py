@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from powertrain.cache_directory import cache_directory
 from powertrain.data.config import DataConfig, TokenizerConfig
-from powertrain.data.prepare import _limited, default_cache_dir, prepare, split_of
+from powertrain.data.prepare import _limited, prepare, split_of
 from powertrain.data.shards import SPLITS, ShardError, ShardWriter, TokenStore
 from powertrain.data.sources import PythonFiles
 from powertrain.data.tokenizers import Tokenizer, train_bpe
@@ -204,7 +205,7 @@ def test_corpora_that_cannot_be_split(tmp_path: Path) -> None:
         prepare_texts(tmp_path / "a", ["", ""])
     with pytest.raises(ValueError, match=r"data\.split=tail"):
         prepare_texts(tmp_path / "b", ["only one document"])
-    assert not [p for p in (default_cache_dir() / "data").iterdir() if p.is_dir()]
+    assert not [p for p in (cache_directory() / "data").iterdir() if p.is_dir()]
 
 
 def test_lossy_tokenizer_warns(text_config: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -245,14 +246,6 @@ def test_whatever_decides_the_content_decides_the_directory(text_config: Build, 
     first.write_text("changed")
     assert prepare(configs[0]).directory not in {prepare(config).directory for config in configs[1:]}
     assert "changed" in texts_of(prepare(configs[0]), split_of("changed", 0.2, 0))
-
-
-def test_default_cache_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("POWERTRAIN_CACHE", str(tmp_path / "x"))
-    assert default_cache_dir() == tmp_path / "x"
-    monkeypatch.delenv("POWERTRAIN_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "y"))
-    assert default_cache_dir() == tmp_path / "y" / "powertrain"
 
 
 # Damage
@@ -359,7 +352,7 @@ def test_full_disk(text_config: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ShardWriter, "add", full)
     with pytest.raises(OSError, match=r"no space is left for prepared tokens in .*; set paths\.cache"):
         prepare(text_config())
-    assert not [p for p in (default_cache_dir() / "data").iterdir() if p.is_dir()]
+    assert not [p for p in (cache_directory() / "data").iterdir() if p.is_dir()]
     monkeypatch.undo()
 
 
@@ -428,7 +421,7 @@ def test_killed_preparation_leaves_nothing_that_looks_whole(sources: Path, place
         assert child.stdout is not None
         assert child.stdout.readline() == "paused\n"
         child.send_signal(signal.SIGKILL)
-    root = default_cache_dir() / "data"
+    root = cache_directory() / "data"
     (left,) = [path for path in root.iterdir() if path.is_dir()]
     assert ".tmp-" in left.name
     assert list(left.iterdir())

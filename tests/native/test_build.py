@@ -1,4 +1,5 @@
 import os
+import pwd
 import shutil
 import signal
 import subprocess
@@ -223,12 +224,12 @@ def test_a_damaged_object_says_how_to_be_rid_of_it(tree: Path) -> None:
 
 
 def test_a_user_without_a_home_is_told_what_to_set(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def nowhere() -> Path:
-        raise RuntimeError("Could not determine home directory.")
+    def unknown(_: int) -> None:
+        raise KeyError("getpwuid(): uid not found")
 
-    for name in ("POWERTRAIN_CACHE", "XDG_CACHE_HOME"):
+    for name in ("POWERTRAIN_CACHE", "XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(Path, "home", nowhere)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
     with pytest.raises(KernelsUnavailable, match="set POWERTRAIN_CACHE"):
         build.cache_root()
 
