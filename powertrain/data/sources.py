@@ -197,14 +197,16 @@ class DataFiles(_Rows):
         self.files = _expand(config.files)
         local = [Path(file) for file in self.files if "://" not in file]
         stats = [file.stat() for file in local]
-        if len(local) == len(self.files):
+        urls = [file for file in self.files if "://" in file]
+        if not urls:
             self.total_bytes = sum(stat.st_size for stat in stats)
+        archives = [Path(file) for file in dict.fromkeys(file for url in urls for file in _local_files_of(url))]
         self.identity = {
             "builder": config.source,
             "field": self.text_field,
             "encoding": config.encoding,
-            "files": _listing(local, stats),
-            "urls": [file for file in self.files if "://" in file],
+            "files": _listing(local + archives, stats + [file.stat() for file in archives]),
+            "urls": urls,
         }
         if config.source == "json":
             self.identity["reader"] = 2  # the first one rewrote what looked like a date
@@ -300,10 +302,8 @@ def _expand(patterns: tuple[str, ...]) -> list[str]:
         if "://" in pattern:
             files[pattern] = None
             continue
-        path = os.path.expanduser(pattern)
-        matches = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
-        found = [os.path.abspath(match) for match in matches if os.path.isfile(match)]
-        if matches and not found:
+        found = _files_matching(pattern)
+        if not found and glob.glob(os.path.expanduser(pattern), recursive=True):
             raise ValueError(f"data.files={pattern!r} is a directory; give its files, such as '{pattern}/*.txt'")
         if not found:
             raise ValueError(f"no file matches data.files={pattern!r} (looked from {os.getcwd()})")
@@ -315,6 +315,18 @@ def _expand(patterns: tuple[str, ...]) -> list[str]:
             kind = "zip" if file.endswith(".zip") else "tar"
             raise ValueError(f"{file} is an archive; give the files inside it, such as '{kind}://**/*.txt::{file}'")
     return list(files)
+
+
+def _files_matching(pattern: str) -> list[str]:
+    path = os.path.expanduser(pattern)
+    matches = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
+    return [os.path.abspath(match) for match in matches if os.path.isfile(match)]
+
+
+def _local_files_of(url: str) -> list[str]:
+    """Return the files of this machine that a URL names, of one like `zip://*.txt::corpus.zip` the archive."""
+    protocol, _, path = url.rpartition("::")[2].rpartition("://")
+    return _files_matching(path) if protocol in ("", "file", "local") else []
 
 
 class HubDataset(_Rows):

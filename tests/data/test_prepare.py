@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -246,6 +247,28 @@ def test_whatever_decides_the_content_decides_the_directory(text_config: Build, 
     first.write_text("changed")
     assert prepare(configs[0]).directory not in {prepare(config).directory for config in configs[1:]}
     assert "changed" in texts_of(prepare(configs[0]), split_of("changed", 0.2, 0))
+
+
+@pytest.mark.parametrize("pattern", ["zip://*.txt::{}", "zip://*.txt::file://{}"])
+def test_a_changed_archive_is_prepared_again(text_config: Build, tmp_path: Path, pattern: str) -> None:
+    path = tmp_path / "corpus.zip"
+    config = text_config(files=(pattern.format(path),), split="tail", val_fraction=0.5)
+    directories = set()
+    for text in ("of before", "of after!"):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("a.txt", text)
+        store = prepare(config)
+        assert "".join(texts_of(store, split)[0] for split in SPLITS) == text
+        assert prepare(config).directory == store.directory
+        directories.add(store.directory)
+    assert len(directories) == 2
+
+
+def test_a_changed_file_behind_a_url_is_prepared_again(text_config: Build, corpus: str) -> None:
+    config = text_config(files=(f"file://{corpus}",))
+    before = prepare(config).directory
+    next(Path(corpus).parent.glob("*.txt")).write_text("changed")
+    assert prepare(config).directory != before
 
 
 # Damage
