@@ -33,12 +33,12 @@ def generate_tokens(
 
     prompt (B, T) int64 with T >= 1. temperature 0 takes the likeliest token; top_k keeps the k likeliest, top_p the
     fewest likeliest tokens whose probabilities reach p (Holtzman et al. 2020, arXiv:1904.09751); both apply after
-    the temperature.
+    the temperature. seed is at least -2^63 and below 2^64.
     Equal arguments give equal tokens on one device. The cost per token does not depend on the context for power,
-    linear and window layers. Errors: ValueError for an empty prompt, a sampling argument out of range, or
+    linear and window layers. Errors: ValueError for an empty prompt, an argument out of range, or
     logits that are not finite.
     """
-    _check(prompt, max_new_tokens, temperature, top_k, top_p)
+    _check(prompt, max_new_tokens, temperature, top_k, top_p, seed)
     device = model.embedding.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     cache = DecodeCache(model.config)
@@ -173,7 +173,9 @@ def _best_checkpoint(run: Path) -> Path:
     raise ValueError(f"{run} has no checkpoint yet: there is neither checkpoints/best nor checkpoints/last in it")
 
 
-def _check(prompt: Tensor, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+def _check(
+    prompt: Tensor, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, seed: int
+) -> None:
     if prompt.ndim != 2 or prompt.shape[1] == 0:
         raise ValueError(f"prompt of shape {tuple(prompt.shape)}: must be (B, T) with T of at least 1")
     if max_new_tokens < 0:
@@ -184,6 +186,8 @@ def _check(prompt: Tensor, max_new_tokens: int, temperature: float, top_k: int |
         raise ValueError(f"top_k={top_k}: must be at least 1, or None for all tokens")
     if top_p is not None and not 0.0 < top_p <= 1.0:
         raise ValueError(f"top_p={top_p}: must be above 0 and at most 1, or None for all tokens")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed={seed}: must be at least -2^63 and below 2^64")
 
 
 def _device(asked: str | None) -> str:

@@ -110,6 +110,8 @@ def test_generate_nothing():
         ({"top_k": 0}, "top_k=0"),
         ({"top_p": 0.0}, "top_p=0.0"),
         ({"top_p": 1.5}, "top_p=1.5"),
+        ({"seed": 2**64}, r"seed=18446744073709551616: must be at least -2\^63 and below 2\^64"),
+        ({"seed": -(2**63) - 1}, "seed=-9223372036854775809"),
     ],
 )
 def test_refuses(arguments: dict, text: str):
@@ -194,6 +196,13 @@ def test_command_prints_prompt_and_continuation(run: Path, capsys: pytest.Captur
     expected = "".join(generate_text(model, tokenizer, "def f(", max_new_tokens=12, temperature=0.8, seed=3))
     assert text == f"def f({expected}\n"
     assert len(expected) > 3
+
+
+def test_command_takes_seeds_of_64_bits_and_says_so(run: Path, capsys: pytest.CaptureFixture):
+    for seed, code in ((2**64 - 1, 0), (-(2**63), 0), (2**64, 2), (-(10**30), 2)):
+        assert powertrain(["generate", str(run), "--max-new-tokens", "1", "--device", "cpu", f"--seed={seed}"]) == code
+        error = capsys.readouterr().err
+        assert (f"powertrain generate: seed={seed}: must be at least" in error) == (code == 2)
 
 
 def test_command_says_how_far_an_unfinished_run_is(run: Path, capsys: pytest.CaptureFixture):
