@@ -11,6 +11,7 @@ import contextlib
 import glob
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,10 +66,17 @@ def fsync(path: Path) -> None:
 
 
 def remove_abandoned(directory: Path, pattern: str) -> None:
-    """Remove the files of that pattern that nobody has written to for a day: what was killed left them."""
+    """Remove the files and directories of that pattern that nobody has written to for a day: what was killed left them.
+
+    Younger ones may be those of a process that runs, here or on another machine.
+    """
     for path in directory.glob(pattern):
         with contextlib.suppress(OSError):  # another process was faster, or they are another user's
-            if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
+            if time.time() - path.stat().st_mtime <= ABANDONED_SECONDS:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
                 path.unlink()
 
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from powertrain.cache_directory import cache_directory
-from powertrain.files import write_file
+from powertrain.files import remove_abandoned, write_file
 from powertrain.locks import take_lock
 from powertrain.native.errors import KernelsUnavailable
 
@@ -104,6 +104,9 @@ def building() -> Iterator[None]:
         if take_lock(handle) is False:
             say("another process builds the CUDA kernels; waiting for it")
             take_lock(handle, wait=True)
+        # Of builds that were killed. Where there are no locks, or not across machines, others may run.
+        remove_abandoned(path.parent, ".*-*")
+        remove_abandoned(path.parent / "objects", "*.part")
         yield
 
 

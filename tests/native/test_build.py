@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from powertrain.native import build, loader, toolchain
+from powertrain.files import ABANDONED_SECONDS
+from powertrain.native import build, loader, store, toolchain
 from powertrain.native.errors import KernelBuildError, KernelsUnavailable
 from powertrain.training.signals import Stopped
 
@@ -232,6 +233,22 @@ def test_a_user_without_a_home_is_told_what_to_set(tree: Path, monkeypatch: pyte
     monkeypatch.setattr(pwd, "getpwuid", unknown)
     with pytest.raises(KernelsUnavailable, match="set POWERTRAIN_CACHE"):
         build.cache_root()
+
+
+def test_what_killed_builds_left_goes_after_a_day(tree: Path) -> None:
+    home = build.cache_root()
+    (home / "objects").mkdir(parents=True)
+    kept = [home / "objects" / name for name in ("a.o", "a.log", "b.o.17.part")]
+    left = [home / "objects" / "c.o.18.part", home / ".0123-build" / "build.ninja"]
+    running = home / ".4567-build" / "build.ninja"
+    for path in (*kept, *left, running):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("")
+    for path in (kept[0], kept[1], left[0], left[1].parent):
+        os.utime(path, (time.time() - ABANDONED_SECONDS - 60,) * 2)
+    with store.building():
+        assert sorted(p for p in home.rglob("*") if p.is_file()) == sorted([*kept, running, home / "lock"])
+        assert not left[1].parent.exists()
 
 
 @needs_nvcc
