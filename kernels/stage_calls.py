@@ -371,7 +371,11 @@ class Run:
             dn = out["packed_dn"] = torch.full_like(dn, math.nan)
         params = KeyGrads(
             *(t.data_ptr() for t in (self.packed_q, self.packed_k, self.packed_v, dn)),
-            *((strided(self.dy), strided(packs["y"]), packs["normalizer"].data_ptr()) if packs else (Strided(), Strided(), None)),
+            *(
+                (strided(self.dy), strided(packs["y"]), packs["normalizer"].data_ptr())
+                if packs
+                else (Strided(), Strided(), None)
+            ),
             self.gates.data_ptr(),
             *(Strided() if final_only else strided(out[name]) for name in ("dv", "dk")),
             *(out[name].data_ptr() for name in ("key_dots", "dstates", "dinitial")),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.stage_calls import Problem, Sizes
+from kernels.stage_calls import Problem, Sizes, Strided, strided
 from powertrain import native
 from powertrain.ops import cuda, power_retention
 from tests.ops.test_cuda import (
@@ -91,6 +91,42 @@ def segments_of(case: Case) -> int:
     sizes = Sizes()
     native.call("pt_sizes_of", ctypes.byref(problem), ctypes.byref(sizes))
     return sizes.steps_workspace // sizes.boundary
+
+
+def shifted(x: Tensor) -> Tensor:
+    """The same numbers, in rows that begin 2 bytes after a multiple of 16."""
+    return torch.nn.functional.pad(x, (1, 7))[..., 1:-7]
+
+
+def packed_on_the_way(case: Case, *tensors: Tensor) -> bool:
+    problem = Problem(0, 90, case.B, case.Hq, case.Hk, case.D, case.chunk_size, 1.0, case.T)
+    packs = ctypes.c_int32()
+    arguments = ((Strided * len(tensors))(*map(strided, tensors)), len(tensors), ctypes.byref(packs))
+    native.call("pt_packs_on_the_way", ctypes.byref(problem), int(case.state), *arguments)
+    return bool(packs.value)
+
+
+@pytest.mark.parametrize(("state", "seed"), [(False, 0), (True, 1)])
+def test_the_same_bits_packed_on_the_way_or_before(monkeypatch: pytest.MonkeyPatch, state: bool, seed: int) -> None:
+    """Rows that do not begin at multiples of 16 bytes are packed by kernels of their own."""
+    monkeypatch.setenv("PT_EMULATED_SEED", str(seed))
+    monkeypatch.setenv("PT_EMULATED_MULTIPROCESSORS", "3")
+    case = replace(BASE, T=450, Hq=2, documents=(1, 100, 300, 447), state=state)
+    tensors = case.tensors()
+    keywords = {"chunk_size": case.chunk_size, "impl": "cuda", **case.keywords()}
+    names = ("Q", "K", "V")
+
+    def before(**arguments: Tensor) -> Tensor:
+        moved = {name: shifted(arguments[name]) for name in names}
+        assert not packed_on_the_way(case, *moved.values())
+        return power_retention(**(arguments | moved), **keywords)
+
+    assert packed_on_the_way(case, *(tensors[name] for name in names))
+    expected, cotangents = evaluate(power_retention, tensors, None, **keywords)
+    assert not packed_on_the_way(case, shifted(cotangents[0]))
+    for function, dy in ((before, cotangents[0]), (power_retention, shifted(cotangents[0]))):
+        ours, _ = evaluate(function, tensors, [dy], **({} if function is before else keywords))
+        assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
 SEGMENTS = {1: 1, 3: 3, 6: 4}  # by multiprocessors
