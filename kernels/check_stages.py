@@ -113,8 +113,9 @@ def query_scan_rows(
     if not equal(ours, again):
         rows["query_scan deterministic"] = (math.nan, 0.0)
     packed = {name: getattr(run, name) for name in ("packed_q", "packed_k", "packed_v")}
-    if not equal(run.query_scan(packs=True), ours | packed):
-        rows["query_scan packing"] = (math.nan, 0.0)
+    for wanted in (True, False):  # a final state: tokens are packed by one kernel or another
+        if not equal(run.query_scan(wanted, packs=True), run.query_scan(wanted) | packed):
+            rows[f"query_scan packing, final {wanted}"] = (math.nan, 0.0)
     if not all(x.isfinite().all() for x in ours.values()):
         rows["query_scan written"] = (math.nan, 0.0)
     # chunk_scan_grad takes both entries of a pair in a tile on the diagonal for one number.

@@ -31,6 +31,7 @@ SHAPES = (
     (2, 400, 16, 16, 64, False, True),  # more row tiles than multiprocessors
     (1, 1100, 2, 1, 512, True, False),  # several steps of query_scan and key_grads in a time segment
     (2, 450, 33, 33, 128, False, False),  # and several chunks
+    (3, 330, 44, 44, 128, False, False),  # and one time segment, so that query_scan packs
 )
 
 

@@ -326,28 +326,30 @@ class Run:
         )
         self.call("pt_chunk_scan_grad", ctypes.byref(params), self.stream())
 
-    def query_scan(self, final_only: bool = False, packs: bool = False) -> dict[str, Tensor]:
-        """y, normalizer, states and final (or that alone), where pt_query_scan takes the problem; with `packs` of the tensors as they are, packed as
+    def query_scan(self, final: bool = True, final_only: bool = False, packs: bool = False) -> dict[str, Tensor]:
+        """y, normalizer, states and if wanted final (or that alone), where pt_query_scan takes the problem; with `packs` of the tensors as they are, packed as
         packed_q, packed_k and packed_v."""
         c = self.case
         out = {
             "y": self.new(*self.q.shape, dtype=c.dtype),
             "normalizer": self.new(c.batch, c.query_heads, c.tokens, dtype=torch.float32),
             "states": self.new(*self.state_shape, dtype=c.dtype),
-            "final": self.new(*self.boundary_shape, dtype=torch.float32),
         }
+        if final:
+            out["final"] = self.new(*self.boundary_shape, dtype=torch.float32)
         workspace = self.new(self.sizes.steps_workspace // 4, dtype=torch.float32)
         packed = {name: getattr(self, name) for name in ("packed_q", "packed_k", "packed_v")}
         if packs:
             packed = {name: torch.full_like(x, math.nan) for name, x in packed.items()}
-            out |= packed
+            out |= {name: x for name, x in packed.items() if not (final_only and name == "packed_q")}
         params = QueryScan(
             *(x.data_ptr() for x in packed.values()),
-            *(map(strided, (self.q, self.k, self.v)) if packs else [Strided()] * 3),
+            strided(self.q) if packs and not final_only else Strided(),
+            *(map(strided, (self.k, self.v)) if packs else [Strided()] * 2),
             self.gates.data_ptr(),
             None if self.initial is None else self.initial.data_ptr(),
             Strided() if final_only else strided(out["y"]),
-            *(out[name].data_ptr() for name in ("normalizer", "states", "final")),
+            *(out[name].data_ptr() if name in out else None for name in ("normalizer", "states", "final")),
             workspace.data_ptr(),
         )
         self.call("pt_query_scan", ctypes.byref(params), self.stream())

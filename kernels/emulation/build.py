@@ -68,7 +68,7 @@ def main() -> int:
                     for s in ("chunk_state", "chunk_scan", "chunk_scan_grad")
                 )
                 + (
-                    "int64_t steps_workspace(const pt_problem&) { return 0; }\nbool reads_twice(const pt_problem&, bool) { return false; }\n"
+                    "int64_t steps_workspace(const pt_problem&) { return 0; }\nbool has_segments(const pt_problem&, bool) { return false; }\n"
                     + "".join(
                         f'int {s}(const pt_problem&, const pt_{s}_params&, cudaStream_t) {{ return fail(PT_UNSUPPORTED, "left out"); }}\n'
                         for s in ("query_scan", "key_grads")

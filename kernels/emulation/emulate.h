@@ -170,7 +170,7 @@ inline float __int_as_float(int x) { return emulated_bits<float>(x); }
 inline unsigned __float_as_uint(float x) { return emulated_bits<unsigned>(x); }
 inline int __float_as_int(float x) { return emulated_bits<int>(x); }
 inline size_t __cvta_generic_to_shared(const void* p) { return (uint32_t)((const uint8_t*)p - emulate::shared_memory); }
-inline float __fdividef(float a, float b) { return a / b; }
+inline float __fdividef(float a, float b) { return fabsf(b) > 0x1p126f ? 0.f : a / b; }
 template <typename A, typename B>
 std::common_type_t<A, B> min(A a, B b) {
   return (std::common_type_t<A, B>)a < (std::common_type_t<A, B>)b ? (std::common_type_t<A, B>)a : (std::common_type_t<A, B>)b;

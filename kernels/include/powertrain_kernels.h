@@ -258,11 +258,11 @@ PT_API int pt_chunk_scan_grad(const pt_problem* problem, const pt_chunk_scan_gra
 
 /* What pt_chunk_state and pt_chunk_scan compute, in one, in steps of 128 tokens from the start of the row on: on Hopper, at head dim 32 in bf16, with
  * chunks of 128, 256, 384 or 512 tokens, more than one of them.
- * Where it reads the tokens twice, since it splits time or final_state is wanted, it can pack them as it reads them for the first time: bytes that move
- * while products are computed (pt_packs_on_the_way says whether it does). */
+ * It can pack the tokens as it reads them for the first time: bytes that move while products are computed (pt_packs_on_the_way says whether it does). */
 typedef struct {
-  void *q, *k, *v;        /* packed; out where the next three are given. q is read for out alone */
-  pt_tensor unpacked_q, unpacked_k, unpacked_v; /* (B, T, Hq, K), (B, T, Hk, K), (B, T, Hk, V), or their .data are null: pt_pack has packed them */
+  void *q, *k, *v;        /* packed; out where the next three are given. q may be null without out */
+  pt_tensor unpacked_q, unpacked_k, unpacked_v; /* (B, T, Hq, K), (B, T, Hk, K), (B, T, Hk, V), the first only with out; or their .data are null:
+                                                   pt_pack has packed them */
   const void* gates;
   const float* initial;   /* boundary state, or null: zero */
   pt_tensor out;          /* y (B, T, Hq, V); out.data may be null with final_state: nothing else is computed */
@@ -273,7 +273,8 @@ typedef struct {
 } pt_query_scan_params;
 PT_API int pt_query_scan(const pt_problem* problem, const pt_query_scan_params* params, void* stream);
 
-/* What the reverse stages compute, in one: where pt_query_scan takes the problem, and with no gradient of the final state. As there, it can pack dn'. */
+/* What the reverse stages compute, in one: where pt_query_scan takes the problem, and with no gradient of the final state. Where it
+ * reads the tokens twice, since it splits time or final_state is wanted, it can pack dn', too. */
 typedef struct {
   const void *q, *k, *v;      /* packed */
   void* dn;                   /* packed; out where dy is given */
@@ -289,8 +290,9 @@ typedef struct {
 } pt_key_grads_params;
 PT_API int pt_key_grads(const pt_problem* problem, const pt_key_grads_params* params, void* stream);
 
-/* Whether pt_query_scan packs q, k and v, or pt_key_grads dy and y, of these tensors: rows have to begin at multiples of 16 bytes. */
-PT_API int pt_packs_on_the_way(const pt_problem* problem, int32_t has_final_state, const pt_tensor* tensors, int32_t count, int32_t* packs);
+/* Whether pt_query_scan packs q, k and v, or in reverse pt_key_grads dy and y, of these tensors: rows have to begin at multiples of 16 bytes, and
+ * pt_key_grads packs where it splits time, or final_state is wanted. */
+PT_API int pt_packs_on_the_way(const pt_problem* problem, int32_t reverse, int32_t has_final_state, const pt_tensor* tensors, int32_t count, int32_t* packs);
 
 /* --- whole passes: the stages above in order (src/common/passes.cu) ------------------------------------------------------------ */
 

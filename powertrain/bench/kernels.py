@@ -306,14 +306,11 @@ def _measure(
     record("retention", lambda: peer(q, k, v, log_g, deg=2, chunk_size=p.resolved_chunk_size), leaves, grad)
 
 
-# Kernels of one pass, in the order in which they run. What comes after pack_grad runs backward; the second
-# chunk_scan_grad is the reverse one.
+# Kernels of one pass, in the order in which they run.
 _STAGES = {
     "pack_inputs": "pack",
     "chunk_state_kernel": "chunk_state",
-    "join_kernel": "chunk_state",
     "segment_state_kernel": "segment_state",
-    "enter_kernel": "segment_state",
     "chunk_scan_kernel": "chunk_scan",
     "query_scan_kernel": "query_scan",
     "pack_grad": "pack_grad",
@@ -322,24 +319,36 @@ _STAGES = {
     "state_flow": "state_flow",
     "gate_grad": "gate_grad",
 }
+_FOLLOWERS = ("join_kernel", "enter_kernel")  # they belong to the stage before them
+# Kernels that pack on the way, by their template arguments, and what they do so in place of.
+_PACKING = {"Packs 1": "pack", "Packs 2": "pack_grad", "true": "pack", "bool 1": "pack"}
 
 
 def stages_of(kernels: list[str]) -> list[str | None]:
-    """Return the stage of each kernel of one forward and backward pass, by name and order; None for others' kernels."""
+    """Return the stage of each kernel of one forward and backward pass, by name and order; None for others' kernels.
+
+    Kernels that serve both directions run backward after the forward scan, and the second `chunk_scan_grad` is the
+    reverse one. A kernel that also packs is a stage named after both; `pt_pack` then forms the gates alone.
+    """
     stages: list[str | None] = []
+    scanned = packed = False
     for kernel in kernels:
-        name = re.search(r"(\w+)[<(]", kernel)  # after return type and namespaces
-        stage = _STAGES.get(name[1]) if name else None
-        comes_after = {
-            "chunk_state": "pack_grad",
-            "segment_state": "pack_grad",
-            "chunk_scan": "pack_grad",
-            "chunk_scan_grad": "chunk_scan_grad",
-        }
-        if stage in comes_after and comes_after[stage] in stages:
+        kernel = re.sub(r"\((?:powertrain::sm90::)?(Packs|bool)\)", r"\1 ", kernel)  # casts of template arguments
+        found = re.search(r"(\w+)(?:<(?:[^,<>]*, )?([^<>]*)>)?\(", kernel)
+        name, argument = found.groups() if found else ("", None)
+        stage = _STAGES.get(name)
+        if name in _FOLLOWERS:
+            stage = next((s for s in reversed(stages) if s), None)
+        elif stage == "chunk_scan_grad":
+            stage += " reverse" if stage in stages else ""
+        elif stage in ("chunk_state", "segment_state", "chunk_scan") and scanned:
             stage += " reverse"
+        if name in ("segment_state_kernel", "query_scan_kernel") and argument in _PACKING:
+            stage = f"{_PACKING[argument]}, {stage}"
+            packed |= _PACKING[argument] == "pack"
+        scanned |= name in ("chunk_scan_kernel", "query_scan_kernel")
         stages.append(stage)
-    return stages
+    return ["gates" if packed and stage == "pack" else stage for stage in stages]
 
 
 def _stage_timings(
@@ -439,8 +448,20 @@ def stage_floors(problem: Problem, rates: dict[str, float]) -> dict[str, float]:
         "segment_state reverse": (flops.backward.state_query / 2, 2 * q_bytes),
         "pack": (0, 2 * (q_bytes + 2 * k_bytes)),
         "pack_grad": (0, 3 * q_bytes),
+        "gates": (0, 6 * 4 * tokens * p.key_heads),  # read once, five decays of each
         "state_flow": (0, 2 * states * read // chunks),
     }
+    # What packs on the way reads tensors in place of packed tiles, and writes these.
+    for packing, stage, written in (
+        ("pack", "segment_state", q_bytes + 2 * k_bytes),
+        ("pack", "query_scan", q_bytes + 2 * k_bytes),
+        ("pack_grad", "segment_state reverse", q_bytes),
+    ):
+        work, size = needs[stage]
+        unpacked = (
+            q_bytes if stage != "query_scan" else 0
+        )  # q beside k and v, or y beside dy, of which the stage has no use
+        needs[f"{packing}, {stage}"] = (work, size + written + unpacked)
     return {
         name: max(work / rates["matrix_tflops"], size / rates["copy_tbps"]) / 1e9
         for name, (work, size) in needs.items()

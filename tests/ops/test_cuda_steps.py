@@ -98,19 +98,23 @@ def shifted(x: Tensor) -> Tensor:
     return torch.nn.functional.pad(x, (1, 7))[..., 1:-7]
 
 
-def packed_on_the_way(case: Case, *tensors: Tensor) -> bool:
+def packed_on_the_way(case: Case, *tensors: Tensor, reverse: bool = False) -> bool:
     problem = Problem(0, 90, case.B, case.Hq, case.Hk, case.D, case.chunk_size, 1.0, case.T)
     packs = ctypes.c_int32()
     arguments = ((Strided * len(tensors))(*map(strided, tensors)), len(tensors), ctypes.byref(packs))
-    native.call("pt_packs_on_the_way", ctypes.byref(problem), int(case.state), *arguments)
+    native.call("pt_packs_on_the_way", ctypes.byref(problem), int(reverse), int(case.state), *arguments)
     return bool(packs.value)
 
 
-@pytest.mark.parametrize(("state", "seed"), [(False, 0), (True, 1)])
-def test_the_same_bits_packed_on_the_way_or_before(monkeypatch: pytest.MonkeyPatch, state: bool, seed: int) -> None:
-    """Rows that do not begin at multiples of 16 bytes are packed by kernels of their own."""
+@pytest.mark.parametrize(("multiprocessors", "state"), [(1, False), (3, False), (3, True)])
+@pytest.mark.parametrize("seed", range(1 if ON_GPU else 2))
+def test_the_same_bits_packed_on_the_way_or_before(
+    monkeypatch: pytest.MonkeyPatch, multiprocessors: int, state: bool, seed: int
+) -> None:
+    """Rows that do not begin at multiples of 16 bytes are packed by kernels of their own; on the way, where there is
+    one time segment, by `query_scan`, else by `segment_state`."""
     monkeypatch.setenv("PT_EMULATED_SEED", str(seed))
-    monkeypatch.setenv("PT_EMULATED_MULTIPROCESSORS", "3")
+    monkeypatch.setenv("PT_EMULATED_MULTIPROCESSORS", str(multiprocessors))
     case = replace(BASE, T=450, Hq=2, documents=(1, 100, 300, 447), state=state)
     tensors = case.tensors()
     keywords = {"chunk_size": case.chunk_size, "impl": "cuda", **case.keywords()}
@@ -123,7 +127,8 @@ def test_the_same_bits_packed_on_the_way_or_before(monkeypatch: pytest.MonkeyPat
 
     assert packed_on_the_way(case, *(tensors[name] for name in names))
     expected, cotangents = evaluate(power_retention, tensors, None, **keywords)
-    assert not packed_on_the_way(case, shifted(cotangents[0]))
+    assert not packed_on_the_way(case, shifted(cotangents[0]), reverse=True)
+    assert ON_GPU or packed_on_the_way(case, cotangents[0], reverse=True) == (multiprocessors > 1)
     for function, dy in ((before, cotangents[0]), (power_retention, shifted(cotangents[0]))):
         ours, _ = evaluate(function, tensors, [dy], **({} if function is before else keywords))
         assert all(torch.equal(ours[name], expected[name]) for name in expected)

@@ -129,10 +129,10 @@ int allow_shared_memory(const void* kernel, int bytes) {
   return PT_OK;
 }
 
-bool packs_on_the_way(const pt_problem& problem, bool has_final_state, std::initializer_list<pt_tensor> tensors) {
+bool packs_on_the_way(const pt_problem& problem, bool reverse, bool has_final_state, std::initializer_list<pt_tensor> tensors) {
   for (const pt_tensor& x : tensors)
     if (!vectorizable(x)) return false;
-  return sm90::reads_twice(problem, has_final_state);
+  return !reverse || sm90::has_segments(problem, has_final_state);
 }
 
 RegisterKernel::RegisterKernel(const KernelEntry& entry) { registry().push_back(entry); }
@@ -221,8 +221,9 @@ int pt_query_scan(const pt_problem* problem, const pt_query_scan_params* params,
   PT_REQUIRE(params->out.data ? params->q && params->normalizer && params->states : params->final_state != nullptr);
   PT_TRY(require_steps(*problem, __func__));
   const bool packs = params->unpacked_q.data || params->unpacked_k.data || params->unpacked_v.data;
-  PT_REQUIRE(!packs || (params->q && params->unpacked_q.data && params->unpacked_k.data && params->unpacked_v.data));
-  PT_REQUIRE(!packs || packs_on_the_way(*problem, params->final_state, {params->unpacked_q, params->unpacked_k, params->unpacked_v}));
+  PT_REQUIRE(!packs || (params->unpacked_k.data && params->unpacked_v.data));
+  PT_REQUIRE(!packs || (params->unpacked_q.data != nullptr) == (params->out.data != nullptr));
+  PT_REQUIRE(!packs || packs_on_the_way(*problem, false, params->final_state, {params->unpacked_q, params->unpacked_k, params->unpacked_v}));
   return sm90::query_scan(*problem, *params, (cudaStream_t)stream);
 }
 
@@ -233,16 +234,16 @@ int pt_key_grads(const pt_problem* problem, const pt_key_grads_params* params, v
   PT_TRY(require_steps(*problem, __func__));
   const bool packs = params->dy.data || params->y.data || params->normalizer;
   PT_REQUIRE(!packs || (params->dy.data && params->y.data && params->normalizer));
-  PT_REQUIRE(!packs || packs_on_the_way(*problem, params->final_state, {params->dy, params->y}));
+  PT_REQUIRE(!packs || packs_on_the_way(*problem, true, params->final_state, {params->dy, params->y}));
   return sm90::key_grads(*problem, *params, (cudaStream_t)stream);
 }
 
-int pt_packs_on_the_way(const pt_problem* problem, int32_t has_final_state, const pt_tensor* tensors, int32_t count, int32_t* packs) {
+int pt_packs_on_the_way(const pt_problem* problem, int32_t reverse, int32_t has_final_state, const pt_tensor* tensors, int32_t count, int32_t* packs) {
   pt_sizes sizes;
   PT_TRY(pt_sizes_of(problem, &sizes));
   PT_REQUIRE(tensors && packs && count >= 1);
   *packs = sizes.steps_workspace != 0;
-  for (int i = 0; i < count; i++) *packs = *packs && packs_on_the_way(*problem, has_final_state, {tensors[i]});
+  for (int i = 0; i < count; i++) *packs = *packs && packs_on_the_way(*problem, reverse, has_final_state, {tensors[i]});
   return PT_OK;
 }
 

@@ -95,7 +95,8 @@ struct PackArguments {
   Gates gates;
 };
 
-// Values, and their gates on the way; or the gates alone, where there is nowhere to put values. Lanes are two column groups of sixteen tokens: whole sectors are read and written.
+// Values, and their gates on the way; or the gates alone, where there is nowhere to put values. Lanes are two column groups of sixteen tokens: whole
+// sectors are read and written.
 template <typename T, int D>
 __device__ void pack_values(const PackArguments<T>& a, uint32_t index, float* shared) {
   constexpr int kLoads = 4, kStep = kThreads * 8 / D;  // of a thread; tokens between them

@@ -128,12 +128,13 @@ int pt_forward(const pt_problem* problem, const pt_forward_params* params, void*
   PT_TRY(validate_phase(p, a.phase));
   PT_REQUIRE(a.phase != PT_BEGIN || !(a.initial_state || a.out.data));
   PT_REQUIRE(a.phase != PT_FINISH || (a.initial_state && !a.final_state));
+  PT_REQUIRE(a.phase == PT_FINISH || (a.q.data && a.k.data && a.v.data));
   // A pass in two calls has both, though each call is given one.
   const bool has_initial = a.initial_state || a.phase == PT_BEGIN, has_final = a.final_state || a.phase == PT_FINISH;
   const Saved saved(p, sizes, has_initial, a.saved);
   const ForwardBuffers buffers(p, sizes, a.phase, has_initial, has_final, a.workspace);
   PT_REQUIRE(a.workspace || buffers.bytes == 0);
-  const bool packs_later = buffers.steps && packs_on_the_way(p, has_final, {a.q, a.k, a.v});
+  const bool packs_later = buffers.steps && packs_on_the_way(p, false, has_final, {a.q, a.k, a.v});
 
   if (a.phase != PT_FINISH) {
     if (saved.q_scale) {
@@ -144,10 +145,10 @@ int pt_forward(const pt_problem* problem, const pt_forward_params* params, void*
       PT_TRY(pt_power_scale(problem, &of_v, stream));
       if (has_initial) PT_TRY(bound_key_scale(p, a.initial_state, a.initial_sum_of_keys, saved.v_scale, saved.k_scale, (cudaStream_t)stream));
     }
-    const bool packs = !packs_later;
     const pt_pack_params pack = {a.q, a.k, a.v, saved.q_scale, saved.k_scale, saved.v_scale,
                                  a.log_G, a.log_G_stride_b, a.log_G_stride_t, a.log_G_stride_h, a.cu_seqlens, a.num_cu_seqlens,
-                                 saved.gates, packs ? saved.q : nullptr, packs ? saved.k : nullptr, packs ? saved.v : nullptr, buffers.decayed_v};
+                                 saved.gates, packs_later ? nullptr : saved.q, packs_later ? nullptr : saved.k, packs_later ? nullptr : saved.v,
+                                 buffers.decayed_v};
     PT_TRY(pt_pack(problem, &pack, stream));
   }
   if (buffers.initial) {
@@ -164,8 +165,8 @@ int pt_forward(const pt_problem* problem, const pt_forward_params* params, void*
   }
   if (buffers.steps) {
     const pt_tensor none = {};
-    const pt_query_scan_params scan = {saved.q, saved.k, saved.v, packs_later ? a.q : none, packs_later ? a.k : none, packs_later ? a.v : none, saved.gates,
-                                       buffers.initial, a.out, a.normalizer, states, buffers.final_state, buffers.scan_workspace};
+    const pt_query_scan_params scan = {saved.q, saved.k, saved.v, packs_later && a.out.data ? a.q : none, packs_later ? a.k : none, packs_later ? a.v : none,
+                                       saved.gates, buffers.initial, a.out, a.normalizer, states, buffers.final_state, buffers.scan_workspace};
     PT_TRY(pt_query_scan(problem, &scan, stream));
   }
   if (buffers.final_state) {
@@ -199,7 +200,7 @@ int pt_backward(const pt_problem* problem, const pt_backward_params* params, voi
     PT_TRY(pt_row_scale(problem, &rows, stream));
     q = buffers.scaled_q, normalizer = buffers.scaled_normalizer;
   }
-  const bool packs_later = buffers.key_grads && packs_on_the_way(p, has_initial, {a.dy, a.y});
+  const bool packs_later = buffers.key_grads && packs_on_the_way(p, true, has_initial, {a.dy, a.y});
   if (a.phase != PT_FINISH && !packs_later) {
     const pt_pack_grad_params pack = {a.dy,        a.y,
                                       normalizer,  saved.v_scale,
@@ -228,14 +229,14 @@ int pt_backward(const pt_problem* problem, const pt_backward_params* params, voi
   if (buffers.key_grads) {
     // Before dq, which reads dn'.
     const pt_tensor none = {};
-    const pt_key_grads_params of_k = {q,    saved.k, saved.v,  buffers.dn, packs_later ? a.dy : none, packs_later ? a.y : none, packs_later ? normalizer : nullptr, saved.gates,
-                                      a.dv, a.dk,    key_dots, query_dots ? buffers.grad_states : nullptr, buffers.entering, buffers.scan_workspace};
+    const pt_key_grads_params of_k = {q, saved.k, saved.v, buffers.dn, packs_later ? a.dy : none, packs_later ? a.y : none, packs_later ? normalizer : nullptr,
+                                      saved.gates, a.dv, a.dk, key_dots, query_dots ? buffers.grad_states : nullptr, buffers.entering, buffers.scan_workspace};
     PT_TRY(pt_key_grads(problem, &of_k, stream));
   }
   if (!initial_only) {
     const pt_chunk_scan_grad_params of_q = {0,    has_initial,   q,             saved.k,          saved.v, buffers.dn, saved.gates, saved.states,
                                             a.dq, saved.q_scale, saved.v_scale, buffers.dn_scale, buffers.row_scale,     query_dots};
-    // dq before dk: `powertrain bench kernels` tells both calls of a stage apart by their order.
+    // Before dk by the same stage: `powertrain bench kernels` tells both calls apart by their order.
     PT_TRY(pt_chunk_scan_grad(problem, &of_q, stream));
   }
   if (initial_only) return pt_boundary(problem, &boundary, stream);

@@ -21,8 +21,8 @@ int allow_shared_memory(const void* kernel, int bytes);
 inline bool vectorizable(const pt_tensor& x) {  // rows of 16-byte loads
   return ((uintptr_t)x.data % 16 == 0) && x.stride_b % 8 == 0 && x.stride_t % 8 == 0 && x.stride_h % 8 == 0;
 }
-// Whether pt_query_scan or pt_key_grads, where it takes the problem, packs these tensors itself.
-bool packs_on_the_way(const pt_problem& problem, bool has_final_state, std::initializer_list<pt_tensor> tensors);
+// Whether pt_query_scan, or in reverse pt_key_grads, where it takes the problem, packs these tensors itself.
+bool packs_on_the_way(const pt_problem& problem, bool reverse, bool has_final_state, std::initializer_list<pt_tensor> tensors);
 
 // fp16 with a state from outside: lowers key_scale (B, Hk) until the initial state fits in packed units, dn_scale (B, Hk) until the gradient of the
 // final one does (boundary.cu).
@@ -52,7 +52,7 @@ struct RegisterKernel {
 // What only Hopper has.
 namespace sm90 {
 int64_t steps_workspace(const pt_problem& problem);  // 0 where pt_query_scan and pt_key_grads do not take the problem
-bool reads_twice(const pt_problem& problem, bool has_final_state);  // whether they first find the states that enter time segments
+bool has_segments(const pt_problem& problem, bool has_final_state);  // whether they first find what enters time segments, or leaves the last one
 int query_scan(const pt_problem& problem, const pt_query_scan_params& params, cudaStream_t stream);
 int key_grads(const pt_problem& problem, const pt_key_grads_params& params, cudaStream_t stream);
 }  // namespace sm90

@@ -44,7 +44,7 @@ int64_t steps_workspace(const pt_problem& problem) {
   return choose_entered_segments(problem) * boundary_elements(problem) * 4;
 }
 
-bool reads_twice(const pt_problem& problem, bool has_final_state) { return has_final_state || choose_entered_segments(problem) > 1; }
+bool has_segments(const pt_problem& problem, bool has_final_state) { return has_final_state || choose_entered_segments(problem) > 1; }
 
 int query_scan(const pt_problem& problem, const pt_query_scan_params& params, cudaStream_t stream) {
   return launch_query_scan<__nv_bfloat16>(problem, params, stream);

@@ -86,6 +86,13 @@ struct KeyGrads : StateSteps<T, true> {
     });
   }
 
+  static constexpr int kRowFillers = 1, kColumnFillers = 1, kColumnPackers = 0;  // threads
+  __device__ static void run_producing(const KeyGradsParams& p, const Layout& at, int warp) {
+    if (threadIdx.x % 128 == 0) produce(p, at);
+    else if (threadIdx.x % 128 == 32) Steps::produce_inputs(p, at);
+    else if (warp >= 2) Steps::assist(p, at);
+  }
+
   struct Scanner {
     const KeyGradsParams& p;
     const Layout& at;

@@ -3,11 +3,17 @@
 //
 // Two scanning warpgroups, one for each 64-token block of a step, take phi(q) S and the normaliser's q^T Z q, times the decay from the step's start, and
 // add the attention within the step. Several query heads of a key head take a step one after the other.
+//
+// Where it reads the tokens first, because one time segment is enough, it packs them on the way (kPacks, row_packs.cuh): then columns and rows are copied as
+// they lie in the tensors, a warp packs queries and the assistants keys and values, a step ahead of those who read them, and what the updating warpgroup
+// reads is made from there.
 #pragma once
+#include "row_packs.cuh"
 #include "state_steps.cuh"
 
 namespace powertrain::sm90 {
 
+template <typename T>
 struct QueryScanParams : StepsParams {  // x: k, u: v'
   const void* q;                        // packed
   const float *block_in, *log2_decay;
@@ -16,14 +22,20 @@ struct QueryScanParams : StepsParams {  // x: k, u: v'
   int64_t out_stride_b, out_stride_t, out_stride_h, seq_len;
   float* normalizer;
   int queries, key_heads;  // query heads of a key head
+  // With kPacks.
+  Strided<T> unpacked_q, unpacked_k, unpacked_v;
+  T *packed_q, *packed_k, *packed_v;
 };
 
-template <typename T>
+template <typename T, bool kPacks>
 struct QueryScan : StateSteps<T, false> {
   using Steps = StateSteps<T, false>;
+  using Rows = RowPacks<T>;
+  using Params = QueryScanParams<T>;
   using Steps::for_each_step, Steps::load_block, Steps::load_pair, Steps::multiply_norm, Steps::multiply_phi, Steps::set_phi,
       Steps::set_phi_columns;
-  using Steps::kFeatureBlocks, Steps::kHalf, Steps::kHeadDim, Steps::kScanners, Steps::kStateBuffers, Steps::kStateBytes, Steps::kStep, Steps::kXBytes;
+  using Steps::kAssistants, Steps::kColumnGroups, Steps::kFeatureBlocks, Steps::kHalf, Steps::kHeadDim, Steps::kInputBuffers, Steps::kInputBytes,
+      Steps::kRowBytes, Steps::kScanners, Steps::kStateBuffers, Steps::kStateBytes, Steps::kStep, Steps::kUBytes, Steps::kXBytes;
   using typename Steps::Memory, typename Steps::PhiColumns, typename Steps::Step;
   using Updater = typename Steps::template Updater<false, 2>;
   // Registers: at most 4 * 128, the cap of a block of 512 threads.
@@ -36,23 +48,34 @@ struct QueryScan : StateSteps<T, false> {
   static constexpr int kRowBuffers = 2, kColumnBuffers = 2;  // of the blocks of a step
 
   struct Layout : Memory {
-    uint32_t rows, columns, row_barriers, column_barriers, end;
+    uint32_t rows, columns, row_barriers, column_barriers, copied_rows, copied_columns, end;  // the last two: barriers of what is to be packed
     __host__ __device__ constexpr explicit Layout(uint32_t start)
         : Memory(start),
           rows(Memory::end_of_steps),
           columns(rows + kRowBuffers * kStep * kXBytes),
           row_barriers(columns + kColumnBuffers * kStep * kColumnBytes),
           column_barriers(row_barriers + 16 * kRowBuffers),
-          end(column_barriers + 16 * kColumnBuffers) {}
+          copied_rows(column_barriers + 16 * kColumnBuffers),
+          copied_columns(copied_rows + 8 * kRowBuffers),
+          end(copied_columns + 8 * kColumnBuffers) {}
   };
   static constexpr int kSharedBytes = Layout(0).end;
   static_assert(kSharedBytes <= 227 * 1024 && kProducing + kScanners * kScanning + kUpdating <= 4 * 128);
 
+  // A block's numbers of each token.
+  __device__ static __forceinline__ void load_vectors(const Params& p, const Columns& to, int block, uint32_t barrier) {
+    const int head = opaque(blockIdx.y);
+    const int64_t from = (int64_t)(head * p.blocks + block) * kBlock;
+    bulk_load(to.decays(), p.decays + from, Columns::kVectorBytes, barrier);
+    bulk_load(to.log2_decays(), p.log2_decay + from, Columns::kVectorBytes, barrier);
+    bulk_load(to.documents(), p.document_start + (int64_t)(head / p.key_heads * p.blocks + block) * kBlock, Columns::kVectorBytes, barrier);
+    bulk_load(row_decays(to), p.block_in + from, Columns::kVectorBytes, barrier);
+  }
   // What the scanning warpgroups read.
-  __device__ static void produce(const QueryScanParams& p, const Layout& at) {
+  __device__ static void produce(const Params& p, const Layout& at) {
     Ring<kRowBuffers> rows(at.row_barriers);
     Ring<kColumnBuffers> columns(at.column_barriers);
-    const int64_t head = blockIdx.y, block_at = head * p.blocks, document_at = head / p.key_heads * p.blocks;
+    const int64_t head = blockIdx.y;
     for_each_step(p, [&](const Step& step) {
       columns.wait_empty();
       const uint32_t full = columns.full_barrier();
@@ -60,12 +83,8 @@ struct QueryScan : StateSteps<T, false> {
 #pragma unroll 1
       for (int m = 0; m < step.count; m++) {
         const Columns to = {at.columns + (columns.stage() * kStep + m) * kColumnBytes};
-        const int64_t block = block_at + step.block + m;
-        load_block(p, to.x, block, full);
-        bulk_load(to.decays(), p.decays + block * kBlock, Columns::kVectorBytes, full);
-        bulk_load(to.log2_decays(), p.log2_decay + block * kBlock, Columns::kVectorBytes, full);
-        bulk_load(to.documents(), p.document_start + (document_at + step.block + m) * kBlock, Columns::kVectorBytes, full);
-        bulk_load(row_decays(to), p.block_in + block * kBlock, Columns::kVectorBytes, full);
+        load_block(p, to.x, head * p.blocks + step.block + m, full);
+        load_vectors(p, to, step.block + m, full);
       }
       columns.advance();
 #pragma unroll 1
@@ -79,8 +98,139 @@ struct QueryScan : StateSteps<T, false> {
     });
   }
 
+  // Threads that fill a stage of rows or columns, and those that read a stage of columns before they are done with it, besides the scanning ones.
+  static constexpr int kRowFillers = kPacks ? 32 : 1, kColumnFillers = kPacks ? kAssistants * 32 : 1, kColumnPackers = kPacks ? kAssistants * 32 : 0;
+  __device__ static void init(const Layout& at) {
+    Steps::init(at);
+    for (int i = 0; i < kRowBuffers; i++) barrier_init(at.copied_rows + 8 * i, 32);
+    for (int i = 0; i < kColumnBuffers; i++) barrier_init(at.copied_columns + 8 * i, Rows::kCopiers);
+  }
+  __device__ static void run_producing(const Params& p, const Layout& at, int warp) {
+    if constexpr (kPacks) {
+      if (warp == 0) copy(p, at);
+      else if (warp == 1) pack_queries(p, at);
+      else pack_and_assist(p, at);
+    } else {
+      if (threadIdx.x % 128 == 0) produce(p, at);
+      else if (threadIdx.x % 128 == 32) Steps::produce_inputs(p, at);
+      else if (warp >= 4 - kAssistants) Steps::assist(p, at);
+    }
+  }
+
+  // With kPacks, a warp each: what produce loads, as it lies in the tensors ...
+  __device__ static void copy(const Params& p, const Layout& at) {
+    Ring<kRowBuffers> rows(at.row_barriers);
+    Ring<kColumnBuffers> columns(at.column_barriers);
+    const int batch = blockIdx.y / p.key_heads, head = blockIdx.y % p.key_heads;
+    for_each_step(p, [&](const Step& step) {
+      columns.wait_empty();
+      const uint32_t copied = at.copied_columns + 8 * columns.stage();
+      if (threadIdx.x % 32 == 0) {
+        barrier_expect(copied, step.count * 4 * Columns::kVectorBytes);
+#pragma unroll 1
+        for (int m = 0; m < step.count; m++)
+          load_vectors(p, Columns{at.columns + (columns.stage() * kStep + m) * kColumnBytes}, step.block + m, copied);
+      }
+#pragma unroll 1
+      for (int m = 0; m < step.count; m++) {
+        const Columns to = {at.columns + (columns.stage() * kStep + m) * kColumnBytes};
+        const int64_t token = (int64_t)(step.block + m) * kBlock;
+        const int count = Rows::existing(p.seq_len, step.block + m);
+        Rows::copy_rows(to.x, p.unpacked_k.row(batch, token, head), p.unpacked_k.stride_t, count);
+        Rows::copy_rows(to.u(), p.unpacked_v.row(batch, token, head), p.unpacked_v.stride_t, count);
+      }
+      barrier_arrive_after_copies(copied);
+      columns.advance();
+#pragma unroll 1
+      for (int g = 0; g < p.queries; g++, rows.advance()) {
+        rows.wait_empty();
+#pragma unroll 1
+        for (int m = 0; m < step.count; m++)
+          Rows::copy_rows(at.rows + (rows.stage() * kStep + m) * kXBytes,
+                          p.unpacked_q.row(batch, (int64_t)(step.block + m) * kBlock, head * p.queries + g), p.unpacked_q.stride_t,
+                          Rows::existing(p.seq_len, step.block + m));
+        barrier_arrive_after_copies(at.copied_rows + 8 * rows.stage());
+      }
+    });
+    wait_for_copies();
+  }
+  // ... queries ...
+  __device__ static void pack_queries(const Params& p, const Layout& at) {
+    Ring<kRowBuffers> rows(at.row_barriers);
+    for_each_step(p, [&](const Step& step) {
+#pragma unroll 1
+      for (int g = 0; g < p.queries; g++, rows.advance()) {
+        barrier_wait(at.copied_rows + 8 * rows.stage(), rows.phase());
+#pragma unroll 1
+        for (int m = 0; m < step.count; m++)
+          Rows::template pack_features<true>(
+              at.rows + (rows.stage() * kStep + m) * kXBytes,
+              p.packed_q + ((int64_t)(opaque(blockIdx.y) * p.queries + g) * p.blocks + step.block + m) * feature_block_elements(kHeadDim),
+              opaque(threadIdx.x) % 32);
+        barrier_arrive(rows.full_barrier());
+      }
+    });
+  }
+  // ... and, by one of the assistants, the columns of the n-th step, of whose blocks each takes one.
+  __device__ static __forceinline__ void pack_columns(const Params& p, const Layout& at, const Step& step, uint32_t n, int thread) {
+    static_assert(kAssistants == kStep);
+    Ring<kColumnBuffers> columns(at.column_barriers);
+    columns.count = n;
+    barrier_wait(at.copied_columns + 8 * columns.stage(), columns.phase());
+    thread = opaque(thread);
+    const int m = thread / 32, lane = thread % 32;
+    if (m < step.count) {
+      const Columns block = {at.columns + (columns.stage() * kStep + m) * kColumnBytes};
+      const int64_t index = opaque(blockIdx.y) * p.blocks + step.block + m;
+      const int count = Rows::existing(p.seq_len, step.block + m);
+      Rows::template pack_features<true>(block.x, p.packed_k + index * feature_block_elements(kHeadDim), lane);
+      Rows::pack_values(block.u(), p.packed_v + index * value_block_elements(kHeadDim), count, lane, [](uint4 values, int) { return values; });
+#pragma unroll
+      for (int token = lane; token < kBlock; token += 32) store_shared_16(block.u() + (kColumnGroups * kBlock + token) * kRowBytes, Rows::ones(token < count));
+      fence_async_shared();
+    }
+    barrier_arrive(columns.full_barrier());
+  }
+  // What the updating warpgroup reads of the n-th step, whole and not the last, from its columns.
+  __device__ static __forceinline__ void make_inputs(const Params& p, const Layout& at, const Step& step, uint32_t n, int thread) {
+    Ring<kInputBuffers> inputs(at.input_barriers);
+    Ring<kColumnBuffers> columns(at.column_barriers);
+    columns.count = n, inputs.count = n * kStep;
+    columns.wait_full();  // the other assistant's part, too
+#pragma unroll 1
+    for (int m = 0; m < kStep; m++, inputs.advance()) {
+      const Columns from = {at.columns + (columns.stage() * kStep + m) * kColumnBytes};
+      const uint32_t to = at.inputs + inputs.stage() * kInputBytes;
+      inputs.wait_empty();
+#pragma unroll 2
+      for (int row = thread * kRowBytes; row < kXBytes; row += kAssistants * 32 * kRowBytes) store_shared_16(to + row, load_shared_16(from.x + row));
+      const float across = Steps::decay_across(p.block_decay + (int64_t)opaque(blockIdx.y) * p.blocks, step, m);
+      Steps::template decay_values<kAssistants * 32, 1>(to + kXBytes, from.u(), from.decays(), across, thread);
+      barrier_arrive(inputs.full_barrier());
+    }
+    columns.release(columns.stage());
+  }
+  // One of the assistants: columns of the next step, after what the updating warpgroup reads of the one before it (see Steps::assist).
+  __device__ static void pack_and_assist(const Params& p, const Layout& at) {
+    const auto thread = [] { return opaque(threadIdx.x) % 128 - (4 - kAssistants) * 32; };
+    int chunk = -1;  // that the state enters with the step before
+    uint32_t n = 0;
+    const auto pass_state = [&] {
+      Ring<kStateBuffers> states(at.state_barriers);
+      states.count = n - 1;
+      Steps::pass_state(p, at, states, chunk, thread());
+    };
+    for_each_step(p, [&](const Step& next) {
+      if (n > 0) make_inputs(p, at, {next.block - kStep, kStep, false, -1}, n - 1, thread());
+      pack_columns(p, at, next, n, thread());
+      if (n > 0) pass_state();
+      chunk = next.chunk, n++;
+    });
+    pass_state();
+  }
+
   struct Scanner {
-    const QueryScanParams& p;
+    const Params& p;
     const Layout& at;
     const int lane, warp, scanner;
     Ring<kStateBuffers> states;
@@ -88,7 +238,7 @@ struct QueryScan : StateSteps<T, false> {
     Ring<kColumnBuffers> columns;
     float acc[kHeadDim / 2 + 4], norm[2];  // y times d, and d; its part from the state apart, since products go on into acc
 
-    __device__ Scanner(const QueryScanParams& p, const Layout& at, int scanner)
+    __device__ Scanner(const Params& p, const Layout& at, int scanner)
         : p(p), at(at), lane(threadIdx.x % 32), warp(uniform_warp() % 4), scanner(scanner), states(at.state_barriers), rows(at.row_barriers),
           columns(at.column_barriers) {}
 
@@ -224,21 +374,20 @@ struct QueryScan : StateSteps<T, false> {
   };
 };
 
-template <typename T>
-__global__ void __launch_bounds__(QueryScan<T>::kThreads, 1) query_scan_kernel(const __grid_constant__ QueryScanParams p) {
-  run_steps<QueryScan<T>>(p);
+template <typename T, bool kPacks>
+__global__ void __launch_bounds__(QueryScan<T, kPacks>::kThreads, 1) query_scan_kernel(const __grid_constant__ QueryScanParams<T> p) {
+  run_steps<QueryScan<T, kPacks>>(p);
 }
 
 template <typename T>
 int launch_query_scan(const pt_problem& problem, const pt_query_scan_params& params, cudaStream_t stream) {
-  using Kernel = QueryScan<T>;
   const Gates gates = gates_of(problem, params.gates);
   const int segments = choose_entered_segments(problem);
-  const SegmentScan scan = {false, params.k, params.v, params.gates, params.initial, params.final_state, params.unpacked_q.data ? &params : nullptr, nullptr};
+  const SegmentScan scan = {false, params.k, params.v, params.gates, params.initial, params.final_state, params.unpacked_k.data ? &params : nullptr, nullptr};
   const float* entering;
   if (int status = find_entering<T>(problem, scan, segments, params.workspace, &entering, stream)) return status;
   if (!params.out.data) return PT_OK;
-  QueryScanParams p;
+  QueryScanParams<T> p = {};
   set_segment_params(p, problem, segments, false);
   p.block_decay = gates.block_decay, p.entering = entering;
   p.x = params.k, p.u = params.v, p.q = params.q;
@@ -246,9 +395,17 @@ int launch_query_scan(const pt_problem& problem, const pt_query_scan_params& par
   p.out = params.out.data, p.out_stride_b = params.out.stride_b, p.out_stride_t = params.out.stride_t, p.out_stride_h = params.out.stride_h;
   p.normalizer = params.normalizer, p.states = params.states;
   p.seq_len = problem.seq_len, p.queries = problem.query_heads / problem.key_heads, p.key_heads = problem.key_heads;
-  auto* kernel = query_scan_kernel<T>;
-  if (int status = allow_shared_memory((const void*)kernel, Kernel::kSharedBytes)) return status;
-  return launch("query_scan", kernel, dim3((unsigned)segments, (unsigned)(problem.batch * problem.key_heads)), Kernel::kThreads, Kernel::kSharedBytes, stream, p);
+  const auto start = [&](auto packs) {
+    using Kernel = QueryScan<T, packs.value>;
+    auto* kernel = query_scan_kernel<T, packs.value>;
+    if (int status = allow_shared_memory((const void*)kernel, Kernel::kSharedBytes)) return status;
+    const dim3 grid((unsigned)segments, (unsigned)(problem.batch * problem.key_heads));
+    return launch("query_scan", kernel, grid, Kernel::kThreads, Kernel::kSharedBytes, stream, p);
+  };
+  if (!params.unpacked_q.data || has_segments(problem, params.final_state)) return start(std::false_type());
+  p.unpacked_q = strided<T>(params.unpacked_q), p.unpacked_k = strided<T>(params.unpacked_k), p.unpacked_v = strided<T>(params.unpacked_v);
+  p.packed_q = (T*)params.q, p.packed_k = (T*)params.k, p.packed_v = (T*)params.v;
+  return start(std::true_type());
 }
 
 }  // namespace powertrain::sm90

@@ -2,6 +2,11 @@
 
 namespace powertrain::sm90 {
 template int launch_query_scan<__nv_bfloat16>(const pt_problem&, const pt_query_scan_params&, cudaStream_t);
-static RegisterKernel registered({"query_scan K=32 bf16", (const void*)query_scan_kernel<__nv_bfloat16>, 90, QueryScan<__nv_bfloat16>::kThreads,
-                                  QueryScan<__nv_bfloat16>::kSharedBytes});
+
+template <bool kPacks>
+KernelEntry entry(const char* name) {
+  using Kernel = QueryScan<__nv_bfloat16, kPacks>;
+  return {name, (const void*)query_scan_kernel<__nv_bfloat16, kPacks>, 90, Kernel::kThreads, Kernel::kSharedBytes};
+}
+static RegisterKernel registered(entry<false>("query_scan K=32 bf16")), packing(entry<true>("query_scan packing q, k, v K=32 bf16"));
 }  // namespace powertrain::sm90

@@ -3,11 +3,9 @@
 // loaded once for all tiles; and u gets its decays on the way, from assisting warps of the producing warpgroup, so that nobody writes them before. Blocks go
 // from the segment's end to its beginning: their decays to its end are a running product, and the accumulators are never multiplied.
 //
-// Since it is bound by its products and pt_pack and pt_pack_grad by bytes, it packs on the way where it can (Packs): the producing warp copies rows of the
-// tensors into shared memory, where a row of 16 bytes has the place that it has in packed values, and the assisting warps make the packed tiles of them,
-// of keys and queries by transposing core matrices in place.
+// Since it is bound by its products and pt_pack and pt_pack_grad by bytes, it packs on the way where it can (Packs, row_packs.cuh).
 #pragma once
-#include "../common/rows.cuh"
+#include "row_packs.cuh"
 #include "state_tiles.cuh"
 
 namespace powertrain::sm90 {
@@ -24,12 +22,13 @@ struct SegmentStateParams : SegmentParams {  // decays: to the end of their chun
   const float* normalizer;
   T *packed_q, *packed_x, *packed_u;
   int64_t seq_len;
-  int key_heads, queries;  // query heads of a key head
+  int key_heads, queries;  // query heads of a key head; 0 where q is not wanted
 };
 
 template <typename T, Packs kPacks>
 struct SegmentState : StateTiles<T> {
   using Tiles = StateTiles<T>;
+  using Rows = RowPacks<T>;
   using Params = SegmentStateParams<T>;
   using Tiles::kColumnGroups, Tiles::kColumns, Tiles::kHeadDim, Tiles::kInputBytes, Tiles::kPhiTiles, Tiles::kRowBytes, Tiles::kUBytes, Tiles::kValueBytes,
       Tiles::kXBytes;
@@ -50,7 +49,8 @@ struct SegmentState : StateTiles<T> {
 
   __device__ static void init(uint32_t shared) {
     Ring<kBuffers>::init(shared + kBarriers, 128, 32);
-    for (int i = 0; i < kBuffers; i++) barrier_init(shared + kLoaded + 8 * i, kPacks == Packs::kNothing ? 1 : 33);  // the copying warp, and once more its first lane
+    constexpr int kLoaders = kPacks == Packs::kNothing ? 1 : Rows::kCopiers;
+    for (int i = 0; i < kBuffers; i++) barrier_init(shared + kLoaded + 8 * i, kLoaders);
     if (kInputs) Ring<kQueryBuffers>::init(shared + kQueryBarriers, 32, 32);
     barrier_init(shared + kMeeting, kUpdaters * 128);
   }
@@ -66,20 +66,6 @@ struct SegmentState : StateTiles<T> {
   // The g-th head of x and u of this thread block's key head, or its g-th query head, among all.
   __device__ static __forceinline__ int64_t block_of(const Params& p, int heads, int g, int block) {
     return (int64_t)(opaque(blockIdx.y) * heads + g) * p.blocks + block;
-  }
-  __device__ static __forceinline__ int existing(const Params& p, int block) { return (int)min(p.seq_len - (int64_t)block * kBlock, (int64_t)kBlock); }
-
-  // Where a copied block has columns 8 c to 8 c + 7 of a token: where packed values have them, but for odd c with tokens 4 apart exchanged, so that the
-  // two lanes that copy a sector of 32 bytes, and those of the next three tokens, write to different banks.
-  __device__ static __forceinline__ uint32_t copied_at(int token, int c) { return (c * kBlock + (token ^ c % 2 * 4)) * kRowBytes; }
-  // By a warp: a block's rows of a tensor, zeros beyond `count`.
-  __device__ static __forceinline__ void copy_rows(uint32_t to, const T* from, int64_t stride_t, int count) {
-    const int lane = threadIdx.x % 32;
-    from += lane / 2 * stride_t + lane % 2 * 8, to += copied_at(lane / 2, lane % 2);
-#pragma unroll
-    for (int step = 0; step < kBlock / 16; step++, from = opaque(from + 16 * stride_t))
-#pragma unroll
-      for (int c = 0; c < kColumnGroups; c += 2) copy_16(to + (c * kBlock + 16 * step) * kRowBytes, from + c * 8, lane / 2 + 16 * step < count);
   }
 
   // The first thread of the producing warpgroup; with Packs, its warp.
@@ -99,22 +85,22 @@ struct SegmentState : StateTiles<T> {
         if constexpr (kPacks == Packs::kNothing) {
           Tiles::load_inputs(p, to, g, block, loaded);
         } else {
-          const int count = existing(p, block);
+          const int count = Rows::existing(p.seq_len, block);
           if (lane == 0) {
             barrier_expect(loaded, (kGradients ? kXBytes : 0) + kBlock * 4);
             if (kGradients) bulk_load(to, (const T*)p.x + block_of(p, p.group, g, block) * feature_block_elements(kHeadDim), kXBytes, loaded);
             bulk_load(to + kXBytes + kUBytes, p.decays + block_of(p, 1, 0, block) * kBlock, kBlock * 4, loaded);
           }
           if constexpr (kInputs) {
-            copy_rows(to, p.k.row(batch, token, head), p.k.stride_t, count);
-            copy_rows(to + kXBytes, p.v.row(batch, token, head), p.v.stride_t, count);
+            Rows::copy_rows(to, p.k.row(batch, token, head), p.k.stride_t, count);
+            Rows::copy_rows(to + kXBytes, p.v.row(batch, token, head), p.v.stride_t, count);
           } else {
             const int query_head = head * p.group + g;
-            copy_rows(to + kXBytes, p.dy.row(batch, token, query_head), p.dy.stride_t, count);
-            copy_rows(to + kYAt, p.y.row(batch, token, query_head), p.y.stride_t, count);
+            Rows::copy_rows(to + kXBytes, p.dy.row(batch, token, query_head), p.dy.stride_t, count);
+            Rows::copy_rows(to + kYAt, p.y.row(batch, token, query_head), p.y.stride_t, count);
             const float* const d = p.normalizer + ((int64_t)blockIdx.y * p.group + g) * p.seq_len + token;
 #pragma unroll
-            for (int t = lane; t < kBlock; t += 32) copy_4(to + kNormalizerAt + t * 4, d + (t < count ? t : 0), t < count);
+            for (int t = lane; t < kBlock; t += 32) copy_4(to + kNormalizerAt + t * 4, d + t, t < count);
           }
           barrier_arrive_after_copies(loaded);
         }
@@ -123,63 +109,26 @@ struct SegmentState : StateTiles<T> {
 #pragma unroll 1
         for (int g = 0; g < p.queries; g++, queries.advance()) {
           queries.wait_empty();
-          copy_rows(shared + kQueriesAt + queries.stage() * kXBytes, p.q.row(batch, token, head * p.queries + g), p.q.stride_t, existing(p, block));
+          Rows::copy_rows(shared + kQueriesAt + queries.stage() * kXBytes, p.q.row(batch, token, head * p.queries + g), p.q.stride_t,
+                          Rows::existing(p.seq_len, block));
           barrier_arrive_after_copies(queries.full_barrier());
         }
     }
+    if constexpr (kPacks != Packs::kNothing) wait_for_copies();
   }
 
-  // By a warp: a block of rows into one of features, where products read it and if kInPlace here, too.
-  template <bool kInPlace>
-  __device__ static __forceinline__ void pack_features(uint32_t at, T* packed, int lane) {
-    constexpr int kAtOnce = 4;  // times four core matrices
-    uint32_t* to = (uint32_t*)packed + lane;
-    at += lane * kRowBytes;
-#pragma unroll 1
-    for (int cores = 0; cores < kXBytes / 128; cores += 4 * kAtOnce, at += kAtOnce * 512, to += kAtOnce * 128) {
-      static_assert(4 * kAtOnce == 2 * kBlock / 8);  // an even column group, then an odd one
-      uint32_t r[kAtOnce][4];
-#pragma unroll
-      for (int c = 0; c < kAtOnce; c++) load_matrices_transposed(r[c], c < kAtOnce / 2 ? at + c * 512 : (at ^ 4 * kRowBytes) + c * 512);
-      __syncwarp();
-#pragma unroll
-      for (int c = 0; c < kAtOnce; c++) {
-        if (kInPlace) store_matrices(at + c * 512, r[c]);
-#pragma unroll
-        for (int i = 0; i < 4; i++) to[(4 * c + i) * 32] = r[c][i];
-      }
-    }
-  }
   // v' of a block of rows, packed; and where products read it, decayed.
   __device__ static __forceinline__ void pack_values(uint32_t at, T* packed, float across, int count, int lane) {
-    {
-      const float2 by = load_shared_float2(at + kXBytes + kUBytes + lane * 8);
-      Tiles::set_norm(at, lane, 2 * lane < count ? 2.f * across * by.x : 0.f, 2 * lane + 1 < count ? 2.f * across * by.y : 0.f);
-    }
-    at += kXBytes + lane * kRowBytes, packed += lane * 8;
-    float by[2];
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      store8(packed + (kColumnGroups * kBlock + 32 * half) * 8, make_uint4(lane + 32 * half < count ? Pair<T>::pack(1.f, 0.f) : 0, 0, 0, 0));
-      by[half] = across * load_shared_float(at + kUBytes - lane * kRowBytes + (lane + 32 * half) * 4);
-    }
-#pragma unroll 1
-    for (int c = 0; c < kColumnGroups; c++, at += kBlock * kRowBytes, packed += kBlock * 8) {
-      uint4 values[2];
-#pragma unroll
-      for (int half = 0; half < 2; half++) values[half] = load_shared_16((at ^ c % 2 * 4 * kRowBytes) + half * 32 * kRowBytes);
-      __syncwarp();
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        store8(packed + half * 32 * 8, values[half]);
-        store_shared_16(at + half * 32 * kRowBytes, Tiles::multiplied(values[half], by[half]));
-      }
-    }
+    const uint32_t decays = at + kXBytes + kUBytes;
+    const float2 by = load_shared_float2(decays + lane * 8);
+    Tiles::set_norm(at, lane, 2 * lane < count ? 2.f * across * by.x : 0.f, 2 * lane + 1 < count ? 2.f * across * by.y : 0.f);
+    const float of_rows[2] = {across * load_shared_float(decays + lane * 4), across * load_shared_float(decays + (lane + 32) * 4)};
+    Rows::pack_values(at + kXBytes, packed, count, lane, [&](uint4 values, int half) { return Tiles::multiplied(values, of_rows[half]); });
   }
   // dn' of a block of rows of dy and y, packed and decayed. Lanes have one of four column groups of eight tokens, so that their rows are in different banks.
   __device__ static __forceinline__ void pack_gradients(uint32_t at, T* packed, float across, int lane) {
     const int column_group = lane / 8;
-    uint32_t copied = at + kXBytes + copied_at(lane % 8, column_group), token_at = at + lane % 8 * 4;
+    uint32_t copied = at + kXBytes + Rows::copied_at(lane % 8, column_group), token_at = at + lane % 8 * 4;
     packed += value_index(column_group * 8, lane % 8);
 #pragma unroll 1
     for (int half = 0; half < 2; half++, copied += 32 * kRowBytes, token_at += 128, packed += 32 * 8) {
@@ -228,7 +177,7 @@ struct SegmentState : StateTiles<T> {
         // Another one has waited for the stage's last use: until that is released, the parity could mean the one before it.
         queries.wait_empty();
         queries.wait_full();
-        pack_features<false>(shared + kQueriesAt + queries.stage() * kXBytes,
+        Rows::template pack_features<false>(shared + kQueriesAt + queries.stage() * kXBytes,
                              p.packed_q + block_of(p, p.queries, g - 1, block) * feature_block_elements(kHeadDim), lane());
         queries.release(queries.stage());
         continue;
@@ -243,8 +192,8 @@ struct SegmentState : StateTiles<T> {
       } else {
         T* const values = p.packed_u + block_of(p, p.group, g, block) * value_block_elements(kHeadDim);
         if constexpr (kInputs) {
-          pack_features<true>(at, p.packed_x + block_of(p, 1, 0, block) * feature_block_elements(kHeadDim), lane());
-          pack_values(at, values, across, existing(p, block), lane());
+          Rows::template pack_features<true>(at, p.packed_x + block_of(p, 1, 0, block) * feature_block_elements(kHeadDim), lane());
+          pack_values(at, values, across, Rows::existing(p.seq_len, block), lane());
         } else {
           pack_gradients(at, values, across, lane());
         }
@@ -322,7 +271,7 @@ int launch_segment_state(const pt_problem& problem, const SegmentScan& scan, int
   set_segment_params(p, problem, segments, scan.reverse);
   p.x = scan.x, p.u = scan.u, p.decays = scan.reverse ? gates.chunk_in : gates.chunk_out;
   p.chunk_decay = gates.chunk_decay, p.out = out, p.reverse = scan.reverse;
-  p.seq_len = problem.seq_len, p.key_heads = problem.key_heads, p.queries = problem.query_heads / problem.key_heads;
+  p.seq_len = problem.seq_len, p.key_heads = problem.key_heads;
   const auto start = [&](auto packs) {
     using Kernel = SegmentState<T, packs.value>;
     auto* kernel = segment_state_kernel<T, packs.value>;
@@ -332,6 +281,7 @@ int launch_segment_state(const pt_problem& problem, const SegmentScan& scan, int
   };
   if (scan.inputs) {
     p.q = strided<T>(scan.inputs->unpacked_q), p.k = strided<T>(scan.inputs->unpacked_k), p.v = strided<T>(scan.inputs->unpacked_v);
+    p.queries = scan.inputs->unpacked_q.data ? problem.query_heads / problem.key_heads : 0;
     p.packed_q = (T*)scan.inputs->q, p.packed_x = (T*)scan.inputs->k, p.packed_u = (T*)scan.inputs->v;
     return start(std::integral_constant<Packs, Packs::kInputs>());
   }

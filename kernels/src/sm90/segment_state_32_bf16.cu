@@ -8,6 +8,6 @@ KernelEntry entry(const char* name) {
   using Kernel = SegmentState<__nv_bfloat16, kPacks>;
   return {name, (const void*)segment_state_kernel<__nv_bfloat16, kPacks>, 90, Kernel::kThreads, Kernel::kSharedBytes};
 }
-static RegisterKernel registered(entry<Packs::kNothing>("segment_state K=32 bf16")), packing_inputs(entry<Packs::kInputs>("segment_state packing q, k, v K=32 bf16")),
-    packing_gradients(entry<Packs::kGradients>("segment_state packing dn' K=32 bf16"));
+static RegisterKernel registered(entry<Packs::kNothing>("segment_state K=32 bf16")),
+    packing_inputs(entry<Packs::kInputs>("segment_state packing q, k, v K=32 bf16")), packing_gradients(entry<Packs::kGradients>("segment_state packing dn' K=32 bf16"));
 }  // namespace powertrain::sm90

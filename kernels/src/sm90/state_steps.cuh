@@ -99,19 +99,26 @@ struct StateSteps : StateTiles<T> {
       for (int g = 0; g < (step.last ? 0 : p.group); g++)
 #pragma unroll 1
         for (int m = 0; m < step.count; m++) {
-          const int other = kReverse ? m - 1 : m + 1;  // the block, if any, that it has to cross
-          const float across = other >= 0 && other < step.count ? block_decay[step.block + other] : 1.f;
+          const float across = decay_across(block_decay, step, m);
           barrier_wait(at.loaded_barriers + 8 * inputs.stage(), inputs.phase());
           Tiles::template decay_inputs<kAssistants * 32, 1>(at.inputs + inputs.stage() * kInputBytes, across, thread);
           barrier_arrive(inputs.full_barrier());
           inputs.advance();
         }
-      // Their arrivals are no more than a second lock: the updating warpgroup needs their next inputs before it leaves a state here.
-      states.wait_full();
-      if (p.states && step.chunk >= 0) write_state(p, at.states + states.stage() * kStateBytes, step.chunk, thread);
-      states.release(states.stage());
-      states.advance();
+      pass_state(p, at, states, step.chunk, thread);
     });
+  }
+  // Of the m-th block of a step: the decay across the block, if any, that it has to cross to the step's end.
+  __device__ static __forceinline__ float decay_across(const float* block_decay, const Step& step, int m) {
+    const int other = kReverse ? m - 1 : m + 1;
+    return other >= 0 && other < step.count ? block_decay[step.block + other] : 1.f;
+  }
+  // The assistants' arrivals are no more than a second lock: the updating warpgroup needs their next inputs before it leaves a state here.
+  __device__ static __forceinline__ void pass_state(const StepsParams& p, const Memory& at, Ring<kStateBuffers>& states, int chunk, int thread) {
+    states.wait_full();
+    if (p.states && chunk >= 0) write_state(p, at.states + states.stage() * kStateBytes, chunk, thread);
+    states.release(states.stage());
+    states.advance();
   }
   // As chunk_state writes it. A thread has feature i of all I and j of all J: 16 bytes of every tile and column group.
   __device__ static __forceinline__ void write_state(const StepsParams& p, uint32_t state, int chunk, int thread) {
@@ -258,8 +265,8 @@ __device__ __forceinline__ void run_steps(const Params& p) {
   const typename Kernel::Layout at(shared_address(shared_memory));
   if (threadIdx.x == 0) {
     Kernel::init(at);
-    Ring<Kernel::kRowBuffers>::init(at.row_barriers, Kernel::kScanners * 128);
-    Ring<Kernel::kColumnBuffers>::init(at.column_barriers, Kernel::kScanners * 128);
+    Ring<Kernel::kRowBuffers>::init(at.row_barriers, Kernel::kScanners * 128, Kernel::kRowFillers);
+    Ring<Kernel::kColumnBuffers>::init(at.column_barriers, Kernel::kScanners * 128 + Kernel::kColumnPackers, Kernel::kColumnFillers);
     barrier_init_fence();
   }
   follow_earlier_kernels();
@@ -267,10 +274,7 @@ __device__ __forceinline__ void run_steps(const Params& p) {
   const int warpgroup = uniform_warp() / 4;
   if (warpgroup == Kernel::kScanners + 1) {
     give_registers<Kernel::kProducing>();
-    const int warp = uniform_warp() % 4;
-    if (threadIdx.x % 128 == 0) Kernel::produce(p, at);
-    else if (threadIdx.x % 128 == 32) Kernel::produce_inputs(p, at);
-    else if (warp >= 4 - Kernel::kAssistants) Kernel::assist(p, at);
+    Kernel::run_producing(p, at, uniform_warp() % 4);
   } else if (warpgroup == Kernel::kScanners) {
     take_registers<Kernel::kUpdating>();
     typename Kernel::Updater(p, at).run();
@@ -287,9 +291,9 @@ int launch_segment_state(const pt_problem& problem, const SegmentScan& scan, int
 // before which the kernels stop. *entering is null where nothing enters the only segment.
 template <typename T>
 int find_entering(const pt_problem& problem, const SegmentScan& scan, int segments, void* workspace, const float** entering, cudaStream_t stream) {
-  const bool alone = segments == 1 && !scan.final_state;
-  *entering = alone ? scan.initial : (const float*)workspace;
-  if (alone) return PT_OK;
+  const bool found = has_segments(problem, scan.final_state);
+  *entering = found ? (const float*)workspace : scan.initial;
+  if (!found) return PT_OK;
   if (int status = launch_segment_state<T>(problem, scan, segments, scan.final_state ? segments : segments - 1, (float*)workspace, stream)) return status;
   return enter_segments(problem, scan, segments, (float*)workspace, stream);
 }

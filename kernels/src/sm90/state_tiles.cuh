@@ -75,11 +75,18 @@ struct StateTiles {
     store_shared_4(block + kNormHigh + pair * 4, Pair<T>::pack(first_high, second_high));
     store_shared_4(block + kNormLow + pair * 4, Pair<T>::pack(first - first_high, second - second_high));
   }
-  // u without its last component times its decays and `across`, by kThreads threads of whole warps, kAtOnce rows each at a time. A row is 16 bytes, eight
-  // columns of a token, which `seen` gets as it was.
-  template <int kThreads, int kAtOnce, typename Seen>
-  __device__ static __forceinline__ void decay_values(uint32_t block, float across, int thread, Seen seen) {
-    const uint32_t u = block + kXBytes, decays = u + kUBytes;
+  // u times its decays and `across`, its last component twice that, where products read it: `to` and what follows; by kThreads threads of whole warps,
+  // kAtOnce rows each at a time. From where it was packed, perhaps the same place.
+  template <int kThreads, int kAtOnce>
+  __device__ static __forceinline__ void decay_values(uint32_t to, uint32_t u, uint32_t decays, float across, int thread) {
+    const uint32_t norm = u + (kColumnGroups * kBlock + 2 * (thread % 32)) * kRowBytes;
+    float2 last[2];
+    if (thread < 32) last[0] = Pair<T>::unpack(load_shared_4(norm)), last[1] = Pair<T>::unpack(load_shared_4(norm + kRowBytes));
+    __syncwarp();
+    if (thread < 32) {
+      const float2 by = load_shared_float2(decays + thread * 8);
+      set_norm(to - kXBytes, thread, 2.f * across * by.x * (last[0].x + last[0].y), 2.f * across * by.y * (last[1].x + last[1].y));
+    }
 #pragma unroll 1
     for (int row = thread; row < kColumnGroups * kBlock; row += kAtOnce * kThreads) {
       float by[kAtOnce];
@@ -90,25 +97,14 @@ struct StateTiles {
         values[i] = load_shared_16(u + (row + i * kThreads) * kRowBytes);
       }
 #pragma unroll
-      for (int i = 0; i < kAtOnce; i++) {
-        seen(row + i * kThreads, values[i]);
-        store_shared_16(u + (row + i * kThreads) * kRowBytes, multiplied(values[i], by[i]));
-      }
+      for (int i = 0; i < kAtOnce; i++) store_shared_16(to + (row + i * kThreads) * kRowBytes, multiplied(values[i], by[i]));
     }
+    fence_async_shared();
   }
-  // All of u, as it was packed, before products read it.
   template <int kThreads, int kAtOnce>
   __device__ static __forceinline__ void decay_inputs(uint32_t block, float across, int thread) {
-    const uint32_t norm = block + kXBytes + (kColumnGroups * kBlock + 2 * (thread % 32)) * kRowBytes;
-    float2 last[2];
-    if (thread < 32) last[0] = Pair<T>::unpack(load_shared_4(norm)), last[1] = Pair<T>::unpack(load_shared_4(norm + kRowBytes));
-    __syncwarp();
-    if (thread < 32) {
-      const float2 by = load_shared_float2(block + kXBytes + kUBytes + thread * 8);
-      set_norm(block, thread, 2.f * across * by.x * (last[0].x + last[0].y), 2.f * across * by.y * (last[1].x + last[1].y));
-    }
-    decay_values<kThreads, kAtOnce>(block, across, thread, [](int, uint4) {});
-    fence_async_shared();
+    const uint32_t u = block + kXBytes;
+    decay_values<kThreads, kAtOnce>(u, u, u + kUBytes, across, thread);
   }
 
   // kSets of operands: so many groups of products are under way while the next one's are formed, less one. Fragments of x are loaded kAhead groups before.
