@@ -379,15 +379,13 @@ def test_a_run_that_diverged_ends_with_what_there_is_to_say(tiny, capsys):
     assert "A sample of 8 tokens" in out
 
 
-@pytest.mark.parametrize(
-    ("mixer", "why"), [("power", "log_G must be at most 0"), ("softmax", "the model's logits are not finite")]
-)
-def test_a_run_of_no_numbers_at_all_ends_without_a_sample(mixer, why, tiny, capsys):
+@pytest.mark.parametrize("mixer", ["power", "softmax"])
+def test_a_run_of_no_numbers_at_all_ends_without_a_sample(mixer, tiny, capsys):
     overrides = [*tiny, *DIVERGING, f"mixer={mixer}", "optim.lr=1e30"]
     assert main(["train", *overrides]) == 0
     out = capsys.readouterr().out
     assert "\nvalidation loss not finite\n" in out
-    assert f"\nNo sample: {why}" in out
+    assert "\nNo sample: the model's logits are not finite" in out
     assert "\nGenerate from it: " in out
     assert math.isnan(run(compose(overrides)).val_loss)
 

@@ -29,7 +29,10 @@ CASES = {
     "gate shape": ({"log_G": z(B, T, HQ)}, r"log_G has shape \(2, 6, 4\); expected \(B, T, Hk\) = \(2, 6, 2\)"),
     "gate dtype": ({"log_G": z(B, T, HK, dtype=torch.bfloat16)}, "log_G has dtype torch.bfloat16; expected float32"),
     "positive gate": ({"log_G": z(B, T, HK) + 0.5}, "log_G must be at most 0 .*; its maximum is 0.5"),
-    "gate nan": ({"log_G": z(B, T, HK) * torch.nan}, "its maximum is nan"),
+    "positive gate beside nan": (
+        {"log_G": torch.cat([z(B, 1, HK) * torch.nan, z(B, T - 1, HK) + 0.5], dim=1)},
+        "log_G must be at most 0 .*; its maximum is 0.5",
+    ),
     "cu rank": ({"cu_seqlens": torch.tensor([[0, 12]])}, r"cu_seqlens has shape \(1, 2\)"),
     "cu dtype": ({"cu_seqlens": torch.tensor([0.0, 6, 12])}, "cu_seqlens has dtype torch.float32"),
     "cu end": ({"cu_seqlens": torch.tensor([0, 6, 11])}, r"runs from 0 to 11; it must run from 0 to B\*T = 12"),

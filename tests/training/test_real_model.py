@@ -1,6 +1,7 @@
 """The GPT and the token datamodule through `fit`: learns, resumes bit for bit, and reports what power layers have."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def corpus(tmp_path_factory):
     return directory
 
 
-def train(corpus, run_dir, *, kind="power", gate_init=0.999, callbacks=None, poison=False, steps=12):
+def train(corpus, run_dir, *, kind="power", gate_init=0.999, callbacks=None, poison=None, steps=12):
     torch.manual_seed(0)
     data = TokenDataModule(
         DataConfig(
@@ -52,9 +53,9 @@ def train(corpus, run_dir, *, kind="power", gate_init=0.999, callbacks=None, poi
         mixer=MixerConfig(kind=kind, chunk_size=16, gate_init=gate_init),
     )
     model = GPT(config)
-    if poison:
+    if poison is not None:
         with torch.no_grad():
-            model.blocks[1].mlp.up.weight.fill_(3e38)
+            model.blocks[poison].mlp.up.weight.fill_(3e38)
     trainer = TrainerConfig(
         context_length=CONTEXT,
         global_batch_tokens=8 * CONTEXT,
@@ -99,12 +100,17 @@ def test_learns_and_resumes_bit_for_bit(corpus, tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 
-@pytest.mark.parametrize("gate_init", [0.999, (0.9, 0.9999)], ids=["number", "pair"])
-def test_a_record_of_a_non_finite_step_is_replayed_without_the_run(corpus, tmp_path, gate_init):
-    with pytest.raises(NonFiniteError, match=r"step 1: the loss is not finite: the output of blocks\.1\.mlp\.up"):
-        train(corpus, tmp_path / "run", gate_init=gate_init, poison=True)
+@pytest.mark.parametrize(
+    ("gate_init", "poison"),
+    [(0.999, 1), ((0.9, 0.9999), 1), (0.999, 0)],
+    ids=["number", "pair", "gates of the next layer are NaN"],
+)
+def test_a_record_of_a_non_finite_step_is_replayed_without_the_run(corpus, tmp_path, gate_init, poison):
+    where = f"blocks.{poison}.mlp.up"
+    with pytest.raises(NonFiniteError, match=f"step 1: the loss is not finite: the output of {re.escape(where)}"):
+        train(corpus, tmp_path / "run", gate_init=gate_init, poison=poison)
     diagnosis = replay(tmp_path / "run" / "nonfinite" / "step-00000001" / "rank-0.pt")
-    assert diagnosis.forward == "blocks.1.mlp.up"
+    assert diagnosis.forward == where
 
 
 def test_softmax_trains_by_the_same_loop(corpus, tmp_path):
