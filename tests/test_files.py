@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, whatever fails and however many write them."""
 
 import errno
+import hashlib
 import os
 import threading
 import time
@@ -8,7 +9,7 @@ from functools import partial
 
 import pytest
 
-from powertrain.files import ABANDONED_SECONDS, replacing_file, write_file, write_new_file
+from powertrain.files import ABANDONED_SECONDS, replacing_file, sha256_file, write_file, write_new_file
 
 
 def names(directory):
@@ -122,3 +123,9 @@ def test_what_killed_writers_left_goes_after_a_day(tmp_path):
         os.utime(path, (time.time() - ABANDONED_SECONDS - 60,) * 2)
     write_file(tmp_path / "a", "x")
     assert names(tmp_path) == [".a.0123.tmp", ".b.89ab.tmp", "a"]
+
+
+def test_the_digest_is_that_of_the_whole_content(tmp_path):
+    for content in (b"", b"abc", bytes(5_000_001)):
+        (tmp_path / "a").write_bytes(content)
+        assert sha256_file(tmp_path / "a") == hashlib.sha256(content).hexdigest()

@@ -23,7 +23,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from powertrain.files import fsync, write_file
+from powertrain.files import fsync, sha256_file, write_file
 
 from .tokenizers import Tokenizer, load_tokenizer
 
@@ -42,11 +42,6 @@ class ShardError(RuntimeError):
 
 def _damaged(path: Path, what: str) -> ShardError:
     return ShardError(f"prepared tokens are damaged: {path} {what}; delete {path.parent} to prepare them again")
-
-
-def sha256_file(path: Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @dataclass

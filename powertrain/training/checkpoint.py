@@ -32,7 +32,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from powertrain.files import fsync, write_file
+from powertrain.files import fsync, sha256_file, write_file
 from powertrain.training.checkpoint_files import (
     CheckpointError,
     HostCopies,
@@ -40,7 +40,6 @@ from powertrain.training.checkpoint_files import (
     PieceReader,
     metadata_of,
     pieces_to_write,
-    sha256,
     write_pieces,
 )
 from powertrain.training.ranks import ALONE, Ranks
@@ -126,7 +125,7 @@ def _check_files(directory: Path, files: Mapping[str, Mapping[str, Any]], share:
     for name in sorted(files)[share[0] :: share[1]]:
         path = directory / name
         _check_size(path, files[name])
-        if _patiently(path, partial(sha256, path)) != files[name]["sha256"]:
+        if _patiently(path, partial(sha256_file, path)) != files[name]["sha256"]:
             raise CheckpointError(f"the SHA-256 of {name} is not the one it was written with")
 
 

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-_HASH_BLOCK = 1 << 22
+_BLOCK = 1 << 22
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -145,8 +145,8 @@ def write_pieces(path: Path, pieces: list[Piece], metadata: dict[str, str]) -> d
     with path.open("wb", buffering=0) as file:
         views = [memoryview(struct.pack("<Q", len(text)) + text), *(_bytes(piece.local) for piece in pieces)]
         for view in views:
-            for start in range(0, len(view), _HASH_BLOCK):
-                block = view[start : start + _HASH_BLOCK]
+            for start in range(0, len(view), _BLOCK):
+                block = view[start : start + _BLOCK]
                 digest.update(block)
                 count += len(block)
                 while block:
@@ -157,15 +157,6 @@ def write_pieces(path: Path, pieces: list[Piece], metadata: dict[str, str]) -> d
         "sha256": digest.hexdigest(),
         "pieces": [[piece.name, list(piece.offsets)] for piece in pieces],
     }
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_HASH_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _overlap(

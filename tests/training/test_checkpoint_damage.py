@@ -138,7 +138,7 @@ def failing(original, code, times, name):
 
 
 def break_reads(monkeypatch, name, code, times):
-    owner, attribute = (Path, "read_bytes") if name == "manifest.json" else (module, "sha256")
+    owner, attribute = (Path, "read_bytes") if name == "manifest.json" else (module, "sha256_file")
     monkeypatch.setattr(owner, attribute, failing(getattr(owner, attribute), code, times, name))
 
 
