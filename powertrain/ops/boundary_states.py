@@ -9,7 +9,6 @@ them between ranks before the outputs, which need them, can be computed (docs/co
 from torch import Tensor
 
 from powertrain.ops.chunked import chunk_state
-from powertrain.ops.containment import either, marked, spoiled_tokens, summed
 from powertrain.ops.decay import factor, kept, same_document
 from powertrain.ops.layout import compute_dtype, query_rows, tokens_last, without_autocast
 from powertrain.ops.monomials import public_state
@@ -28,15 +27,12 @@ def final_state(
     """
     B, T, Hk, _ = k.shape
     dtype = compute_dtype(k.dtype)
-    x, u = tokens_last(k.to(dtype)), with_ones(tokens_last(v.to(dtype)))
-    decay, spoiled = decay_by_sequence(log_g, cu_seqlens, rows=B, tokens=T, key_heads=Hk)
-    if cu_seqlens is not None:
-        spoiled = either(spoiled, spoiled_tokens(u))
-        x, u = marked(x, spoiled), summed(u, spoiled)
+    u = with_ones(tokens_last(v.to(dtype)))
+    decay = decay_by_sequence(log_g, cu_seqlens, rows=B, tokens=T, key_heads=Hk)
     to_end, of_end = factor(decay[:, -1:], decay[:, 1:], dtype), same_document(decay[:, -1:], decay[:, 1:])
     if to_end is not None:
         u = u * to_end[:, None]
-    x = kept(x, None if of_end is None else of_end[:, None])
+    x = kept(tokens_last(k.to(dtype)), None if of_end is None else of_end[:, None])
     return _boundary_state(x, u, deg, B)
 
 
@@ -62,15 +58,11 @@ def initial_state_grad(
     grad_y = grad_out.to(dtype)
     rows = (grad_y, (grad_y * out.to(dtype)).sum(-1, keepdim=True), normalizer[..., None])
     grad_o, _ = through_division(*(query_rows(x, key_heads) for x in rows))
-    x = query_rows(q.to(dtype), key_heads).mul_(scale)
-    # Gates that are NaN have made outputs NaN, and these their gradients.
-    decay, _ = decay_by_sequence(log_g, cu_seqlens, rows=B, tokens=T, key_heads=key_heads)
-    if cu_seqlens is not None:
-        spoiled = spoiled_tokens(grad_o)
-        x, grad_o = marked(x, spoiled), summed(grad_o, spoiled)
+    decay = decay_by_sequence(log_g, cu_seqlens, rows=B, tokens=T, key_heads=key_heads)
     from_start, of_start = factor(decay[:, 1:], decay[:, :1], dtype), same_document(decay[:, 1:], decay[:, :1])
     if from_start is not None:
         grad_o = grad_o * from_start[:, None, None]
+    x = query_rows(q.to(dtype), key_heads).mul_(scale)
     x = kept(x, None if of_start is None else of_start[:, None, None])
     return _boundary_state(x.flatten(2), grad_o.flatten(2), deg, B)
 

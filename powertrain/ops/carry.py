@@ -3,8 +3,6 @@
 Shape legend: N sequences, G chunks.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -35,10 +33,9 @@ def carried_sums(
         from_end: the last chunk is the first to hand on: S_c = f_c S_(c+1) + x_c, and `initial` is S_G.
     """
     if x.shape[1] > 2 and x[:, 0].numel() < _LAUNCH_ELEMENTS.get(x.device.type, 0):
-        if not from_end:
-            return _by_blocks(x, initial, factors, unbroken)
-        factors, unbroken = (None if given is None else given.flip(1) for given in (factors, unbroken))
-        return _by_blocks(x.flip(1), initial, factors, unbroken).flip(1)
+        if from_end:
+            return _by_blocks(x.flip(1), initial, None if factors is None else factors.flip(1)).flip(1)
+        return _by_blocks(x, initial, factors)
     before = initial
     for chunk in reversed(range(x.shape[1])) if from_end else range(x.shape[1]):
         here = x[:, chunk]
@@ -52,33 +49,22 @@ def carried_sums(
     return x
 
 
-def _by_blocks(x: Tensor, initial: Tensor | None, factors: Tensor | None, unbroken: Tensor | None) -> Tensor:
+def _by_blocks(x: Tensor, initial: Tensor | None, factors: Tensor | None) -> Tensor:
     """As `carried_sums` from the start, by products over blocks of chunks.
 
     Products of matrices: they follow `torch.set_float32_matmul_precision`, as those that formed the states do, and what
-    is not finite in one chunk spoils all of them, earlier ones included (0 times infinity), unless `unbroken` is given.
+    is not finite in one chunk spoils all of them, earlier ones included (0 times infinity).
     """
     factors = x.new_ones(x.shape[:2]) if factors is None else factors.flatten(1)
     sums = x.flatten(2)
     if initial is not None:
-        entering = kept(initial, None if unbroken is None else unbroken[:, 0]).flatten(1)
-        sums[:, 0].addcmul_(entering, factors[:, :1])
-    return (_block_sums if unbroken is None else _contained_sums)(sums, factors).view(x.shape)
+        sums[:, 0].addcmul_(initial.flatten(1), factors[:, :1])
+    return _block_sums(sums, factors).view(x.shape)
 
 
-def _contained_sums(x: Tensor, factors: Tensor) -> Tensor:
-    """As `_block_sums`, where a factor of 0 lets nothing pass, even infinity: 0 stands in for a chunk that is not all
-    finite, and NaN comes to where factors hand it on.
-    """
-    spoiled = ~x.isfinite().all(-1, keepdim=True)
-    sums = _block_sums(kept(x, ~spoiled), factors, _contained_sums)
-    reached = _block_sums(spoiled.to(x.dtype), (factors != 0).to(x.dtype))
-    return sums.masked_fill(reached > 0, torch.nan)
-
-
-def _block_sums(x: Tensor, factors: Tensor, of_blocks: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
+def _block_sums(x: Tensor, factors: Tensor) -> Tensor:
     """Return S `(N, G, E)` of x `(N, G, E)` and factors `(N, G)`: inside blocks by the triangle of the products of the
-    factors between chunks, and what enters a block by `of_blocks` (None: in the same way), from the ends of the blocks.
+    factors between chunks, and what enters a block in the same way, from the ends of the blocks.
     """
     N, G, E = x.shape
     size = min(G, _BLOCK)
@@ -91,8 +77,6 @@ def _block_sums(x: Tensor, factors: Tensor, of_blocks: Callable[[Tensor, Tensor]
     if size < G:
         from_start = factors.cumprod(1)
         blocks, from_start = sums.unflatten(0, (N, -1)), from_start.unflatten(0, (N, -1))
-        entering = (of_blocks or _block_sums)(blocks[:, :-1, -1], from_start[:, :-1, -1, 0])[:, :, None]
-        if of_blocks is not None:
-            entering = kept(entering.expand_as(blocks[:, 1:]), from_start[:, 1:] != 0)
-        blocks[:, 1:].addcmul_(entering, from_start[:, 1:])
+        entering = _block_sums(blocks[:, :-1, -1], from_start[:, :-1, -1, 0])
+        blocks[:, 1:].addcmul_(entering[:, :, None], from_start[:, 1:])
     return sums.view(N, -1, E)[:, :G]

@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 
 from powertrain.ops.carry import carried_sums
-from powertrain.ops.containment import Tokens
 from powertrain.ops.decay import Decay, kept, scan_documents_from_end
 from powertrain.ops.intra_chunk import intra_chunk_bwd, intra_chunk_fwd
 from powertrain.ops.layout import cut, join
@@ -83,9 +82,9 @@ class _SegmentInputs:
     `unbroken` whether those are one.
     """
 
-    q: Tensor  # (N, G, K, R, C), marked (`containment.py`)
-    k: Tensor  # (N, G, K, C), marked
-    u: Tensor  # (N, G, W, C), summed
+    q: Tensor  # (N, G, K, R, C)
+    k: Tensor  # (N, G, K, C)
+    u: Tensor  # (N, G, W, C)
     tokens: Decay  # (N*G, C)
     from_start: Tensor | None  # (N, G, 1, 1, C)
     to_end: Tensor | None  # (N, G, 1, C)
@@ -227,13 +226,13 @@ class ChunkedBackward:
 
 
 def chunked_bwd(
-    q: Tokens,
-    k: Tokens,
-    u: Tokens,
+    q: Tensor,
+    k: Tensor,
+    u: Tensor,
     decay: Decay,
     state: Tensor | None,
     saved_states: Tensor,
-    grad_out: Tokens,
+    grad_out: Tensor,
     grad_out_dot_out: Tensor,
     grad_final_state: Tensor | None,
     *,
@@ -246,10 +245,10 @@ def chunked_bwd(
     output.
     """
     segments = plan.segments()
-    N, K = q.summed.shape[:2]
-    weight = multinomials(K, deg, q.summed)
-    grad_q, grad_k, grad_u = (torch.empty_like(x.summed) for x in (q, k, u))
-    grad_log_g = None if decay.G is None else grad_q.new_empty(N, plan.tokens, dtype=torch.float64)
+    K = q.shape[1]
+    weight = multinomials(K, deg, q)
+    grad_q, grad_k, grad_u = torch.empty_like(q), torch.empty_like(k), torch.empty_like(u)
+    grad_log_g = None if decay.G is None else q.new_empty(q.shape[0], plan.tokens, dtype=torch.float64)
     # Like a state, its gradient is kept with the whole multinomial weight: d(internal state) * weight^2.
     carried_grad = None if grad_final_state is None else internal_state(grad_final_state, K, deg)
     for index in reversed(range(len(segments))):
@@ -260,19 +259,19 @@ def chunked_bwd(
         else:
             carried = None if state is None else internal_state(state, K, deg)
         inputs = _SegmentInputs.cut(
-            q.marked,
-            k.marked,
-            u.summed,
+            q,
+            k,
+            u,
             decay,
             segment,
             reads=carried is not None,
             writes=carried_grad is not None,
         )
         first, end = inputs.first_read, inputs.end_written
-        grad_chunks = cut(grad_out.summed, segment)
+        grad_chunks = cut(grad_out, segment)
         dq, dk, du = intra_chunk_bwd(
-            q.chunks(segment), k.chunks(segment), u.chunks(segment), inputs.tokens, grad_out.chunks(segment),
-            deg=deg, plan=plan,
+            inputs.q.flatten(0, 1), inputs.k.flatten(0, 1), inputs.u.flatten(0, 1), inputs.tokens,
+            grad_chunks.flatten(0, 1), deg=deg, plan=plan,
         )  # fmt: skip
         dq, dk, du = dq.unflatten(0, (-1, G)), dk.unflatten(0, (-1, G)), du.unflatten(0, (-1, G))
 

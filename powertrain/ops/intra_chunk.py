@@ -2,8 +2,7 @@
 
 o[t] = sum_{s <= t} (q[t] . k[s])^deg * decay(s -> t) * u[s]. Off the diagonal blocks, decay is a factor of the row
 times a factor of the column, so that gates cost no exponential per pair; both factors refer to one place between them,
-which keeps them at most 1. A factor of 0 would leave infinity NaN: what no pair of one document joins is set to 0, and
-what is summed over tokens is finite where there are documents (`containment.py`).
+which keeps them at most 1. A factor of 0 would leave infinity NaN: what no pair of one document joins is set to 0.
 
 Tokens lie along the last axis of every tensor, and weights are kept transposed, (columns s, rows t): then each matrix
 product has its many tokens where a BLAS is fast, and the awkward W = V + 1 where it costs nothing.
@@ -14,7 +13,6 @@ Shape legend: M chunks in a batch, R query heads per key head, C chunk, K key di
 import torch
 from torch import Tensor
 
-from powertrain.ops.containment import Tokens
 from powertrain.ops.decay import Decay, causal_factors, factor, kept, same_document
 from powertrain.ops.layout import cut
 from powertrain.ops.plan import Plan, Rectangles, Segment
@@ -42,33 +40,32 @@ def intra_chunk_fwd(q: Tensor, k: Tensor, u: Tensor, decay: Decay, *, deg: int, 
 
 
 def intra_chunk_bwd(
-    q: Tokens, k: Tokens, u: Tokens, decay: Decay, grad_out: Tokens, *, deg: int, plan: Plan
+    q: Tensor, k: Tensor, u: Tensor, decay: Decay, grad_out: Tensor, *, deg: int, plan: Plan
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and u for `grad_out (M, W, R, C)`."""
-    M, _, R, C = q.summed.shape
-    grad_q, grad_k, grad_u = (x.summed.new_empty(x.summed.shape) for x in (q, k, u))
+    M, _, R, C = q.shape
+    grad_q, grad_k, grad_u = q.new_empty(q.shape), k.new_empty(k.shape), u.new_empty(u.shape)
     for blocks in plan.diagonal_blocks(C, M * R):
-        mask = _diagonal_mask(decay, blocks, q.summed)
-        q_rows, grad_rows = _batches(q, blocks), _batches(grad_out, blocks)
-        k_columns, u_columns = _batches(k, blocks), _batches(u, blocks)
-        power, slope = _power_and_slope_(torch.bmm(k_columns.marked.mT, q_rows.marked), deg)
-        cut(grad_u, blocks).copy_(_unbatch(torch.bmm(grad_rows.summed, _mask_(power, mask).mT), grad_u, blocks))
-        grad_weights = torch.bmm(u_columns.marked.mT, grad_rows.marked, out=power)
+        mask = _diagonal_mask(decay, blocks, q)
+        q_rows, grad_rows = _batch(q, blocks), _batch(grad_out, blocks)
+        k_columns, u_columns = _batch(k, blocks), _batch(u, blocks)
+        power, slope = _power_and_slope_(torch.bmm(k_columns.mT, q_rows), deg)
+        cut(grad_u, blocks).copy_(_unbatch(torch.bmm(grad_rows, _mask_(power, mask).mT), grad_u, blocks))
+        grad_weights = torch.bmm(u_columns.mT, grad_rows, out=power)
         grad_scores = _mask_(grad_weights if slope is None else slope.mul_(grad_weights), mask)
-        cut(grad_k, blocks).copy_(_unbatch(torch.bmm(q_rows.summed, grad_scores.mT), grad_k, blocks))
-        cut(grad_q, blocks).copy_(_unbatch(torch.bmm(k_columns.summed, grad_scores), grad_q, blocks))
+        cut(grad_k, blocks).copy_(_unbatch(torch.bmm(q_rows, grad_scores.mT), grad_k, blocks))
+        cut(grad_q, blocks).copy_(_unbatch(torch.bmm(k_columns, grad_scores), grad_q, blocks))
     for pairs in plan.rectangles(C, M * R):
-        row_factor, column_factor = _factors(decay, pairs, q.summed.dtype)
+        row_factor, column_factor = _factors(decay, pairs, q.dtype)
         of_rows, of_columns = _of_document(decay, pairs)
-        q_rows, grad_rows = _batches(q, pairs.rows, None, of_rows), _batches(grad_out, pairs.rows, row_factor, of_rows)
-        k_columns = _batches(k, pairs.columns, None, of_columns)
-        u_columns = _batches(u, pairs.columns, column_factor, of_columns)
-        power, slope = _power_and_slope_(torch.bmm(k_columns.marked.mT, q_rows.marked), deg)
-        _add(torch.bmm(grad_rows.summed, power.mT), grad_u, pairs.columns, column_factor, of_columns)
-        grad_weights = torch.bmm(u_columns.marked.mT, grad_rows.marked, out=power)
+        q_rows, k_columns = _batch(q, pairs.rows, where=of_rows), _batch(k, pairs.columns, where=of_columns)
+        grad_rows, u_columns = _batch(grad_out, pairs.rows, row_factor), _batch(u, pairs.columns, column_factor)
+        power, slope = _power_and_slope_(torch.bmm(k_columns.mT, q_rows), deg)
+        _add(torch.bmm(grad_rows, power.mT), grad_u, pairs.columns, column_factor)
+        grad_weights = torch.bmm(u_columns.mT, grad_rows, out=power)
         grad_scores = grad_weights if slope is None else slope.mul_(grad_weights)
-        _add(torch.bmm(q_rows.summed, grad_scores.mT), grad_k, pairs.columns, None, of_columns)
-        _add(torch.bmm(k_columns.summed, grad_scores), grad_q, pairs.rows, None, of_rows)
+        _add(torch.bmm(q_rows, grad_scores.mT), grad_k, pairs.columns)
+        _add(torch.bmm(k_columns, grad_scores), grad_q, pairs.rows)
     return (grad_q, grad_k, grad_u) if deg == 1 else (grad_q.mul_(deg), grad_k.mul_(deg), grad_u)
 
 
@@ -82,14 +79,6 @@ def _batch(x: Tensor, segment: Segment, factor: Tensor | None = None, where: Ten
     if where is not None:
         chunks = kept(chunks, _beside(where, chunks))
     return chunks.flatten(3).flatten(0, 1) if chunks.ndim > 4 else chunks.flatten(0, 1)
-
-
-def _batches(x: Tokens, segment: Segment, factor: Tensor | None = None, where: Tensor | None = None) -> Tokens:
-    """`_batch` of both forms; the one that is both is finite, and of a factor needs no `where`."""
-    if x.marked is x.summed:
-        batch = _batch(x.summed, segment, factor, where if factor is None else None)
-        return Tokens(batch, batch)
-    return Tokens(_batch(x.marked, segment, factor, where), _batch(x.summed, segment, factor, where))
 
 
 def _unbatch(x: Tensor, like: Tensor, segment: Segment) -> Tensor:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from powertrain.ops.chunked import chunked_bwd, chunked_fwd
-from powertrain.ops.containment import Tokens, either, finite_gates, marked, spoiled_tokens, summed
 from powertrain.ops.decay import Decay, document_of_each_token, kept
 from powertrain.ops.layout import (
     by_sequence,
@@ -57,7 +56,6 @@ class _Problem:
     sum_of_keys: Tensor | None
     scale: float
     decay: Decay  # of all B * Hk sequences
-    spoiled_gates: Tensor | None  # (B * Hk, T): `decay_by_sequence`
     plan: Plan
 
     @classmethod
@@ -77,7 +75,7 @@ class _Problem:
     ) -> "_Problem":
         B, T, Hq, K = q.shape
         Hk = k.shape[2]
-        decay, spoiled_gates = decay_by_sequence(log_g, cu_seqlens, rows=B, tokens=T, key_heads=Hk)
+        decay = decay_by_sequence(log_g, cu_seqlens, rows=B, tokens=T, key_heads=Hk)
         plan = make_plan(
             batch=B,
             key_heads=Hk,
@@ -89,7 +87,7 @@ class _Problem:
             chunk_size=chunk_size,
             device_type=q.device.type,
         )
-        return cls(q, k, v, state, sum_of_keys, scale, decay, spoiled_gates, plan)
+        return cls(q, k, v, state, sum_of_keys, scale, decay, plan)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -98,15 +96,6 @@ class _Problem:
     @property
     def groups_at_once(self) -> int:
         return self.plan.groups_at_once(torch.get_num_threads()) if self.q.device.type == "cpu" else 1
-
-    def spoiled(self, *tensors: Tensor) -> Tensor | None:
-        """`spoiled_tokens` of a group's tensors; None without documents, which alone are kept apart."""
-        return None if self.decay.document is None else spoiled_tokens(*tensors)
-
-    def spoiled_keys(self, group: Group, *tensors: Tensor) -> Tensor | None:
-        """`spoiled` of a group's tensors `(N, D, T)` and of its gates."""
-        of_gates = None if self.spoiled_gates is None else self.spoiled_gates[group.sequences]
-        return either(self.spoiled(*tensors), of_gates)
 
     def of_keys(self, x: Tensor, group: Group) -> Tensor:
         """View the group's part of `x (B, T, Hk, ...)`."""
@@ -136,17 +125,12 @@ class _Problem:
 
 def decay_by_sequence(
     log_g: Tensor | None, cu_seqlens: Tensor | None, *, rows: int, tokens: int, key_heads: int
-) -> tuple[Decay, Tensor | None]:
-    """Return the positions `(rows * key_heads, tokens + 1)` of `Decay.make` for log_g `(rows, tokens, key_heads)`; and
-    with documents the tokens `(rows * key_heads, tokens)` whose gates are NaN, which are open instead (None: none).
-    """
-    document = spoiled = None
-    gates = None if log_g is None else by_sequence(log_g)
+) -> Decay:
+    """Return the positions `(rows * key_heads, tokens + 1)` of `Decay.make` for log_g `(rows, tokens, key_heads)`."""
+    document = None
     if cu_seqlens is not None:
         document = document_of_each_token(cu_seqlens, rows, tokens).repeat_interleave(key_heads, dim=0)
-        if gates is not None:
-            gates, spoiled = finite_gates(gates)
-    return Decay.make(gates, document), spoiled
+    return Decay.make(None if log_g is None else by_sequence(log_g), document)
 
 
 def with_ones(v: Tensor) -> Tensor:
@@ -196,10 +180,9 @@ def normalized_fwd(
 
     def run_group(group: Group) -> None:
         inputs = x.sequences(group)
-        spoiled = x.spoiled_keys(group, inputs.u)  # queries and keys are summed over no tokens
         result = chunked_fwd(
-            inputs.q, marked(inputs.k, spoiled), summed(inputs.u, spoiled), x.decay[group.sequences], inputs.state,
-            saved_states[group.sequences], deg=deg, plan=x.plan, final_state=final_state,
+            inputs.q, inputs.k, inputs.u, x.decay[group.sequences], inputs.state, saved_states[group.sequences],
+            deg=deg, plan=x.plan, final_state=final_state,
         )  # fmt: skip
         rows, d = group.rows.stop - group.rows.start, result.out[:, V]
         x.of_queries(out, group).copy_(from_query_rows(result.out[:, :V] / guarded(d)[:, None], rows))
@@ -248,13 +231,9 @@ def normalized_bwd(
         grad_final = None
         if grad_state is not None and grad_sum_of_keys is not None:
             grad_final = _join_state(grad_state, grad_sum_of_keys, group, x.dtype)
-        queries, keys = x.spoiled(inputs.q, grad_o), x.spoiled_keys(group, inputs.k, inputs.u)
-        # The gradient of a score has q and k in it, which mark it, but for degree 1.
-        beside = Tokens.of if deg == 1 else Tokens.only_summed
         grads = chunked_bwd(
-            Tokens.of(inputs.q, queries), Tokens.of(inputs.k, keys), beside(inputs.u, keys), x.decay[group.sequences],
-            inputs.state, saved_states[group.sequences], beside(grad_o, queries), grad_o_dot_o.sum(1), grad_final,
-            deg=deg, plan=x.plan,
+            inputs.q, inputs.k, inputs.u, x.decay[group.sequences], inputs.state, saved_states[group.sequences],
+            grad_o, grad_o_dot_o.sum(1), grad_final, deg=deg, plan=x.plan,
         )  # fmt: skip
         rows = group.rows.stop - group.rows.start
         x.of_queries(grad_q, group).copy_(from_query_rows(grads.q.mul_(scale), rows))

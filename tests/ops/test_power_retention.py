@@ -2,13 +2,11 @@
 values.
 """
 
-import math
-
 import pytest
 import torch
 from torch import Tensor
 
-from powertrain.ops import carry, containment, linear_attention, power_retention, power_retention_with_normalizer
+from powertrain.ops import linear_attention, power_retention, power_retention_with_normalizer
 from powertrain.ops.normalized import NORMALIZER_FLOOR
 from powertrain.ops.plan import choose_chunk_size
 from powertrain.ops.reference import ORACLES, power_retention_quadratic, power_retention_recurrent
@@ -238,58 +236,6 @@ def test_what_overflows_stays_in_its_document(deg: int, chunk_size: int, token: 
     assert not actual[0][:, token].isfinite().all()
     for a, b in zip(expected, actual, strict=True):
         assert torch.equal(a[:, others], b[:, others])
-
-
-@pytest.fixture(params=[True, False], ids=["looked_at", "as_on_a_gpu"])
-def looks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where values may be looked at, and where they may not and states are summed by blocks of chunks."""
-    if not request.param:
-        monkeypatch.setattr(containment, "_may_look_at", lambda x: False)
-        monkeypatch.setattr(carry, "_LAUNCH_ELEMENTS", {"cpu": 1 << 20})
-        monkeypatch.setattr(carry, "_BLOCK", 3)
-
-
-@pytest.mark.usefixtures("looks")
-@pytest.mark.parametrize("value", [3e38, torch.inf, torch.nan])
-@pytest.mark.parametrize("name", ["Q", "K", "V", "log_G", "grad_out"])
-@pytest.mark.parametrize("chunk_size", [8, 100, 200])
-@pytest.mark.parametrize("deg", [1, 2, 4])
-def test_what_is_not_finite_stays_in_its_document(deg: int, chunk_size: int, name: str, value: float) -> None:
-    """Outputs, the final state and all gradients of other documents are the same bits, and no NaN is lost."""
-    if name == "log_G" and not math.isnan(value):
-        pytest.skip("a gate above 1 is refused")
-    tensors = make_inputs(1, 60, 4, 2, 6, 5, dtype=torch.float32).tensors
-    tensors["grad_out"] = torch.randn(1, 60, 4, 5, generator=torch.Generator().manual_seed(1))
-    cu_seqlens = torch.tensor([0, 4, 15, 26, 60])
-    document = torch.bucketize(torch.arange(60), cu_seqlens, right=True)
-
-    def run(tensors: dict[str, Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        leaves = {name: x.clone().requires_grad_() for name, x in tensors.items() if name != "grad_out"}
-        out, *state = power_retention(
-            **leaves, deg=deg, chunk_size=chunk_size, cu_seqlens=cu_seqlens, return_final_state=True
-        )
-        cotangents = tensors["grad_out"], *map(torch.ones_like, state)
-        return (out, *torch.autograd.grad((out, *state), list(leaves.values()), cotangents)), state
-
-    expected, expected_state = run(tensors)
-    for token in (2, 9, 40):
-        perturbed = {**tensors, name: tensors[name].clone()}
-        perturbed[name][:, token] = value
-        (out, *grads), state = run(perturbed)
-        others, before = document != document[token], (document == document[token]).nonzero()[1:, 0]
-        for a, b in zip(expected, (out, *grads), strict=True):
-            assert torch.equal(a[:, others], b[:, others]), token
-        if token != 40:
-            for a, b in zip(expected_state, state, strict=True):
-                assert torch.equal(a, b)
-        if value == 3e38:
-            continue
-        # Of the other factor of a pair's score, or of what it adds to: the tokens before, which see it backward.
-        of_k, of_v, of_gate = (grad[:, before[before <= token]] for grad in grads[1:])
-        assert not any(x.isfinite().any() for x in (of_k, of_v, of_gate)), token
-        if name in ("K", "V", "log_G"):
-            assert not out[:, before[before >= token]].isfinite().any(), token
-            assert token != 40 or not any(x.isfinite().any() for x in state)
 
 
 @pytest.mark.parametrize("value", [1e38, torch.inf, torch.nan])
