@@ -19,6 +19,7 @@ from pathlib import Path
 
 # Longer than any writer takes, and than the clocks of machines that share files differ.
 ABANDONED_SECONDS = 24 * 3600.0
+_cleaned: set[Path] = set()  # where this process has looked for what killed writers left
 
 
 def write_file(path: Path, content: str | bytes, *, durable: bool = True) -> None:
@@ -77,7 +78,10 @@ def remove_abandoned(directory: Path, pattern: str) -> None:
 
     Younger ones may be those of a process that runs, here or on another machine.
     """
-    for path in directory.glob(pattern):
+    found: list[Path] = []
+    with contextlib.suppress(OSError):
+        found = list(directory.glob(pattern))
+    for path in found:
         with contextlib.suppress(OSError):  # another process was faster, or they are another user's
             if time.time() - path.stat().st_mtime <= ABANDONED_SECONDS:
                 continue
@@ -89,7 +93,9 @@ def remove_abandoned(directory: Path, pattern: str) -> None:
 
 @contextlib.contextmanager
 def _beside(path: Path) -> Iterator[Path]:
-    remove_abandoned(path.parent, f".{glob.escape(path.name)}.*.tmp")
+    if path not in _cleaned:  # a directory may be long, and on a file system that is slow to list it
+        remove_abandoned(path.parent, f".{glob.escape(path.name)}.*.tmp")
+        _cleaned.add(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary

@@ -33,7 +33,7 @@
 extern "C" {
 #endif
 
-#define PT_ABI_VERSION 12
+#define PT_ABI_VERSION 13
 #define PT_API __attribute__((visibility("default")))
 
 typedef enum { PT_OK = 0, PT_INVALID = 1, PT_UNSUPPORTED = 2, PT_CUDA_ERROR = 3 } pt_status;

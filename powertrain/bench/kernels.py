@@ -458,9 +458,8 @@ def stage_floors(problem: Problem, rates: dict[str, float]) -> dict[str, float]:
         ("pack_grad", "segment_state reverse", q_bytes),
     ):
         work, size = needs[stage]
-        unpacked = (
-            q_bytes if stage != "query_scan" else 0
-        )  # q beside k and v, or y beside dy, of which the stage has no use
+        # q beside k and v, or y beside dy, of which the stage itself has no use.
+        unpacked = q_bytes if stage != "query_scan" else 0
         needs[f"{packing}, {stage}"] = (work, size + written + unpacked)
     return {
         name: max(work / rates["matrix_tflops"], size / rates["copy_tbps"]) / 1e9

@@ -5,7 +5,7 @@ are called from C++ (`torch_binding.cpp`), which includes the header.
 import ctypes
 from ctypes import POINTER, c_char, c_char_p, c_int32, c_int64, c_void_p
 
-ABI_VERSION = 12
+ABI_VERSION = 13
 """The `PT_ABI_VERSION` that this package speaks."""
 
 DTYPE_BF16, DTYPE_FP16 = 0, 1

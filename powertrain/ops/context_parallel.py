@@ -217,7 +217,7 @@ def _entering(states: Tensor, passes: Tensor, shard: ContextShard) -> Tensor:
     weight = _continues(rank, passes, shard)
     for other in reversed(range(rank)):
         _add(result, states[other], weight, shard)
-        weight = weight * passes[other]
+        weight = _through(weight, passes[other])
     return result
 
 
@@ -226,9 +226,14 @@ def _leaving(grads: Tensor, passes: Tensor, shard: ContextShard) -> Tensor:
     result = torch.zeros_like(grads[0])
     carried = torch.ones_like(passes[0])
     for other in range(shard.ranks.rank + 1, shard.ranks.size):
-        _add(result, grads[other], carried * _continues(other, passes, shard), shard)
-        carried = carried * passes[other]
+        _add(result, grads[other], _through(_continues(other, passes, shard), carried), shard)
+        carried = _through(carried, passes[other])
     return result
+
+
+def _through(weight: Tensor, passes: Tensor) -> Tensor:
+    """Return `weight * passes`, and 0 where the weight is, whatever the gates."""
+    return torch.where(weight != 0, weight * passes, 0.0)
 
 
 def _add(result: Tensor, x: Tensor, weight: Tensor, shard: ContextShard) -> None:

@@ -572,5 +572,6 @@ def write(files: dict[str, bytes], directory: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, content)
     for path in (directory / "figures").glob("*"):
-        if f"figures/{path.name}" not in files:
+        # What begins with a dot may be another report's, half written.
+        if f"figures/{path.name}" not in files and not path.name.startswith("."):
             path.unlink()

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from powertrain.ops.context_parallel import _passes
+from powertrain.ops.context_parallel import _entering, _leaving, _passes
 from powertrain.ops.context_shard import ContextGroup, ContextShard, _pieces
 from powertrain.ops.decay import document_of_each_token
 from tests.models.small import small_model, tokens
@@ -56,6 +56,19 @@ def test_nothing_passes_a_boundary_whatever_the_gates_are() -> None:
     # Row 0 begins documents in each slice, row 1 none.
     assert torch.equal(passes[1:, 0], torch.zeros(2, 1))
     assert passes[1:, 1].isnan().all()
+
+
+def test_a_slice_of_nan_gates_reaches_no_document_that_begins_after_it() -> None:
+    # One row, whose second document begins with slice 2; slice 1 is all of the first, and its gates are NaN.
+    offsets = torch.tensor([0, 8, 12], dtype=torch.int32)
+    states = torch.ones(3, 1, 1, 4)
+    gates = torch.zeros(3, 1, 1)
+    gates[1] = torch.nan
+    for rank, of_states in ((2, _entering), (0, _leaving)):
+        shard = ContextGroup(None, rank, 3).shard(1, 12, offsets)  # type: ignore[arg-type]
+        passes = _passes(gates, shard)
+        assert passes[1].isnan().all()
+        assert of_states(states, passes, shard).isfinite().all()
 
 
 def test_rows_without_offsets_are_one_document() -> None:

@@ -181,7 +181,7 @@ struct QueryScan : StateSteps<T, false> {
     const int m = thread / 32, lane = thread % 32;
     if (m < step.count) {
       const Columns block = {at.columns + (columns.stage() * kStep + m) * kColumnBytes};
-      const int64_t index = opaque(blockIdx.y) * p.blocks + step.block + m;
+      const int64_t index = (int64_t)opaque(blockIdx.y) * p.blocks + step.block + m;
       const int count = Rows::existing(p.seq_len, step.block + m);
       Rows::template pack_features<true>(block.x, p.packed_k + index * feature_block_elements(kHeadDim), lane);
       Rows::pack_values(block.u(), p.packed_v + index * value_block_elements(kHeadDim), count, lane, [](uint4 values, int) { return values; });
