@@ -17,6 +17,7 @@ __device__ __forceinline__ uint4 load8(const T* p, bool vector) {
   for (int i = 0; i < 8; i++) e[i] = ((const uint16_t*)p)[i];
   return make_uint4(e[0] | e[1] << 16, e[2] | e[3] << 16, e[4] | e[5] << 16, e[6] | e[7] << 16);
 }
+
 // Blocks are taken heads first: in memory the heads of a token are neighbours.
 struct BlockIndex {
   int b, h;

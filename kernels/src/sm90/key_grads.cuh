@@ -24,7 +24,7 @@ struct KeyGradsParams : StepsParams {  // x: q, u: dn'
 template <typename T>
 struct KeyGrads : StateSteps<T, true> {
   using Steps = StateSteps<T, true>;
-  using Steps::for_each_step, Steps::load_block, Steps::load_pair, Steps::multiplied, Steps::multiply_norm, Steps::multiply_phi, Steps::set_phi,
+  using Steps::for_each_step, Steps::load_block, Steps::load_pair, Steps::multiply_norm, Steps::multiply_phi, Steps::set_phi,
       Steps::set_phi_columns, Steps::slot;
   using Steps::kColumnGroups, Steps::kCoreBytes, Steps::kFeatureBlocks, Steps::kGroupBytes, Steps::kHeadDim, Steps::kScanners, Steps::kStateBuffers,
       Steps::kStateBytes, Steps::kStep, Steps::kValueBytes, Steps::kXBytes;
@@ -130,7 +130,7 @@ struct KeyGrads : StateSteps<T, true> {
 #pragma unroll
       for (int k = 0; k < kHeadDim / 16; k++)
 #pragma unroll
-        for (int r = 0; r < 4; r++) x[k][r] = multiplied(x[k][r], decay[r % 2]), u[k][r] = multiplied(u[k][r], 2.f * decay[r % 2]);
+        for (int r = 0; r < 4; r++) x[k][r] = scaled<T>(x[k][r], decay[r % 2]), u[k][r] = scaled<T>(u[k][r], 2.f * decay[r % 2]);
       uint32_t a[2][4][4], pairs[2][4];
       const auto load_xi = [&](int i) { load_pair(pairs[i / 2 % 2], k_at, i, warp, lane); };
       load_xi(0), load_xi(2);

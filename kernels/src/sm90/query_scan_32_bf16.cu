@@ -4,7 +4,7 @@ namespace powertrain::sm90 {
 template int launch_query_scan<__nv_bfloat16>(const pt_problem&, const pt_query_scan_params&, cudaStream_t);
 
 template <bool kPacks>
-KernelEntry entry(const char* name) {
+static KernelEntry entry(const char* name) {
   using Kernel = QueryScan<__nv_bfloat16, kPacks>;
   return {name, (const void*)query_scan_kernel<__nv_bfloat16, kPacks>, 90, Kernel::kThreads, Kernel::kSharedBytes};
 }

@@ -55,8 +55,8 @@ struct SegmentState : StateTiles<T> {
     barrier_init(shared + kMeeting, kUpdaters * 128);
   }
 
-  // The blocks of this thread block's segment, `index` counted from its end.
   __device__ static __forceinline__ bool reverse(const Params& p) { return kPacks == Packs::kNothing ? p.reverse : kGradients; }
+  // The blocks of this thread block's segment, `index` counted from its end.
   struct Blocks : SegmentBlocks {
     const bool reverse;
     __device__ explicit Blocks(const Params& p) : SegmentBlocks(p, SegmentState::reverse(p)), reverse(SegmentState::reverse(p)) {}
@@ -123,7 +123,7 @@ struct SegmentState : StateTiles<T> {
     const float2 by = load_shared_float2(decays + lane * 8);
     Tiles::set_norm(at, lane, 2 * lane < count ? 2.f * across * by.x : 0.f, 2 * lane + 1 < count ? 2.f * across * by.y : 0.f);
     const float of_rows[2] = {across * load_shared_float(decays + lane * 4), across * load_shared_float(decays + (lane + 32) * 4)};
-    Rows::pack_values(at + kXBytes, packed, count, lane, [&](uint4 values, int half) { return Tiles::multiplied(values, of_rows[half]); });
+    Rows::pack_values(at + kXBytes, packed, count, lane, [&](uint4 values, int half) { return scaled<T>(values, of_rows[half]); });
   }
   // dn' of a block of rows of dy and y, packed and decayed. Lanes have one of four column groups of eight tokens, so that their rows are in different banks.
   __device__ static __forceinline__ void pack_gradients(uint32_t at, T* packed, float across, int lane) {
@@ -141,7 +141,7 @@ struct SegmentState : StateTiles<T> {
         __syncwarp();
         store8(packed + i * 64, row.row());
         store_shared_16((copied ^ column_group % 2 * 4 * kRowBytes) + i * 8 * kRowBytes,
-                        Tiles::multiplied(row.row(), across * load_shared_float(token_at + kXBytes + kUBytes + i * 32)));
+                        scaled<T>(row.row(), across * load_shared_float(token_at + kXBytes + kUBytes + i * 32)));
       }
       // Sums over the column groups, each of them where token 8 i + lane % 8 is the lane's: with i % 2, and then i / 2 that of the group.
       const auto halve = [&](int i, int other, int by, bool upper) {

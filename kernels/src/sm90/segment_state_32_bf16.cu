@@ -4,7 +4,7 @@ namespace powertrain::sm90 {
 template int launch_segment_state<__nv_bfloat16>(const pt_problem&, const SegmentScan&, int, int, float*, cudaStream_t);
 
 template <Packs kPacks>
-KernelEntry entry(const char* name) {
+static KernelEntry entry(const char* name) {
   using Kernel = SegmentState<__nv_bfloat16, kPacks>;
   return {name, (const void*)segment_state_kernel<__nv_bfloat16, kPacks>, 90, Kernel::kThreads, Kernel::kSharedBytes};
 }

@@ -3,6 +3,7 @@
 // normaliser's column is a matrix of its own, Z = sum of decay n_i x_i x_i^T with n_i the last component of u, kept twice as large.
 #pragma once
 #include "../common/launch.cuh"
+#include "../common/rows.cuh"
 #include "../common/segments.h"
 #include "pipeline.cuh"
 #include "wgmma.cuh"
@@ -62,13 +63,6 @@ struct StateTiles {
     bulk_load(to + kXBytes + kUBytes, p.decays + (head * p.blocks + block) * kBlock, kBlock * 4, barrier);
   }
 
-  __device__ static __forceinline__ uint32_t multiplied(uint32_t pair, float by) {
-    const float2 both = Pair<T>::unpack(pair);
-    return Pair<T>::pack(both.x * by, both.y * by);
-  }
-  __device__ static __forceinline__ uint4 multiplied(uint4 row, float by) {
-    return make_uint4(multiplied(row.x, by), multiplied(row.y, by), multiplied(row.z, by), multiplied(row.w, by));
-  }
   // The last components of tokens 2 pair and 2 pair + 1, decayed and doubled, where products read hi and lo.
   __device__ static __forceinline__ void set_norm(uint32_t block, int pair, float first, float second) {
     const float first_high = round_to<T>(first), second_high = round_to<T>(second);
@@ -97,7 +91,7 @@ struct StateTiles {
         values[i] = load_shared_16(u + (row + i * kThreads) * kRowBytes);
       }
 #pragma unroll
-      for (int i = 0; i < kAtOnce; i++) store_shared_16(to + (row + i * kThreads) * kRowBytes, multiplied(values[i], by[i]));
+      for (int i = 0; i < kAtOnce; i++) store_shared_16(to + (row + i * kThreads) * kRowBytes, scaled<T>(values[i], by[i]));
     }
     fence_async_shared();
   }
