@@ -4,9 +4,9 @@
 // Two scanning warpgroups, one for each 64-token block of a step, take phi(q) S and the normaliser's q^T Z q, times the decay from the step's start, and
 // add the attention within the step. Several query heads of a key head take a step one after the other.
 //
-// Where it reads the tokens first, because one time segment is enough, it packs them on the way (kPacks, row_packs.cuh): then columns and rows are copied as
-// they lie in the tensors, a warp packs queries and the assistants keys and values, a step ahead of those who read them, and what the updating warpgroup
-// reads is made from there.
+// What it reads first it packs on the way (Packs, row_packs.cuh): then rows are copied as they lie in the tensors, and a warp packs queries a step ahead of
+// those who read them (kQueries); where one time segment is enough, columns, too, which the assistants pack, and what the updating warpgroup reads is made
+// from there (kInputs).
 #pragma once
 #include "row_packs.cuh"
 #include "state_steps.cuh"
@@ -22,12 +22,12 @@ struct QueryScanParams : StepsParams {  // x: k, u: v'
   int64_t out_stride_b, out_stride_t, out_stride_h, seq_len;
   float* normalizer;
   int queries, key_heads;  // query heads of a key head
-  // With kPacks.
+  // With Packs.
   Strided<T> unpacked_q, unpacked_k, unpacked_v;
   T *packed_q, *packed_k, *packed_v;
 };
 
-template <typename T, bool kPacks>
+template <typename T, Packs kPacks>
 struct QueryScan : StateSteps<T, false> {
   using Steps = StateSteps<T, false>;
   using Rows = RowPacks<T>;
@@ -38,6 +38,7 @@ struct QueryScan : StateSteps<T, false> {
       Steps::kRowBytes, Steps::kScanners, Steps::kStateBuffers, Steps::kStateBytes, Steps::kStep, Steps::kUBytes, Steps::kXBytes;
   using typename Steps::Memory, typename Steps::PhiColumns, typename Steps::Step;
   using Updater = typename Steps::template Updater<false, 2>;
+  static constexpr bool kInputs = kPacks == Packs::kInputs, kQueries = kPacks != Packs::kNothing;  // are packed
   // Registers: at most 4 * 128, the cap of a block of 512 threads.
   static constexpr int kProducing = 40, kScanning = 112, kUpdating = 248;
 
@@ -71,90 +72,79 @@ struct QueryScan : StateSteps<T, false> {
     bulk_load(to.documents(), p.document_start + (int64_t)(head / p.key_heads * p.blocks + block) * kBlock, Columns::kVectorBytes, barrier);
     bulk_load(row_decays(to), p.block_in + from, Columns::kVectorBytes, barrier);
   }
-  // What the scanning warpgroups read.
+  // What the scanning warpgroups read: by one thread, or by a warp, which copies what is to be packed as it lies in the tensors. With kQueries alone its
+  // first lane loads what the updating warpgroup reads, too, after the first queries, that the scanning warpgroups may wait for.
   __device__ static void produce(const Params& p, const Layout& at) {
     Ring<kRowBuffers> rows(at.row_barriers);
     Ring<kColumnBuffers> columns(at.column_barriers);
-    const int64_t head = blockIdx.y;
-    for_each_step(p, [&](const Step& step) {
-      columns.wait_empty();
-      const uint32_t full = columns.full_barrier();
-      barrier_expect(full, step.count * kColumnBytes);
-#pragma unroll 1
-      for (int m = 0; m < step.count; m++) {
-        const Columns to = {at.columns + (columns.stage() * kStep + m) * kColumnBytes};
-        load_block(p, to.x, head * p.blocks + step.block + m, full);
-        load_vectors(p, to, step.block + m, full);
-      }
-      columns.advance();
-#pragma unroll 1
-      for (int g = 0; g < p.queries; g++) {
-        rows.wait_empty();
-        barrier_expect(rows.full_barrier(), step.count * kXBytes);
-        bulk_load(at.rows + rows.stage() * kStep * kXBytes, (const T*)p.q + ((head * p.queries + g) * p.blocks + step.block) * feature_block_elements(kHeadDim),
-                  step.count * kXBytes, rows.full_barrier());
-        rows.advance();
-      }
-    });
-  }
-
-  // Threads that fill a stage of rows or columns, and those that read a stage of columns before they are done with it, besides the scanning ones.
-  static constexpr int kRowFillers = kPacks ? 32 : 1, kColumnFillers = kPacks ? kAssistants * 32 : 1, kColumnPackers = kPacks ? kAssistants * 32 : 0;
-  __device__ static void init(const Layout& at) {
-    Steps::init(at);
-    for (int i = 0; i < kRowBuffers; i++) barrier_init(at.copied_rows + 8 * i, 32);
-    for (int i = 0; i < kColumnBuffers; i++) barrier_init(at.copied_columns + 8 * i, Rows::kCopiers);
-  }
-  __device__ static void run_producing(const Params& p, const Layout& at, int warp) {
-    if constexpr (kPacks) {
-      if (warp == 0) copy(p, at);
-      else if (warp == 1) pack_queries(p, at);
-      else pack_and_assist(p, at);
-    } else {
-      if (threadIdx.x % 128 == 0) produce(p, at);
-      else if (threadIdx.x % 128 == 32) Steps::produce_inputs(p, at);
-      else if (warp >= 4 - kAssistants) Steps::assist(p, at);
-    }
-  }
-
-  // With kPacks, a warp each: what produce loads, as it lies in the tensors ...
-  __device__ static void copy(const Params& p, const Layout& at) {
-    Ring<kRowBuffers> rows(at.row_barriers);
-    Ring<kColumnBuffers> columns(at.column_barriers);
     const int batch = blockIdx.y / p.key_heads, head = blockIdx.y % p.key_heads;
+    const bool first = !kQueries || threadIdx.x % 32 == 0;
     for_each_step(p, [&](const Step& step) {
       columns.wait_empty();
-      const uint32_t copied = at.copied_columns + 8 * columns.stage();
-      if (threadIdx.x % 32 == 0) {
-        barrier_expect(copied, step.count * 4 * Columns::kVectorBytes);
+      const uint32_t full = kInputs ? at.copied_columns + 8 * columns.stage() : columns.full_barrier();
+      if (first) {
+        barrier_expect(full, step.count * (kInputs ? 4 * Columns::kVectorBytes : kColumnBytes));
 #pragma unroll 1
-        for (int m = 0; m < step.count; m++)
-          load_vectors(p, Columns{at.columns + (columns.stage() * kStep + m) * kColumnBytes}, step.block + m, copied);
+        for (int m = 0; m < step.count; m++) {
+          const Columns to = {at.columns + (columns.stage() * kStep + m) * kColumnBytes};
+          if (!kInputs) load_block(p, to.x, (int64_t)blockIdx.y * p.blocks + step.block + m, full);
+          load_vectors(p, to, step.block + m, full);
+        }
       }
 #pragma unroll 1
-      for (int m = 0; m < step.count; m++) {
+      for (int m = 0; m < (kInputs ? step.count : 0); m++) {
         const Columns to = {at.columns + (columns.stage() * kStep + m) * kColumnBytes};
         const int64_t token = (int64_t)(step.block + m) * kBlock;
         const int count = Rows::existing(p.seq_len, step.block + m);
         Rows::copy_rows(to.x, p.unpacked_k.row(batch, token, head), p.unpacked_k.stride_t, count);
         Rows::copy_rows(to.u(), p.unpacked_v.row(batch, token, head), p.unpacked_v.stride_t, count);
       }
-      barrier_arrive_after_copies(copied);
+      if constexpr (kInputs) barrier_arrive_after_copies(full);
       columns.advance();
 #pragma unroll 1
       for (int g = 0; g < p.queries; g++, rows.advance()) {
         rows.wait_empty();
+        if constexpr (kQueries) {
 #pragma unroll 1
-        for (int m = 0; m < step.count; m++)
-          Rows::copy_rows(at.rows + (rows.stage() * kStep + m) * kXBytes,
-                          p.unpacked_q.row(batch, (int64_t)(step.block + m) * kBlock, head * p.queries + g), p.unpacked_q.stride_t,
-                          Rows::existing(p.seq_len, step.block + m));
-        barrier_arrive_after_copies(at.copied_rows + 8 * rows.stage());
+          for (int m = 0; m < step.count; m++)
+            Rows::copy_rows(at.rows + (rows.stage() * kStep + m) * kXBytes, p.unpacked_q.row(batch, (int64_t)(step.block + m) * kBlock, head * p.queries + g), p.unpacked_q.stride_t,
+                            Rows::existing(p.seq_len, step.block + m));
+          barrier_arrive_after_copies(at.copied_rows + 8 * rows.stage());
+          if (!kInputs && g == 0 && first) {
+            Ring<kInputBuffers> inputs(at.input_barriers);
+            inputs.count = (columns.count - 1) * kStep;
+            Steps::produce_inputs(p, at, inputs, step);
+          }
+        } else {
+          barrier_expect(rows.full_barrier(), step.count * kXBytes);
+          bulk_load(at.rows + rows.stage() * kStep * kXBytes, (const T*)p.q + (((int64_t)blockIdx.y * p.queries + g) * p.blocks + step.block) * feature_block_elements(kHeadDim), step.count * kXBytes,
+                    rows.full_barrier());
+        }
       }
     });
-    wait_for_copies();
+    if constexpr (kQueries) wait_for_copies();
   }
-  // ... queries ...
+
+  // Threads that fill a stage of rows or columns, and those that read a stage of columns before they are done with it, besides the scanning ones.
+  static constexpr int kRowFillers = kQueries ? 32 : 1, kColumnFillers = kInputs ? kAssistants * 32 : 1, kColumnPackers = kInputs ? kAssistants * 32 : 0;
+  __device__ static void init(const Layout& at) {
+    Steps::init(at);
+    for (int i = 0; i < kRowBuffers; i++) barrier_init(at.copied_rows + 8 * i, 32);
+    for (int i = 0; i < kColumnBuffers; i++) barrier_init(at.copied_columns + 8 * i, Rows::kCopiers);
+  }
+  __device__ static void run_producing(const Params& p, const Layout& at, int warp) {
+    if (warp == 0) {
+      if (kQueries || threadIdx.x % 128 == 0) produce(p, at);
+    } else if (warp == 1) {
+      if constexpr (kQueries) pack_queries(p, at);
+      else if (threadIdx.x % 128 == 32) Steps::produce_inputs(p, at);
+    } else {
+      if constexpr (kInputs) pack_and_assist(p, at);
+      else Steps::assist(p, at);
+    }
+  }
+
+  // With Packs, by a warp: queries ...
   __device__ static void pack_queries(const Params& p, const Layout& at) {
     Ring<kRowBuffers> rows(at.row_barriers);
     for_each_step(p, [&](const Step& step) {
@@ -163,7 +153,7 @@ struct QueryScan : StateSteps<T, false> {
         barrier_wait(at.copied_rows + 8 * rows.stage(), rows.phase());
 #pragma unroll 1
         for (int m = 0; m < step.count; m++)
-          Rows::template pack_features<true>(
+          Rows::pack_features(
               at.rows + (rows.stage() * kStep + m) * kXBytes,
               p.packed_q + ((int64_t)(opaque(blockIdx.y) * p.queries + g) * p.blocks + step.block + m) * feature_block_elements(kHeadDim),
               opaque(threadIdx.x) % 32);
@@ -171,7 +161,7 @@ struct QueryScan : StateSteps<T, false> {
       }
     });
   }
-  // ... and, by one of the assistants, the columns of the n-th step, of whose blocks each takes one.
+  // ... and with kInputs, by one of the assistants, the columns of the n-th step, of whose blocks each takes one.
   __device__ static __forceinline__ void pack_columns(const Params& p, const Layout& at, const Step& step, uint32_t n, int thread) {
     static_assert(kAssistants == kStep);
     Ring<kColumnBuffers> columns(at.column_barriers);
@@ -183,7 +173,7 @@ struct QueryScan : StateSteps<T, false> {
       const Columns block = {at.columns + (columns.stage() * kStep + m) * kColumnBytes};
       const int64_t index = (int64_t)opaque(blockIdx.y) * p.blocks + step.block + m;
       const int count = Rows::existing(p.seq_len, step.block + m);
-      Rows::template pack_features<true>(block.x, p.packed_k + index * feature_block_elements(kHeadDim), lane);
+      Rows::pack_features(block.x, p.packed_k + index * feature_block_elements(kHeadDim), lane);
       Rows::pack_values(block.u(), p.packed_v + index * value_block_elements(kHeadDim), count, lane, [](uint4 values, int) { return values; });
 #pragma unroll
       for (int token = lane; token < kBlock; token += 32) store_shared_16(block.u() + (kColumnGroups * kBlock + token) * kRowBytes, Rows::ones(token < count));
@@ -374,7 +364,7 @@ struct QueryScan : StateSteps<T, false> {
   };
 };
 
-template <typename T, bool kPacks>
+template <typename T, Packs kPacks>
 __global__ void __launch_bounds__(QueryScan<T, kPacks>::kThreads, 1) query_scan_kernel(const __grid_constant__ QueryScanParams<T> p) {
   run_steps<QueryScan<T, kPacks>>(p);
 }
@@ -402,10 +392,11 @@ int launch_query_scan(const pt_problem& problem, const pt_query_scan_params& par
     const dim3 grid((unsigned)segments, (unsigned)(problem.batch * problem.key_heads));
     return launch("query_scan", kernel, grid, Kernel::kThreads, Kernel::kSharedBytes, stream, p);
   };
-  if (!params.unpacked_q.data || has_segments(problem, params.final_state)) return start(std::false_type());
+  if (!params.unpacked_q.data) return start(std::integral_constant<Packs, Packs::kNothing>());
   p.unpacked_q = strided<T>(params.unpacked_q), p.unpacked_k = strided<T>(params.unpacked_k), p.unpacked_v = strided<T>(params.unpacked_v);
   p.packed_q = (T*)params.q, p.packed_k = (T*)params.k, p.packed_v = (T*)params.v;
-  return start(std::true_type());
+  if (has_segments(problem, params.final_state)) return start(std::integral_constant<Packs, Packs::kQueries>());
+  return start(std::integral_constant<Packs, Packs::kInputs>());
 }
 
 }  // namespace powertrain::sm90

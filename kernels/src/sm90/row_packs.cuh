@@ -8,6 +8,8 @@
 
 namespace powertrain::sm90 {
 
+enum class Packs { kNothing, kInputs, kGradients, kQueries, kKeys };  // kInputs: q, k and v'; kGradients: dn', of dy, y and d; kQueries: q; kKeys: k and v'
+
 template <typename T>
 struct RowPacks {
   static constexpr int kHeadDim = 32, kColumnGroups = kHeadDim / 8, kRowBytes = 16, kBytes = kHeadDim * kBlock * 2;
@@ -30,8 +32,7 @@ struct RowPacks {
       for (int c = 0; c < kColumnGroups; c += 2) copy_16(to + (c * kBlock + 16 * step) * kRowBytes, from + c * 8, lane / 2 + 16 * step < count);
   }
 
-  // By a warp: a block of rows into one of features, where products read it and if kInPlace here, too.
-  template <bool kInPlace>
+  // By a warp: a block of rows into one of features, where products read it and in its place here.
   __device__ static __forceinline__ void pack_features(uint32_t at, T* packed, int lane) {
     constexpr int kAtOnce = 4;  // times four core matrices
     uint32_t* to = (uint32_t*)packed + lane;
@@ -45,7 +46,7 @@ struct RowPacks {
       __syncwarp();
 #pragma unroll
       for (int c = 0; c < kAtOnce; c++) {
-        if (kInPlace) store_matrices(at + c * 512, r[c]);
+        store_matrices(at + c * 512, r[c]);
 #pragma unroll
         for (int i = 0; i < 4; i++) to[(4 * c + i) * 32] = r[c][i];
       }

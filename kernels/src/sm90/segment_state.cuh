@@ -10,19 +10,17 @@
 
 namespace powertrain::sm90 {
 
-enum class Packs { kNothing, kInputs, kGradients };  // kInputs: q, k and v'; kGradients: dn', of dy, y and d
-
 template <typename T>
 struct SegmentStateParams : SegmentParams {  // decays: to the end of their chunk; in reverse from its start
   const float* chunk_decay;  // (B, Hk, N)
   float* out;                // (segments, boundary)
   bool reverse;
   // With Packs.
-  Strided<T> q, k, v, dy, y;
+  Strided<T> k, v, dy, y;
   const float* normalizer;
-  T *packed_q, *packed_x, *packed_u;
+  T *packed_x, *packed_u;
   int64_t seq_len;
-  int key_heads, queries;  // query heads of a key head; 0 where q is not wanted
+  int key_heads;
 };
 
 template <typename T, Packs kPacks>
@@ -33,25 +31,23 @@ struct SegmentState : StateTiles<T> {
   using Tiles::kColumnGroups, Tiles::kColumns, Tiles::kHeadDim, Tiles::kInputBytes, Tiles::kPhiTiles, Tiles::kRowBytes, Tiles::kUBytes, Tiles::kValueBytes,
       Tiles::kXBytes;
   using Accumulators = typename Tiles::template Accumulators<2, 1>;
-  static constexpr bool kInputs = kPacks == Packs::kInputs, kGradients = kPacks == Packs::kGradients;
+  static constexpr bool kKeys = kPacks == Packs::kKeys, kGradients = kPacks == Packs::kGradients;
   static constexpr int kUpdaters = 2, kAssistants = 3, kThreads = (kUpdaters + 1) * 128;
   // Registers: at most 3 * 168, the cap of a block of 384 threads.
   static constexpr int kProducing = 40, kUpdating = 232;
   static_assert(kProducing + kUpdaters * kUpdating <= 3 * 168);
-  // The buffers, of gradients with y and d, in which the second warpgroup leaves its part at the end; queries; then barriers: of the buffers, of u as it was
-  // loaded, of queries, and of the warpgroups.
+  // The buffers, of gradients with y and d, in which the second warpgroup leaves its part at the end; then barriers: of the buffers, of u as it was loaded,
+  // and of the warpgroups.
   static constexpr int kBuffers = kGradients ? 8 : 16, kYAt = kInputBytes, kNormalizerAt = kYAt + kValueBytes;
-  static constexpr int kBufferBytes = kGradients ? kNormalizerAt + kBlock * 4 : kInputBytes, kQueryBuffers = 8;
-  static constexpr int kQueriesAt = kBuffers * kBufferBytes, kBarriers = kQueriesAt + (kInputs ? kQueryBuffers * kXBytes : 0);
-  static constexpr int kLoaded = kBarriers + 16 * kBuffers, kQueryBarriers = kLoaded + 8 * kBuffers, kMeeting = kQueryBarriers + 16 * kQueryBuffers;
+  static constexpr int kBufferBytes = kGradients ? kNormalizerAt + kBlock * 4 : kInputBytes;
+  static constexpr int kBarriers = kBuffers * kBufferBytes, kLoaded = kBarriers + 16 * kBuffers, kMeeting = kLoaded + 8 * kBuffers;
   static constexpr int kSharedBytes = kMeeting + 8;
-  static_assert((kPhiTiles + 1) * kHeadDim / 2 * 128 * 4 <= kQueriesAt && kSharedBytes <= 227 * 1024 && kBufferBytes % 128 == 0);
+  static_assert((kPhiTiles + 1) * kHeadDim / 2 * 128 * 4 <= kBarriers && kSharedBytes <= 227 * 1024 && kBufferBytes % 128 == 0);
 
   __device__ static void init(uint32_t shared) {
     Ring<kBuffers>::init(shared + kBarriers, 128, 32);
     constexpr int kLoaders = kPacks == Packs::kNothing ? 1 : Rows::kCopiers;
     for (int i = 0; i < kBuffers; i++) barrier_init(shared + kLoaded + 8 * i, kLoaders);
-    if (kInputs) Ring<kQueryBuffers>::init(shared + kQueryBarriers, 32, 32);
     barrier_init(shared + kMeeting, kUpdaters * 128);
   }
 
@@ -71,7 +67,6 @@ struct SegmentState : StateTiles<T> {
   // The first thread of the producing warpgroup; with Packs, its warp.
   __device__ static void produce(const Params& p, uint32_t shared) {
     Ring<kBuffers> inputs(shared + kBarriers);
-    Ring<kQueryBuffers> queries(shared + kQueryBarriers);
     const Blocks blocks(p);
     const int batch = blockIdx.y / p.key_heads, head = blockIdx.y % p.key_heads, lane = threadIdx.x % 32;
 #pragma unroll 1
@@ -91,7 +86,7 @@ struct SegmentState : StateTiles<T> {
             if (kGradients) bulk_load(to, (const T*)p.x + block_of(p, p.group, g, block) * feature_block_elements(kHeadDim), kXBytes, loaded);
             bulk_load(to + kXBytes + kUBytes, p.decays + block_of(p, 1, 0, block) * kBlock, kBlock * 4, loaded);
           }
-          if constexpr (kInputs) {
+          if constexpr (kKeys) {
             Rows::copy_rows(to, p.k.row(batch, token, head), p.k.stride_t, count);
             Rows::copy_rows(to + kXBytes, p.v.row(batch, token, head), p.v.stride_t, count);
           } else {
@@ -105,14 +100,6 @@ struct SegmentState : StateTiles<T> {
           barrier_arrive_after_copies(loaded);
         }
       }
-      if constexpr (kInputs)
-#pragma unroll 1
-        for (int g = 0; g < p.queries; g++, queries.advance()) {
-          queries.wait_empty();
-          Rows::copy_rows(shared + kQueriesAt + queries.stage() * kXBytes, p.q.row(batch, token, head * p.queries + g), p.q.stride_t,
-                          Rows::existing(p.seq_len, block));
-          barrier_arrive_after_copies(queries.full_barrier());
-        }
     }
     if constexpr (kPacks != Packs::kNothing) wait_for_copies();
   }
@@ -159,31 +146,21 @@ struct SegmentState : StateTiles<T> {
     }
   }
 
-  // One of the assisting warps, which take blocks in turn, and blocks of queries after those of keys: each of their steps waits for shared memory.
+  // One of the assisting warps, which take blocks in turn: each of their steps waits for shared memory.
   __device__ static void assist(const Params& p, uint32_t shared, int assistant) {
     Ring<kBuffers> inputs(shared + kBarriers);
-    Ring<kQueryBuffers> queries(shared + kQueryBarriers);
     const Blocks blocks(p);
-    const int of_block = kInputs ? 1 + p.queries : p.group, direction = blocks.reverse ? 1 : -1;  // what there is to be done for a block
+    const int of_block = p.group, direction = blocks.reverse ? 1 : -1;
     const auto lane = [] { return opaque(threadIdx.x) % 32; };
     const auto decay_of = [&](int chunk) { return p.chunk_decay[(int64_t)opaque(blockIdx.y) * p.chunks + chunk]; };
     int chunk = blocks[0] / p.blocks_per_chunk;
     float across = 1.f, of_chunk = decay_of(chunk);  // from the end of the block's chunk to the segment's, and across that chunk
 #pragma unroll 1
     for (int turn = assistant; turn < blocks.count() * of_block; turn += kAssistants) {
-      const int i = turn / of_block, g = turn % of_block, block = blocks[i];
-      if (kInputs && g > 0) {
-        queries.count = i * p.queries + g - 1;
-        // Another one has waited for the stage's last use: until that is released, the parity could mean the one before it.
-        queries.wait_empty();
-        queries.wait_full();
-        Rows::template pack_features<false>(shared + kQueriesAt + queries.stage() * kXBytes,
-                             p.packed_q + block_of(p, p.queries, g - 1, block) * feature_block_elements(kHeadDim), lane());
-        queries.release(queries.stage());
-        continue;
-      }
+      const int g = turn % of_block, block = blocks[turn / of_block];
       for (const int its = block / p.blocks_per_chunk; chunk != its; of_chunk = decay_of(chunk)) across *= of_chunk, chunk += direction;
-      inputs.count = kInputs ? i : turn;
+      inputs.count = turn;
+      // Another one has waited for the stage's last use: until that is released, the parity could mean the one before it.
       inputs.wait_empty();
       barrier_wait(shared + kLoaded + 8 * inputs.stage(), inputs.phase());
       const uint32_t at = shared + inputs.stage() * kBufferBytes;
@@ -191,8 +168,8 @@ struct SegmentState : StateTiles<T> {
         Tiles::template decay_inputs<32, 2>(at, across, lane());
       } else {
         T* const values = p.packed_u + block_of(p, p.group, g, block) * value_block_elements(kHeadDim);
-        if constexpr (kInputs) {
-          Rows::template pack_features<true>(at, p.packed_x + block_of(p, 1, 0, block) * feature_block_elements(kHeadDim), lane());
+        if constexpr (kKeys) {
+          Rows::pack_features(at, p.packed_x + block_of(p, 1, 0, block) * feature_block_elements(kHeadDim), lane());
           pack_values(at, values, across, Rows::existing(p.seq_len, block), lane());
         } else {
           pack_gradients(at, values, across, lane());
@@ -280,10 +257,9 @@ int launch_segment_state(const pt_problem& problem, const SegmentScan& scan, int
     return launch("segment_state", kernel, grid, Kernel::kThreads, Kernel::kSharedBytes, stream, p);
   };
   if (scan.inputs) {
-    p.q = strided<T>(scan.inputs->unpacked_q), p.k = strided<T>(scan.inputs->unpacked_k), p.v = strided<T>(scan.inputs->unpacked_v);
-    p.queries = scan.inputs->unpacked_q.data ? problem.query_heads / problem.key_heads : 0;
-    p.packed_q = (T*)scan.inputs->q, p.packed_x = (T*)scan.inputs->k, p.packed_u = (T*)scan.inputs->v;
-    return start(std::integral_constant<Packs, Packs::kInputs>());
+    p.k = strided<T>(scan.inputs->unpacked_k), p.v = strided<T>(scan.inputs->unpacked_v);
+    p.packed_x = (T*)scan.inputs->k, p.packed_u = (T*)scan.inputs->v;
+    return start(std::integral_constant<Packs, Packs::kKeys>());
   }
   if (scan.gradients) {
     p.dy = strided<T>(scan.gradients->dy), p.y = strided<T>(scan.gradients->y), p.normalizer = scan.gradients->normalizer;

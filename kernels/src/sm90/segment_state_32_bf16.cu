@@ -9,5 +9,5 @@ static KernelEntry entry(const char* name) {
   return {name, (const void*)segment_state_kernel<__nv_bfloat16, kPacks>, 90, Kernel::kThreads, Kernel::kSharedBytes};
 }
 static RegisterKernel registered(entry<Packs::kNothing>("segment_state K=32 bf16")),
-    packing_inputs(entry<Packs::kInputs>("segment_state packing q, k, v K=32 bf16")), packing_gradients(entry<Packs::kGradients>("segment_state packing dn' K=32 bf16"));
+    packing_keys(entry<Packs::kKeys>("segment_state packing k, v K=32 bf16")), packing_gradients(entry<Packs::kGradients>("segment_state packing dn' K=32 bf16"));
 }  // namespace powertrain::sm90
