@@ -78,6 +78,11 @@ PT_HD constexpr int feature_index(int feature, int token) {  // within a packed 
 PT_HD constexpr int value_index(int column, int token) {  // within a packed block of v' or dn'
   return ((column / 8) * 8 + token / 8) * 64 + (token % 8) * 8 + column % 8;
 }
+// Bytes between the core matrices of a packed block in shared memory: from eight features or columns to the next, and from eight tokens to the next.
+struct CoreStrides {
+  uint32_t columns, tokens;
+};
+constexpr CoreStrides kPackedCores = {feature_index(8, 0) * 2, feature_index(0, 8) * 2};
 PT_HD constexpr int state_index(int row, int column) {  // within a state tile
   return ((column / 8) * 8 + row / 8) * 64 + (row % 8) * 8 + column % 8;
 }

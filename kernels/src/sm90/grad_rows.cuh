@@ -21,10 +21,10 @@ struct GradShape {
 template <int kHeadDim>
 using RowOperands = uint32_t[kHeadDim / 16][4];
 template <int kHeadDim>
-__device__ __forceinline__ void load_features(RowOperands<kHeadDim>& x, uint32_t block, int warp, int lane) {
+__device__ __forceinline__ void load_features(RowOperands<kHeadDim>& x, uint32_t block, int warp, int lane, CoreStrides of_x = kPackedCores) {
 #pragma unroll
   for (int k = 0; k < kHeadDim / 16; k++)
-    load_matrices_transposed(x[k], block + (((2 * k + (lane >> 4)) * 8 + 2 * warp + (lane >> 3 & 1)) * 64 + (lane & 7) * 8) * 2);
+    load_matrices_transposed(x[k], block + (2 * k + (lane >> 4)) * of_x.columns + (2 * warp + (lane >> 3 & 1)) * of_x.tokens + (lane & 7) * 16);
 }
 template <int kHeadDim>
 __device__ __forceinline__ void load_values(RowOperands<kHeadDim>& u, uint32_t block, int warp, int lane) {

@@ -47,6 +47,9 @@ struct QueryScan : StateSteps<T, false> {
   static constexpr int kColumnBytes = Columns::kBytes + Columns::kVectorBytes;
   __device__ static __forceinline__ uint32_t row_decays(const Columns& block) { return block.x + Columns::kBytes; }
   static constexpr int kRowBuffers = 2, kColumnBuffers = 2;  // of the blocks of a step
+  // Where core matrices are that were packed here; v' has those of its ones behind each eight tokens'.
+  static constexpr CoreStrides kQueryCores = kQueries ? Rows::kCores : kPackedCores, kKeyCores = kInputs ? Rows::kCores : kPackedCores;
+  static constexpr CoreStrides kValueCores = kInputs ? CoreStrides{Rows::kCores.columns, (kColumnGroups + 1) * Rows::kCores.columns} : kPackedCores;
 
   struct Layout : Memory {
     uint32_t rows, columns, row_barriers, column_barriers, copied_rows, copied_columns, end;  // the last two: barriers of what is to be packed
@@ -97,7 +100,7 @@ struct QueryScan : StateSteps<T, false> {
         const int64_t token = (int64_t)(step.block + m) * kBlock;
         const int count = Rows::existing(p.seq_len, step.block + m);
         Rows::copy_rows(to.x, p.unpacked_k.row(batch, token, head), p.unpacked_k.stride_t, count);
-        Rows::copy_rows(to.u(), p.unpacked_v.row(batch, token, head), p.unpacked_v.stride_t, count);
+        Rows::copy_rows(to.u(), p.unpacked_v.row(batch, token, head), p.unpacked_v.stride_t, count, kValueCores.tokens);
       }
       if constexpr (kInputs) barrier_arrive_after_copies(full);
       columns.advance();
@@ -153,7 +156,7 @@ struct QueryScan : StateSteps<T, false> {
         barrier_wait(at.copied_rows + 8 * rows.stage(), rows.phase());
 #pragma unroll 1
         for (int m = 0; m < step.count; m++)
-          Rows::pack_features(
+          Rows::template pack_features<4>(
               at.rows + (rows.stage() * kStep + m) * kXBytes,
               p.packed_q + ((int64_t)(opaque(blockIdx.y) * p.queries + g) * p.blocks + step.block + m) * feature_block_elements(kHeadDim),
               opaque(threadIdx.x) % 32);
@@ -173,10 +176,11 @@ struct QueryScan : StateSteps<T, false> {
       const Columns block = {at.columns + (columns.stage() * kStep + m) * kColumnBytes};
       const int64_t index = (int64_t)opaque(blockIdx.y) * p.blocks + step.block + m;
       const int count = Rows::existing(p.seq_len, step.block + m);
-      Rows::pack_features(block.x, p.packed_k + index * feature_block_elements(kHeadDim), lane);
-      Rows::pack_values(block.u(), p.packed_v + index * value_block_elements(kHeadDim), count, lane, [](uint4 values, int) { return values; });
+      Rows::template pack_features<2>(block.x, p.packed_k + index * feature_block_elements(kHeadDim), lane);
+      Rows::pack_values(block.u(), p.packed_v + index * value_block_elements(kHeadDim), count, lane, [](uint4 values, int) { return values; }, kValueCores.tokens);
 #pragma unroll
-      for (int token = lane; token < kBlock; token += 32) store_shared_16(block.u() + (kColumnGroups * kBlock + token) * kRowBytes, Rows::ones(token < count));
+      for (int token = lane; token < kBlock; token += 32)
+        store_shared_16(block.u() + kColumnGroups * kValueCores.columns + token / 8 * kValueCores.tokens + token % 8 * kRowBytes, Rows::ones(token < count));
       fence_async_shared();
     }
     barrier_arrive(columns.full_barrier());
@@ -192,10 +196,12 @@ struct QueryScan : StateSteps<T, false> {
       const Columns from = {at.columns + (columns.stage() * kStep + m) * kColumnBytes};
       const uint32_t to = at.inputs + inputs.stage() * kInputBytes;
       inputs.wait_empty();
+      const uint32_t row = from.x + thread / 8 * kKeyCores.tokens + thread % 8 * kRowBytes;
+      static_assert(kAssistants * 32 == kBlock);
 #pragma unroll 2
-      for (int row = thread * kRowBytes; row < kXBytes; row += kAssistants * 32 * kRowBytes) store_shared_16(to + row, load_shared_16(from.x + row));
+      for (int c = 0; c < kColumnGroups; c++) store_shared_16(to + (c * kBlock + thread) * kRowBytes, load_shared_16(row + c * kKeyCores.columns));
       const float across = Steps::decay_across(p.block_decay + (int64_t)opaque(blockIdx.y) * p.blocks, step, m);
-      Steps::template decay_values<kAssistants * 32, 1>(to + kXBytes, from.u(), from.decays(), across, thread);
+      Steps::template decay_values<kAssistants * 32>(to + kXBytes, from.u(), from.decays(), across, thread, kValueCores);
       barrier_arrive(inputs.full_barrier());
     }
     columns.release(columns.stage());
@@ -238,7 +244,7 @@ struct QueryScan : StateSteps<T, false> {
     __device__ __forceinline__ void scan_state(const Operands& x, uint32_t q_at, uint32_t state, int m, const Columns& own, const Columns& first) {
       float y[kHeadDim / 2], zx[kHeadDim / 2];
       uint32_t sets[2][kHalf + 1][4], pairs[2][4];
-      const auto load_xi = [&](int i) { load_pair(pairs[i / 2 % 2], q_at, i, warp, lane); };
+      const auto load_xi = [&](int i) { load_pair(pairs[i / 2 % 2], q_at, i, warp, lane, kQueryCores); };
       load_xi(0), load_xi(2);
 #pragma unroll
       for (int i_block = 0; i_block < kFeatureBlocks; i_block++) {
@@ -285,7 +291,7 @@ struct QueryScan : StateSteps<T, false> {
       float s[kBlock / 2];
       wgmma_fence();
 #pragma unroll
-      for (int k = 0; k < kHeadDim / 16; k++) wgmma<T, true>(s, x[k], CoreMatrices(block.x, 1024, 128).at(k * 2048), k > 0);
+      for (int k = 0; k < kHeadDim / 16; k++) wgmma<T, true>(s, x[k], CoreMatrices(block.x, kKeyCores.columns, kKeyCores.tokens).at(k * 2 * kKeyCores.columns), k > 0);
       wgmma_commit();
       wgmma_wait<0>();
       Weights weights;
@@ -299,7 +305,7 @@ struct QueryScan : StateSteps<T, false> {
       }
       wgmma_fence();
 #pragma unroll
-      for (int k = 0; k < kBlock / 16; k++) wgmma<T, true>(acc, weights[k], CoreMatrices(block.u(), 128, 1024).at(k * 256), true);
+      for (int k = 0; k < kBlock / 16; k++) wgmma<T, true>(acc, weights[k], CoreMatrices(block.u(), kValueCores.tokens, kValueCores.columns).at(k * 2 * kValueCores.tokens), true);
       wgmma_commit();
       wgmma_wait<0>();
     }
@@ -307,7 +313,7 @@ struct QueryScan : StateSteps<T, false> {
     // The rows of block `m` of the step.
     __device__ __forceinline__ void scan(uint32_t q_at, uint32_t state, int m, const Columns& own, const Columns& first) {
       Operands x;
-      load_features<kHeadDim>(x, q_at, warp, lane);
+      load_features<kHeadDim>(x, q_at, warp, lane, kQueryCores);
       scan_state(x, q_at, state, m, own, first);
 #pragma unroll 1
       for (int i = m; i >= 0; i--) attend(x, Columns{i ? own.x : first.x}, own, i == m);

@@ -109,25 +109,25 @@ struct SegmentState : StateTiles<T> {
     const uint32_t decays = at + kXBytes + kUBytes;
     const float2 by = load_shared_float2(decays + lane * 8);
     Tiles::set_norm(at, lane, 2 * lane < count ? 2.f * across * by.x : 0.f, 2 * lane + 1 < count ? 2.f * across * by.y : 0.f);
-    const float of_rows[2] = {across * load_shared_float(decays + lane * 4), across * load_shared_float(decays + (lane + 32) * 4)};
-    Rows::pack_values(at + kXBytes, packed, count, lane, [&](uint4 values, int half) { return scaled<T>(values, of_rows[half]); });
+    Rows::pack_values(at + kXBytes, packed, count, lane,
+                      [&](uint4 values, int token) { return scaled<T>(values, across * load_shared_float(decays + token * 4)); });
   }
   // dn' of a block of rows of dy and y, packed and decayed. Lanes have one of four column groups of eight tokens, so that their rows are in different banks.
   __device__ static __forceinline__ void pack_gradients(uint32_t at, T* packed, float across, int lane) {
     const int column_group = lane / 8;
-    uint32_t copied = at + kXBytes + Rows::copied_at(lane % 8, column_group), token_at = at + lane % 8 * 4;
+    uint32_t copied = at + kXBytes + Rows::copied_at(lane % 8, column_group), to = at + kXBytes + lane * kRowBytes, token_at = at + lane % 8 * 4;
     packed += value_index(column_group * 8, lane % 8);
 #pragma unroll 1
-    for (int half = 0; half < 2; half++, copied += 32 * kRowBytes, token_at += 128, packed += 32 * 8) {
+    for (int half = 0; half < 2; half++, copied += 4 * Rows::kTokensBytes, to += 4 * Rows::kTokensBytes, token_at += 128, packed += 32 * 8) {
       float dot[4];
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        const uint4 dy = load_shared_16(copied + i * 8 * kRowBytes), y = load_shared_16(copied + kYAt - kXBytes + i * 8 * kRowBytes);
+        const uint4 dy = load_shared_16(copied + i * Rows::kTokensBytes), y = load_shared_16(copied + kYAt - kXBytes + i * Rows::kTokensBytes);
         const GradRow<T, true> row(dy, y, load_shared_float(token_at + kNormalizerAt + i * 32), 1.f);
         dot[i] = row.dot;
         __syncwarp();
         store8(packed + i * 64, row.row());
-        store_shared_16((copied ^ column_group % 2 * 4 * kRowBytes) + i * 8 * kRowBytes,
+        store_shared_16(to + i * Rows::kTokensBytes,
                         scaled<T>(row.row(), across * load_shared_float(token_at + kXBytes + kUBytes + i * 32)));
       }
       // Sums over the column groups, each of them where token 8 i + lane % 8 is the lane's: with i % 2, and then i / 2 that of the group.
@@ -165,11 +165,11 @@ struct SegmentState : StateTiles<T> {
       barrier_wait(shared + kLoaded + 8 * inputs.stage(), inputs.phase());
       const uint32_t at = shared + inputs.stage() * kBufferBytes;
       if constexpr (kPacks == Packs::kNothing) {
-        Tiles::template decay_inputs<32, 2>(at, across, lane());
+        Tiles::template decay_inputs<32>(at, across, lane());
       } else {
         T* const values = p.packed_u + block_of(p, p.group, g, block) * value_block_elements(kHeadDim);
         if constexpr (kKeys) {
-          Rows::pack_features(at, p.packed_x + block_of(p, 1, 0, block) * feature_block_elements(kHeadDim), lane());
+          Rows::template pack_features<4>(at, p.packed_x + block_of(p, 1, 0, block) * feature_block_elements(kHeadDim), lane());
           pack_values(at, values, across, Rows::existing(p.seq_len, block), lane());
         } else {
           pack_gradients(at, values, across, lane());
@@ -189,7 +189,7 @@ struct SegmentState : StateTiles<T> {
 #pragma unroll 1
     for (inputs.count = uniform_warp() / 4; inputs.count < end; inputs.count += kUpdaters) {
       inputs.wait_full();
-      state.add(shared + inputs.stage() * kBufferBytes);
+      state.add(shared + inputs.stage() * kBufferBytes, kKeys ? Rows::kCores : kPackedCores, kPacks == Packs::kNothing ? kPackedCores : Rows::kCores);
       inputs.release(inputs.stage());
     }
     // Sums of the even blocks and of the odd ones.

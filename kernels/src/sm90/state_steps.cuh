@@ -103,7 +103,7 @@ struct StateSteps : StateTiles<T> {
         for (int m = 0; m < step.count; m++) {
           const float across = decay_across(block_decay, step, m);
           barrier_wait(at.loaded_barriers + 8 * inputs.stage(), inputs.phase());
-          Tiles::template decay_inputs<kAssistants * 32, 1>(at.inputs + inputs.stage() * kInputBytes, across, thread);
+          Tiles::template decay_inputs<kAssistants * 32>(at.inputs + inputs.stage() * kInputBytes, across, thread);
           barrier_arrive(inputs.full_barrier());
           inputs.advance();
         }
@@ -151,8 +151,8 @@ struct StateSteps : StateTiles<T> {
 
   // What a scanning warpgroup makes of the state: phi(x) S and x Z, where the rows' x are A operands. Of a block I, x_i and x_{i+1} for i = feature, each in
   // both halves of a register, of both rows: a matrix is the eight tokens of one feature, again and again.
-  __device__ static __forceinline__ void load_pair(uint32_t (&xi)[4], uint32_t x_at, int feature, int warp, int lane) {
-    load_matrices_transposed(xi, x_at + ((feature / 8 * 8 + 2 * warp + (lane >> 3 & 1)) * 64 + (feature % 8 + (lane >> 4)) * 8) * 2);
+  __device__ static __forceinline__ void load_pair(uint32_t (&xi)[4], uint32_t x_at, int feature, int warp, int lane, CoreStrides of_x = kPackedCores) {
+    load_matrices_transposed(xi, x_at + feature / 8 * of_x.columns + (2 * warp + (lane >> 3 & 1)) * of_x.tokens + (feature % 8 + (lane >> 4)) * kRowBytes);
   }
   using PhiColumns = uint32_t[kHalf + 1][2];  // x_J of a block I's tiles, twice where one product stands for both (a, b) and (b, a)
   __device__ static __forceinline__ void set_phi_columns(PhiColumns& xj, const RowOperands<kHeadDim>& x, int i_block) {

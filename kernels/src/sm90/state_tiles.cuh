@@ -69,36 +69,40 @@ struct StateTiles {
     store_shared_4(block + kNormHigh + pair * 4, Pair<T>::pack(first_high, second_high));
     store_shared_4(block + kNormLow + pair * 4, Pair<T>::pack(first - first_high, second - second_high));
   }
-  // u times its decays and `across`, its last component twice that, where products read it: `to` and what follows; by kThreads threads of whole warps,
-  // kAtOnce rows each at a time. From where it was packed, perhaps the same place.
-  template <int kThreads, int kAtOnce>
-  __device__ static __forceinline__ void decay_values(uint32_t to, uint32_t u, uint32_t decays, float across, int thread) {
-    const uint32_t norm = u + (kColumnGroups * kBlock + 2 * (thread % 32)) * kRowBytes;
+  // u times its decays and `across`, its last component twice that, where products read it: `to` and what follows; by kThreads threads of whole warps, each
+  // kBlock / kThreads tokens. From where its core matrices are, perhaps the same place.
+  template <int kThreads>
+  __device__ static __forceinline__ void decay_values(uint32_t to, uint32_t u, uint32_t decays, float across, int thread, CoreStrides of_u = kPackedCores) {
+    constexpr int kTokens = kBlock / kThreads;
+    const auto row_at = [&](int column_group, int token) { return u + column_group * of_u.columns + token / 8 * of_u.tokens + token % 8 * kRowBytes; };
     float2 last[2];
-    if (thread < 32) last[0] = Pair<T>::unpack(load_shared_4(norm)), last[1] = Pair<T>::unpack(load_shared_4(norm + kRowBytes));
+    if (thread < 32)
+#pragma unroll
+      for (int i = 0; i < 2; i++) last[i] = Pair<T>::unpack(load_shared_4(row_at(kColumnGroups, 2 * (thread % 32)) + i * kRowBytes));
     __syncwarp();
     if (thread < 32) {
       const float2 by = load_shared_float2(decays + thread * 8);
       set_norm(to - kXBytes, thread, 2.f * across * by.x * (last[0].x + last[0].y), 2.f * across * by.y * (last[1].x + last[1].y));
     }
+    float by[kTokens];
+#pragma unroll
+    for (int i = 0; i < kTokens; i++) by[i] = across * load_shared_float(decays + (thread + i * kThreads) * 4);
+    uint32_t from = row_at(0, thread);
+    to += thread * kRowBytes;
 #pragma unroll 1
-    for (int row = thread; row < kColumnGroups * kBlock; row += kAtOnce * kThreads) {
-      float by[kAtOnce];
-      uint4 values[kAtOnce];
+    for (int c = 0; c < kColumnGroups; c++, from += of_u.columns, to += kBlock * kRowBytes) {
+      uint4 values[kTokens];
 #pragma unroll
-      for (int i = 0; i < kAtOnce; i++) {
-        by[i] = across * load_shared_float(decays + (row + i * kThreads) % kBlock * 4);
-        values[i] = load_shared_16(u + (row + i * kThreads) * kRowBytes);
-      }
+      for (int i = 0; i < kTokens; i++) values[i] = load_shared_16(from + i * kThreads / 8 * of_u.tokens);
 #pragma unroll
-      for (int i = 0; i < kAtOnce; i++) store_shared_16(to + (row + i * kThreads) * kRowBytes, scaled<T>(values[i], by[i]));
+      for (int i = 0; i < kTokens; i++) store_shared_16(to + i * kThreads * kRowBytes, scaled<T>(values[i], by[i]));
     }
     fence_async_shared();
   }
-  template <int kThreads, int kAtOnce>
+  template <int kThreads>
   __device__ static __forceinline__ void decay_inputs(uint32_t block, float across, int thread) {
     const uint32_t u = block + kXBytes;
-    decay_values<kThreads, kAtOnce>(u, u, u + kUBytes, across, thread);
+    decay_values<kThreads>(u, u, u + kUBytes, across, thread);
   }
 
   // kSets of operands: so many groups of products are under way while the next one's are formed, less one. Fragments of x are loaded kAhead groups before.
@@ -177,18 +181,20 @@ struct StateTiles {
     }
 
     // acc += phi(x)^T u and Z += (n x) x^T over a block of inputs.
-    __device__ __forceinline__ void add(uint32_t x) {
+    __device__ __forceinline__ void add(uint32_t x, CoreStrides of_x = kPackedCores, CoreStrides of_u = kPackedCores) {
       constexpr int kTurns = kBlock / 16 * kFeatureBlocks;  // groups of products
       // ldmatrix row addresses within a block of x (chunk_state.cuh): x_i of a feature, the same one for all rows, and x_j of two blocks of features. A
       // warp's rows of Z are two of these blocks.
-      const uint32_t i_offset = ((lane >> 4) * 64 + (2 * warp + (lane >> 3 & 1)) * 8) * 2;
-      const uint32_t j_offset = (((lane >> 4) * 8 + (lane >> 3 & 1)) * 64 + (lane & 7) * 8) * 2;
-      const CoreMatrices u(x + kXBytes, 128, 1024), features(x, 128, 1024);
+      const uint32_t i_offset = (lane >> 4) * of_x.tokens + (2 * warp + (lane >> 3 & 1)) * kRowBytes;
+      const uint32_t j_offset = (lane >> 4) * of_x.columns + (lane >> 3 & 1) * of_x.tokens + (lane & 7) * kRowBytes;
+      const CoreMatrices u(x + kXBytes, of_u.tokens, of_u.columns), features(x, of_x.tokens, of_x.columns);
       uint32_t sets[kSets][kHalf + 1][4], xi[kAhead][4], xj[kAhead][kFeatureBlocks][2];
-      const auto load_xi = [&](int turn) { load_matrices(xi[turn % kAhead], x + turn / kFeatureBlocks * 256 + turn % kFeatureBlocks * 1024 + i_offset); };
+      const auto load_xi = [&](int turn) {
+        load_matrices(xi[turn % kAhead], x + turn / kFeatureBlocks * 2 * of_x.tokens + turn % kFeatureBlocks * of_x.columns + i_offset);
+      };
       const auto load_xj = [&](int k) {
 #pragma unroll
-        for (int j = 0; j < kFeatureBlocks; j += 2) load_matrices(xj[k % kAhead][j], xj[k % kAhead][j + 1], x + k * 256 + j * 1024 + j_offset);
+        for (int j = 0; j < kFeatureBlocks; j += 2) load_matrices(xj[k % kAhead][j], xj[k % kAhead][j + 1], x + k * 2 * of_x.tokens + j * of_x.columns + j_offset);
       };
       load_xj(0);
 #pragma unroll
@@ -216,8 +222,8 @@ struct StateTiles {
         if (turn % kFeatureBlocks == (kAhead > 1 ? 1 : kFeatureBlocks - 1) && k + 1 < kBlock / 16) load_xj(k + 1);
         wgmma_fence();
 #pragma unroll
-        for (int distance = 0; distance < tiles_of(i_block); distance++) wgmma<T, true>(acc[tile_of(i_block, distance)], a[distance], u.at(k * 256), true);
-        if (i_block >= kHalf) wgmma<T, false>(z, a[kHalf], features.at(k * 256), true);
+        for (int distance = 0; distance < tiles_of(i_block); distance++) wgmma<T, true>(acc[tile_of(i_block, distance)], a[distance], u.at(k * 2 * of_u.tokens), true);
+        if (i_block >= kHalf) wgmma<T, false>(z, a[kHalf], features.at(k * 2 * of_x.tokens), true);
         wgmma_commit();
       }
       wgmma_wait<0>();
