@@ -39,6 +39,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _build(arguments: argparse.Namespace) -> int:
+    if arguments.jobs is not None and arguments.jobs < 1:
+        raise ValueError(f"--jobs {arguments.jobs} is not allowed: it must be at least 1")
     path = build_library(jobs=arguments.jobs, output=arguments.output, force=arguments.force, objects=arguments.check)
     open_library(path)
     print(path)

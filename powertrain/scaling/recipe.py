@@ -317,7 +317,7 @@ def load_recipe(name_or_path: str) -> Recipe:
     path = recipe_path(name_or_path)
     try:
         values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (OmegaConfBaseException, YAMLError) as error:
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
     try:
         return build(Recipe, values)  # type: ignore[arg-type]

@@ -205,6 +205,12 @@ def test_command_takes_seeds_of_64_bits_and_says_so(run: Path, capsys: pytest.Ca
         assert (f"powertrain generate: seed={seed}: must be at least" in error) == (code == 2)
 
 
+def test_command_refuses_a_prompt_that_is_no_text(run: Path, capsys: pytest.CaptureFixture):
+    assert powertrain(["generate", str(run), "--prompt", "caf\udce9"]) == 2
+    out, error = capsys.readouterr()
+    assert (out, error) == ("", "powertrain generate: --prompt 'caf\\udce9' is not text in UTF-8\n")
+
+
 def test_command_says_how_far_an_unfinished_run_is(run: Path, capsys: pytest.CaptureFixture):
     def said(path: Path) -> str:
         assert powertrain(["generate", str(path), "--max-new-tokens", "1", "--device", "cpu"]) == 0

@@ -23,6 +23,13 @@ def test_info_without_a_library_says_what_to_do(cli_tree: Path, capsys: pytest.C
     assert "none for these sources and this torch;" in output
 
 
+@pytest.mark.parametrize("jobs", [0, -1])
+def test_build_refuses_to_build_with_no_compiler_at_once(jobs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "build_library", lambda **_: pytest.fail("it builds"))
+    with pytest.raises(ValueError, match=f"--jobs {jobs} is not allowed: it must be at least 1"):
+        cli.main(["build", f"--jobs={jobs}"])
+
+
 def test_info_names_a_library_of_ones_own(
     cli_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

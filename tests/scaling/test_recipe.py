@@ -133,9 +133,10 @@ def test_a_stage_that_depends_on_nothing_is_refused(stages, words):
 
 def test_a_file_that_does_not_parse_or_exist_is_named(tmp_path):
     path = tmp_path / "broken.yaml"
-    path.write_text("name: [x\n")
-    with pytest.raises(ConfigError, match=r"broken\.yaml"):
-        load_recipe(str(path))
+    for content in (b"name: [x\n", b"\xff\xfe"):
+        path.write_bytes(content)
+        with pytest.raises(ConfigError, match=r"broken\.yaml: cannot be read as YAML"):
+            load_recipe(str(path))
     with pytest.raises(ConfigError, match="did you mean 'smoke'"):
         load_recipe("smokee")
 
