@@ -186,7 +186,11 @@ class RunConfig:
 
     def identity(self) -> dict[str, Any]:
         """Return what defines the numbers of the run; see `NOT_IDENTITY` and `FIRST_IDENTITY`."""
-        return _identity(self, "")
+        found = _identity(self, "")
+        if self.trainer.precision == "auto":
+            # The default when ids began, and the same wherever the id is asked for.
+            found["trainer"]["precision"] = "bf16-mixed"
+        return found
 
     def resolved_run_id(self) -> str:
         """Return the run id: the one given, or the name and eight digits of the hash of `identity()`."""

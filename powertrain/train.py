@@ -44,6 +44,7 @@ class RunResult:
     fit: FitResult
     metrics: dict[str, float | None]  # latest record of every key of metrics.jsonl; None for what is not finite
     length: TrainingLength
+    config: RunConfig  # with the run id, and the precision that it trains in
 
     @property
     def val_loss(self) -> float:
@@ -71,6 +72,7 @@ def run(config: RunConfig, *, command: str = "", signals: StopSignals | None = N
     from lightning.pytorch.utilities.seed import isolate_rng
 
     from powertrain.models.gpt import GPT
+    from powertrain.training.batching import with_precision
     from powertrain.training.fit import fit
     from powertrain.training.loggers import read_metrics
     from powertrain.training.status import TellProgress
@@ -82,7 +84,9 @@ def run(config: RunConfig, *, command: str = "", signals: StopSignals | None = N
         )
     run_id = config.resolved_run_id()
     run_dir = Path(config.paths.runs) / run_id
-    check_same_run(run_dir, config)
+    config = check_same_run(run_dir, config)
+    # The id is that of what was asked for: what is decided here may have another.
+    config = dataclasses.replace(config, run_id=run_id, trainer=with_precision(config.trainer))
     datamodule = _datamodule(config)
     model_config = _model_config(config, datamodule)
     length = _length(config, model_config)
@@ -117,7 +121,7 @@ def run(config: RunConfig, *, command: str = "", signals: StopSignals | None = N
     latest: dict[str, float | None] = {}
     for record in read_metrics(run_dir):
         latest.update(record)
-    return RunResult(run_id, run_dir, result, latest, length)
+    return RunResult(run_id, run_dir, result, latest, length, config)
 
 
 def say(text: str = "") -> None:
@@ -126,18 +130,27 @@ def say(text: str = "") -> None:
         print(text, flush=True)
 
 
-def check_same_run(run_dir: Path, config: RunConfig) -> None:
-    """Reject a run directory that holds another run, by a ConfigError; what it holds stays as it is."""
+def check_same_run(run_dir: Path, config: RunConfig) -> RunConfig:
+    """Reject a run directory that holds another run, by a ConfigError; what it holds stays as it is.
+
+    Returns:
+        The configuration; where its precision is `auto`, in the one that the run directory records.
+    """
     saved = run_dir / "config.yaml"
     if not saved.exists():
-        return
-    changed = [change for change in changes(read_config(saved), config) if not change[0].startswith(EXTENDABLE)]
+        return config
+    recorded = read_config(saved)
+    if config.trainer.precision == "auto":
+        trainer = dataclasses.replace(config.trainer, precision=recorded.trainer.precision)
+        config = dataclasses.replace(config, trainer=trainer)
+    changed = [change for change in changes(recorded, config) if not change[0].startswith(EXTENDABLE)]
     if changed:
         listed = ", ".join(f"{key} was {old!r}, now {new!r}" for key, old, new in changed[:3])
         raise ConfigError(
             f"{run_dir} holds another run ({listed}{', ...' if len(changed) > 3 else ''}): "
             f"restore these values, or give this run another run_id"
         )
+    return config
 
 
 @contextlib.contextmanager

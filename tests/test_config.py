@@ -199,6 +199,14 @@ def test_ids_of_what_exists_stay_as_they_are():
     assert compose([]).resolved_run_id() == "10m-power-python_stdlib-f16c2117"
     others = ["model=124m", "mixer=softmax", "data=hub", "data.hub_path=some/set", "schedule=cosine", "optim.lr=2e-3"]
     assert compose([*others, "name=other"]).resolved_run_id() == "other-c1d945a1"
+    assert compose(["experiment=quickstart"]).resolved_run_id() == "quickstart-bdd7d8b8"
+
+
+def test_a_precision_left_to_the_device_has_the_id_of_the_first_default():
+    default = compose([])
+    assert default.trainer.precision == "auto"
+    assert default.identity() == compose(["trainer.precision=bf16-mixed"]).identity()
+    assert default.identity() != compose(["trainer.precision=32-true"]).identity()
 
 
 def test_a_later_field_changes_an_id_only_where_it_is_set():

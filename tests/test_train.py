@@ -18,13 +18,14 @@ import torch
 import yaml
 
 from powertrain.cli import main
-from powertrain.config import compose, options, share_dir, to_values
+from powertrain.config import compose, options, read_config, share_dir, to_values
 from powertrain.data.prepare import split_of
 from powertrain.inference.cache import DecodeCache
 from powertrain.inference.generate import load_run
 from powertrain.run_status import RunBusyError, RunStatus, write_status
 from powertrain.schema import ConfigError
 from powertrain.train import environment, plan, run
+from powertrain.training.checkpoint import Checkpoint
 from powertrain.training.fit import RunLockedError
 from powertrain.training.loggers import read_metrics
 from tests.training.fakes import locked_by_another
@@ -221,6 +222,48 @@ def test_the_same_command_again_resumes_and_says_so(tiny, tmp_path, capsys):
     assert main(["train", *tiny, "trainer.max_steps=4"]) == 0
     assert "finished already, at step 4" in capsys.readouterr().out
     assert (only_run(tmp_path) / "metrics.jsonl").read_text() == before
+
+
+def test_a_precision_left_to_the_device_is_recorded_as_what_it_came_to(tiny, tmp_path, capsys):
+    command = ["train", *tiny, "trainer.max_steps=1"]
+    assert main(command) == 0
+    assert "\ndevice  CPU, 32-true\n" in capsys.readouterr().out
+    run_dir = only_run(tmp_path)
+    config = read_config(run_dir / "config.yaml")
+    assert config.trainer.precision == "32-true"
+    saved = Checkpoint(run_dir / "checkpoints" / "last").values["config"]
+    assert saved["trainer"]["precision"] == "32-true"
+    # Of what was asked for: it is found again, from the record too.
+    asked = compose(command[1:])
+    assert run_dir.name == asked.resolved_run_id() == config.resolved_run_id()
+    result = run(asked)
+    assert (result.fit.resumed_step, result.config) == (1, config)
+    assert run(config).fit.resumed_step == 1
+    capsys.readouterr()
+    # Of the same id.
+    assert main([*command, "trainer.precision=bf16-mixed"]) == 2
+    assert "holds another run (trainer.precision was '32-true', now 'bf16-mixed'): " in capsys.readouterr().err
+    assert only_run(tmp_path) == run_dir
+
+
+def test_a_run_goes_on_in_the_precision_that_it_records(tiny, tmp_path, capsys):
+    tiny = [*tiny, "schedule=constant", "schedule.warmup=0"]
+    in_bf16 = [*tiny, "trainer.precision=bf16-mixed"]
+    whole = run(compose([*in_bf16, "trainer.max_steps=8", "run_id=whole"]))
+    in_fp32 = run(compose([*tiny, "trainer.max_steps=8", "run_id=fp32"]))
+    assert losses(whole.run_dir) != losses(in_fp32.run_dir)
+
+    first = run(compose([*in_bf16, "trainer.max_steps=4", "run_id=broken"]))
+    again = ["train", *tiny, "trainer.max_steps=8", "run_id=broken"]
+    assert main([*again, "cluster.dry_run=true"]) == 0
+    capsys.readouterr()
+    assert main([*again, "trainer.precision=32-true"]) == 2
+    assert "holds another run (trainer.precision was 'bf16-mixed', now '32-true'): " in capsys.readouterr().err
+    result = run(compose(again[1:]))
+    assert (result.run_dir, result.fit.resumed_step) == (first.run_dir, 4)
+    assert result.config.trainer.precision == "bf16-mixed"
+    assert losses(result.run_dir) == losses(whole.run_dir)
+    assert read_config(result.run_dir / "config.yaml") == result.config
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])

@@ -59,7 +59,8 @@ def _before(starts: Iterable[Start], step: int) -> list[Start]:
 
 
 def branch(trunk: Path, run_dir: Path, decay_start: int) -> int:
-    """Give a new run the newest checkpoint of its trunk that lies before its anneal, the metrics and who trained it.
+    """Give a new run the newest checkpoint of its trunk that lies before its anneal, the metrics, who trained it, and
+    the configuration, whose precision it goes on in where its own is `auto`.
 
     Args:
         trunk: run directory of the trunk.
@@ -80,7 +81,8 @@ def branch(trunk: Path, run_dir: Path, decay_start: int) -> int:
     step = max(usable)
     run_dir.mkdir(parents=True, exist_ok=True)
     # Records after that step are dropped when the run resumes.
-    shutil.copyfile(trunk / METRICS_FILE, run_dir / METRICS_FILE)
+    for name in (METRICS_FILE, "config.yaml"):
+        shutil.copyfile(trunk / name, run_dir / name)
     write_starts(run_dir, _before(read_starts(trunk), step))
     CheckpointStore(run_dir / "checkpoints").adopt(source, step)
     return step
@@ -160,13 +162,12 @@ class TrainingExecutor:
 
     def run(self, cell: Cell) -> CellRecord:
         """Train and measure a cell; see `powertrain.scaling.run.Executor`."""
-        config = self._local(cell.config)
         with printing_to(self.paths.logs / f"{cell.id}.log"), self._interruptible():
             # The largest budget has nothing after it that could branch off.
             if cell.budget < max(self.recipe.budgets):
                 self._train(self._local(trunk_config(cell)))
             branch(self.paths.runs / cell.trunk, self.paths.runs / cell.id, cell.decay_start)
-            return self._measure(cell, config, self._train(config))
+            return self._measure(cell, self._train(self._local(cell.config)))
 
     @contextlib.contextmanager
     def _interruptible(self) -> Iterator[None]:
@@ -211,13 +212,14 @@ class TrainingExecutor:
         self.signals.raise_received()
         return result
 
-    def _measure(self, cell: Cell, config: RunConfig, result: RunResult) -> CellRecord:
+    def _measure(self, cell: Cell, result: RunResult) -> CellRecord:
         from powertrain.data.datamodule import TokenDataModule
         from powertrain.inference.generate import load_run
         from powertrain.scaling.evaluate import measure, order_fingerprint, training_curve
         from powertrain.training.batching import resolve_devices
         from powertrain.training.records import read_metrics
 
+        config = result.config
         devices = resolve_devices(config.trainer)
         device = devices.torch_device
         assert result.fit.checkpoint is not None

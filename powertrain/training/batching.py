@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -83,6 +83,21 @@ def resolve_devices(config: TrainerConfig) -> Devices:
             f" give a multiple of {config.context_length * devices.data_parallel}."
         )
     return devices
+
+
+def with_precision(config: TrainerConfig) -> TrainerConfig:
+    """Decide a precision that is left to the device: bf16-mixed on a GPU that computes in bf16, else 32-true.
+
+    On every CPU it is 32-true, so that the numbers of a run do not depend on which CPU of a cluster it met.
+
+    Errors:
+        ValueError: see `resolve_devices`.
+    """
+    if config.precision != "auto":
+        return config
+    on_gpu = resolve_devices(config).accelerator == "gpu"
+    in_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    return replace(config, precision="bf16-mixed" if in_bf16 else "32-true")
 
 
 def _fits(model: nn.Module, rows: int, context: int, precision: str, device: torch.device) -> bool:

@@ -17,7 +17,7 @@ from powertrain.wording import counted
 SCHEDULES = ("wsd", "cosine", "constant")
 DECAY_SHAPES = ("linear", "1-sqrt")
 UNITS = ("tokens", "steps", "flops")
-PRECISIONS = ("bf16-mixed", "32-true")
+PRECISIONS = ("auto", "bf16-mixed", "32-true")
 ACCELERATORS = ("auto", "cpu", "gpu")
 STRATEGIES = ("auto", "ddp", "fsdp")
 FSDP_ACCUMULATIONS = ("auto", "whole", "sharded")
@@ -113,7 +113,9 @@ class TrainerConfig:
     context_length: int = 1024  # tokens of a sequence
     global_batch_tokens: int = 16384  # tokens of one optimizer step over all devices and micro-batches
     micro_batch_size: int | None = None  # sequences of one forward pass on one device; None chooses what fits
-    precision: str = "bf16-mixed"  # bf16-mixed (fp32 weights, bf16 autocast) or 32-true
+    # bf16-mixed (fp32 weights, bf16 autocast), 32-true, or auto: what the run directory records, else bf16-mixed on a
+    # GPU that computes in bf16, and 32-true on others and on CPUs.
+    precision: str = "auto"
     grad_clip: float | None = 1.0  # largest global L2 norm of the gradient; None does not clip
     accelerator: str = "auto"  # auto (a GPU where there is one), cpu or gpu
     devices: int | str = "auto"  # processes on this node; auto is every GPU, or one process on a CPU

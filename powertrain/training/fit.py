@@ -7,7 +7,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from powertrain.locks import take_lock
-from powertrain.training.batching import Devices, choose_micro_batch_size, resolve_devices
+from powertrain.training.batching import Devices, choose_micro_batch_size, resolve_devices, with_precision
 from powertrain.training.checkpoint import CheckpointStore
 from powertrain.training.checkpointing import Checkpointing, TrainingInterrupted
 from powertrain.training.config import DebugConfig, LoggerConfig, OptimConfig, ScheduleConfig, TrainerConfig
@@ -261,6 +261,8 @@ def fit(
         sole_writer(run_dir, ranks),
     ):
         watch.start(ranks)  # which writes in the run directory too
+        # One for all, where GPUs differ.
+        trainer = replace(trainer, precision=ranks.broadcast(with_precision(trainer).precision))
         store = CheckpointStore(run_dir / "checkpoints", trainer.keep_checkpoints, ranks)
         checkpoint = store.latest()
         watch.beat()

@@ -179,6 +179,20 @@ def test_the_directory_of_another_run_is_refused_before_anything_is_written(over
     assert [p.name for p in run_dir.iterdir()] == ["config.yaml"]
 
 
+@pytest.mark.parametrize("recorded", ["32-true", "bf16-mixed"])
+def test_a_precision_is_left_to_the_job_and_to_what_its_run_records(overrides, slurm_stubs, tmp_path, recorded, capsys):
+    assert main(["train", *overrides]) == 0
+    run_dir = tmp_path / "runs" / "r"
+    assert yaml.safe_load((run_dir / "slurm" / "config.yaml").read_text())["trainer"]["precision"] == "auto"
+    config = compose([*overrides, f"trainer.precision={recorded}"])
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(to_values(config)))
+    assert main(["train", *overrides]) == 0
+    other = "bf16-mixed" if recorded == "32-true" else "32-true"
+    capsys.readouterr()
+    assert main(["train", *overrides, f"trainer.precision={other}"]) == 2
+    assert f"holds another run (trainer.precision was '{recorded}', now '{other}')" in capsys.readouterr().err
+
+
 def test_what_slurm_refuses_is_one_sentence(overrides, slurm_stubs, stub, capsys):
     stub("sbatch", code=1, error="sbatch: error: Batch job submission failed: Invalid partition name specified")
     assert main(["train", *overrides, "cluster.partition=nope"]) == 2

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from powertrain.config import read_config
 from powertrain.data.datamodule import TokenDataModule
 from powertrain.models.gpt import GPT
 from powertrain.scaling.catalog import ComposedCatalog
@@ -178,6 +179,30 @@ def test_a_branch_equals_the_unbroken_run(tmp_path):
         assert (state.paths.runs / cell.trunk).is_dir() or cell.budget == max(state.recipe.budgets)
 
 
+def test_a_cell_trains_and_is_measured_in_the_precision_of_its_trunk(tmp_path, monkeypatch):
+    """Where the recipe leaves it to the device, and the trunk met another."""
+    path = recipe_in(tmp_path)
+    path.write_text(path.read_text().replace("trainer.precision=32-true", "trainer.precision=auto"))
+    state = state_in(path, tmp_path / "sweeps")
+    executor = TrainingExecutor(state.recipe, state.paths)
+    cell = min(state.expand().cells, key=lambda cell: cell.budget)
+    trunk = trunk_config(cell)
+    in_bf16 = dataclasses.replace(trunk, trainer=dataclasses.replace(trunk.trainer, precision="bf16-mixed"))
+    executor._train(executor._local(in_bf16))
+    precisions = []
+
+    def watched(*args, precision, **options):
+        precisions.append(precision)
+        return measure(*args, precision=precision, **options)
+
+    monkeypatch.setattr("powertrain.scaling.evaluate.measure", watched)
+    executor.run(cell)
+    assert read_starts(state.paths.runs / cell.id)[1].from_step == cell.decay_start
+    for run_dir in (state.paths.runs / cell.trunk, state.paths.runs / cell.id):
+        assert read_config(run_dir / "config.yaml").trainer.precision == "bf16-mixed"
+    assert precisions == ["bf16-mixed"]
+
+
 def training_curve_of(run_dir, decay_start):
     from powertrain.training.records import read_metrics
 
@@ -223,7 +248,8 @@ def test_a_record_names_every_process_that_trained_it(tmp_path, monkeypatch):
     def train(config, commit, runners, reaches):
         def run(config, *, command, signals):
             run_dir = state.paths.runs / config.run_id
-            (run_dir / "metrics.jsonl").touch()
+            for name in ("metrics.jsonl", "config.yaml"):
+                (run_dir / name).touch()
             (run_dir / "checkpoints" / f"step-{reaches:08d}").mkdir(parents=True)
             return SimpleNamespace(fit=SimpleNamespace(interrupted_by=None), run_dir=run_dir)
 

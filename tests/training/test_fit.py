@@ -1,6 +1,7 @@
 import io
 import os
 import re
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from rich.console import Console
 
 from powertrain.training import clock
-from powertrain.training.batching import Devices, _fits, choose_micro_batch_size, resolve_devices
+from powertrain.training.batching import Devices, _fits, choose_micro_batch_size, resolve_devices, with_precision
 from powertrain.training.checkpoint import CheckpointStore
 from powertrain.training.config import DebugConfig, TrainerConfig
 from powertrain.training.progress import ProgressReport, duration
@@ -88,6 +89,31 @@ def test_on_a_gpu_the_largest_that_fits_is_taken():
     config = TrainerConfig(context_length=64, global_batch_tokens=64 * 8)
     assert choose_micro_batch_size(model, config, Devices("gpu", 1, 1)) == 8
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "in_bf16", "accelerator", "precision"),
+    [
+        (0, False, "auto", "32-true"),
+        (1, True, "auto", "bf16-mixed"),
+        (1, True, "gpu", "bf16-mixed"),
+        (1, False, "auto", "32-true"),
+        (1, True, "cpu", "32-true"),
+    ],
+)
+def test_a_precision_left_to_the_device_is_bf16_where_a_gpu_computes_in_it(
+    monkeypatch, gpus, in_bf16, accelerator, precision
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or in_bf16
+    )
+    config = with_precision(TrainerConfig(accelerator=accelerator))
+    assert config == TrainerConfig(accelerator=accelerator, precision=precision)
+    assert with_precision(config) is config
+    other = TrainerConfig(precision="32-true" if precision == "bf16-mixed" else "bf16-mixed")
+    assert with_precision(other) is other
 
 
 def _cuda_of_another_process(monkeypatch, free, reserved, peak):
@@ -229,7 +255,8 @@ def test_on_a_terminal_there_is_one_live_bar_on_one_line(tmp_path, monkeypatch, 
     assert re.search(r"training .* 6/6 .*loss \d\.\d{3}.*val \d\.\d{3}.*tok/s \S+.*left 0s", last)
 
 
-def test_the_callers_precision_gives_autocast(tmp_path):
+def autocasts_of_a_run(run_dir, precision):
+    """Return whether the model saw autocast, and the type of its weights, over all of its passes."""
     seen = set()
 
     class Watched(TinyModel):
@@ -237,8 +264,26 @@ def test_the_callers_precision_gives_autocast(tmp_path):
             seen.add((torch.is_autocast_enabled("cpu"), self.head.weight.dtype))
             return super().forward(*args, **kwargs)
 
-    run_tiny(tmp_path / "run", steps=1, model=Watched(), precision="bf16-mixed")
-    assert seen == {(True, torch.float32)}
+    run_tiny(run_dir, steps=1, model=Watched(), precision=precision)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("precision", "autocast"),
+    [("bf16-mixed", True), ("32-true", False), (TrainerConfig().precision, False)],
+    ids=["bf16-mixed", "32-true", "default"],
+)
+def test_the_callers_precision_gives_autocast(tmp_path, precision, autocast):
+    assert autocasts_of_a_run(tmp_path / "run", precision) == {(autocast, torch.float32)}
+
+
+def test_where_gpus_differ_the_first_rank_decides_the_precision(tmp_path, monkeypatch):
+    class OfABf16Gpu(Ranks):
+        def broadcast(self, value):
+            return "bf16-mixed" if value == "32-true" else value
+
+    monkeypatch.setattr("powertrain.training.fit.process_group", lambda *_: nullcontext(OfABf16Gpu()))
+    assert autocasts_of_a_run(tmp_path / "run", "auto") == {(True, torch.float32)}
 
 
 def test_fakes_follow_the_contract():
