@@ -44,6 +44,10 @@ class SampleConfig:
     top_k: int | None = 50  # sample among this many likeliest tokens; null: all
 
     def __post_init__(self) -> None:
+        try:
+            self.prompt.encode()  # bytes that are no text arrive as halves of surrogate pairs
+        except UnicodeEncodeError as error:
+            raise ValueError(f"sample.prompt={self.prompt!a} is not text in UTF-8") from error
         if self.max_new_tokens < 0:
             raise ValueError(f"sample.max_new_tokens={self.max_new_tokens} is not allowed: it must be 0 or more")
         if not 0 <= self.temperature < math.inf:
@@ -356,6 +360,11 @@ def compose_values(overrides: list[str], config_dir: Path | None = None) -> tupl
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise ConfigError("; ".join(lines)) from error
+    except UnicodeDecodeError as error:
+        # It does not say of which file.
+        files = (path for directory in directories for path in sorted(directory.rglob("*.yaml")))
+        path = next((path for path in files if error.object in path.read_bytes()), config_dir)
+        raise ConfigError(f"{path} is not YAML: {error}") from error
     finally:
         GlobalHydra.instance().clear()
     assert isinstance(values, dict)

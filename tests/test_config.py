@@ -98,6 +98,7 @@ def test_every_group_of_conf_is_known():
         (["run_id=../x"], "run_id='../x' is not allowed: it names a directory"),
         (["seed=-1"], "seed=-1 is not allowed"),
         (["seed=4294967296"], "seed=4294967296 is not allowed: it must be at least 0 and below 2^32"),
+        (['sample.prompt="caf\udce9"'], r"sample.prompt='caf\udce9' is not text in UTF-8"),
         (["sample.temperature=-1"], "sample.temperature=-1.0 is not allowed"),
         (["sample.temperature=nan"], "sample.temperature=nan is not allowed: it must be 0 or more, and finite"),
         (["sample.temperature=inf"], "sample.temperature=inf is not allowed: it must be 0 or more, and finite"),
@@ -321,11 +322,13 @@ def test_share_dir_says_what_is_missing(monkeypatch, tmp_path):
         ("# @package _global_\nmixer: linear\n", ["mixer='linear'", "override /mixer: linear"]),
         ("- trainer\n", ["# @package _global_", "its keys would be options of `experiment`"]),
         ("trainer: [\n", ["while parsing a flow node", "mine.yaml", "line 2"]),
+        ("# caf\udce9\n", ["mine.yaml is not YAML: 'utf-8' codec can't decode byte 0xe9"]),
+        ("# @package _global_\n" + 9999 * "#\n" + "name: \udce9\n", ["mine.yaml is not YAML: 'utf-8' codec can't"]),
     ],
 )
 def test_a_mistake_in_an_experiment_of_ones_own_is_one_sentence(tmp_path, text, words):
     (tmp_path / "experiment").mkdir()
-    (tmp_path / "experiment" / "mine.yaml").write_text(text)
+    (tmp_path / "experiment" / "mine.yaml").write_text(text, errors="surrogateescape")
     with pytest.raises(ConfigError) as error:
         compose(["experiment=mine"], tmp_path)
     assert all(word in str(error.value) for word in words)

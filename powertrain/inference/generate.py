@@ -216,9 +216,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="equal seeds give equal texts (default: 0)")
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     arguments = parser.parse_args(argv)
-    if any("\ud800" <= character <= "\udfff" for character in arguments.prompt):
-        # Bytes that the shell's encoding does not have arrive as halves of surrogate pairs.
-        raise ValueError(f"--prompt {arguments.prompt!a} is not text in UTF-8")
+    try:
+        arguments.prompt.encode()  # bytes that are no text arrive as halves of surrogate pairs
+    except UnicodeEncodeError as error:
+        raise ValueError(f"--prompt {arguments.prompt!a} is not text in UTF-8") from error
     device = _device(arguments.device)
     path = Path(arguments.run)
     model, tokenizer, checkpoint = _load(path, device)
