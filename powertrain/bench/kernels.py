@@ -321,7 +321,7 @@ _STAGES = {
 }
 _FOLLOWERS = ("join_kernel", "enter_kernel")  # they belong to the stage before them
 # Kernels that pack on the way, by their template arguments, and what they do so in place of.
-_PACKING = {"Packs 1": "pack", "Packs 2": "pack_grad", "true": "pack", "bool 1": "pack"}
+_PACKING = {"Packs 1": "pack", "Packs 2": "pack_grad", "Packs 3": "pack q", "Packs 4": "pack k, v"}
 
 
 def stages_of(kernels: list[str]) -> list[str | None]:
@@ -333,7 +333,7 @@ def stages_of(kernels: list[str]) -> list[str | None]:
     stages: list[str | None] = []
     scanned = packed = False
     for kernel in kernels:
-        kernel = re.sub(r"\((?:powertrain::sm90::)?(Packs|bool)\)", r"\1 ", kernel)  # casts of template arguments
+        kernel = re.sub(r"\((?:powertrain::sm90::)?(Packs)\)", r"\1 ", kernel)  # casts of template arguments
         found = re.search(r"(\w+)(?:<(?:[^,<>]*, )?([^<>]*)>)?\(", kernel)
         name, argument = found.groups() if found else ("", None)
         stage = _STAGES.get(name)
@@ -345,7 +345,7 @@ def stages_of(kernels: list[str]) -> list[str | None]:
             stage += " reverse"
         if name in ("segment_state_kernel", "query_scan_kernel") and argument in _PACKING:
             stage = f"{_PACKING[argument]}, {stage}"
-            packed |= _PACKING[argument] == "pack"
+            packed |= _PACKING[argument] != "pack_grad"
         scanned |= name in ("chunk_scan_kernel", "query_scan_kernel")
         stages.append(stage)
     return ["gates" if packed and stage == "pack" else stage for stage in stages]
@@ -452,15 +452,14 @@ def stage_floors(problem: Problem, rates: dict[str, float]) -> dict[str, float]:
         "state_flow": (0, 2 * states * read // chunks),
     }
     # What packs on the way reads tensors in place of packed tiles, and writes these.
-    for packing, stage, written in (
-        ("pack", "segment_state", q_bytes + 2 * k_bytes),
+    for packing, stage, more in (
         ("pack", "query_scan", q_bytes + 2 * k_bytes),
-        ("pack_grad", "segment_state reverse", q_bytes),
+        ("pack q", "query_scan", q_bytes),
+        ("pack k, v", "segment_state", 2 * k_bytes),
+        ("pack_grad", "segment_state reverse", 2 * q_bytes),  # with y, which the stage itself does not read
     ):
         work, size = needs[stage]
-        # q beside k and v, or y beside dy, of which the stage itself has no use.
-        unpacked = q_bytes if stage != "query_scan" else 0
-        needs[f"{packing}, {stage}"] = (work, size + written + unpacked)
+        needs[f"{packing}, {stage}"] = (work, size + more)
     return {
         name: max(work / rates["matrix_tflops"], size / rates["copy_tbps"]) / 1e9
         for name, (work, size) in needs.items()

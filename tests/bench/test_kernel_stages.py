@@ -19,28 +19,27 @@ def segments(packs: int) -> str:
     return f"{SM90}segment_state_kernel<__nv_bfloat16, (powertrain::sm90::Packs){packs}>(SegmentStateParams<T1>)"
 
 
-def query_scan(packs: str) -> str:
-    return f"{SM90}query_scan_kernel<__nv_bfloat16, {packs}>(powertrain::sm90::QueryScanParams<T1>)"
+def query_scan(packs: int) -> str:
+    return f"{SM90}query_scan_kernel<__nv_bfloat16, (powertrain::sm90::Packs){packs}>(QueryScanParams<T1>)"
 
 
 def test_stages_of_head_dim_32_that_pack_on_the_way() -> None:
-    forward = [PACK, segments(1), ENTER, query_scan("false")]
+    forward = [PACK, segments(4), ENTER, query_scan(3)]
     backward = [OTHERS, segments(2), ENTER, KEY_GRADS, DQ, *GATES]
     reverse = "pack_grad, segment_state reverse"
     assert stages_of(forward + backward) == [
-        *("gates", "pack, segment_state", "pack, segment_state", "query_scan"),
+        *("gates", "pack k, v, segment_state", "pack k, v, segment_state", "pack q, query_scan"),
         *(None, reverse, reverse, "key_grads", "chunk_scan_grad", "state_flow", "gate_grad"),
     ]
 
 
 def test_stages_of_head_dim_32_with_one_segment() -> None:
-    for packs in ("true", "(bool)1"):
-        kernels = [PACK, query_scan(packs), PACK_GRAD, KEY_GRADS, DQ]
-        assert stages_of(kernels) == ["gates", "pack, query_scan", "pack_grad", "key_grads", "chunk_scan_grad"]
+    kernels = [PACK, query_scan(1), PACK_GRAD, KEY_GRADS, DQ]
+    assert stages_of(kernels) == ["gates", "pack, query_scan", "pack_grad", "key_grads", "chunk_scan_grad"]
 
 
 def test_stages_of_head_dim_32_packed_before() -> None:
-    kernels = [PACK, segments(0), ENTER, query_scan("false"), PACK_GRAD, segments(0), ENTER, KEY_GRADS, DQ]
+    kernels = [PACK, segments(0), ENTER, query_scan(0), PACK_GRAD, segments(0), ENTER, KEY_GRADS, DQ]
     assert stages_of(kernels) == [
         *("pack", "segment_state", "segment_state", "query_scan", "pack_grad"),
         *("segment_state reverse", "segment_state reverse", "key_grads", "chunk_scan_grad"),
@@ -69,7 +68,7 @@ def test_stages_of_the_other_head_dims() -> None:
 def test_every_stage_has_a_floor() -> None:
     problem = Problem("K=32", 1, 65536, 8, 8, 32)
     floors = stage_floors(problem, {"matrix_tflops": 731.0, "copy_tbps": 3.0})
-    kernels = [PACK, segments(1), query_scan("false"), segments(2), KEY_GRADS, DQ, GATES[0], query_scan("true")]
+    kernels = [PACK, segments(4), query_scan(3), segments(2), KEY_GRADS, DQ, GATES[0], query_scan(1)]
     assert all(floors[stage] > 0 for stage in stages_of(kernels) if stage)
-    # q, k and v are read and written once, as by pt_pack.
-    assert floors["pack, segment_state"] >= floors["pack"]
+    # k and v are read and written once, as by pt_pack, two of whose three tensors they are here.
+    assert floors["pack k, v, segment_state"] >= 0.99 * floors["pack"] * 2 / 3
