@@ -71,52 +71,53 @@ __global__ void __launch_bounds__(kSpan / 4) gate_grad(const __grid_constant__ G
   follow_earlier_kernels();
   constexpr int kTokens = 4;
   __shared__ Segment warps[kSpan / kTokens / 32];
+  __shared__ float4 results[kSpan / kStep][32];
   const uint32_t bh = blockIdx.x / (uint32_t)a.span_count, span = blockIdx.x % (uint32_t)a.span_count, b = bh / (uint32_t)a.heads, h = bh % (uint32_t)a.heads;
   const int64_t begin = (int64_t)span * a.span_chunks * a.chunk_size;
   const int count = (int)min((int64_t)a.span_chunks * a.chunk_size, a.padded - begin);  // dots beyond the row are zero
   const float *keys = a.key_dots + (int64_t)bh * a.padded + begin, *queries = a.query_dots + (int64_t)bh * a.group * a.padded + begin;
   const int32_t* starts = a.document_start + (int64_t)b * a.padded + begin;
   float* out = a.out + b * a.stride_b + h * a.stride_h + begin * a.stride_t;
-  double carried = 0.;
+  double carried = 0., factor = 1.;
+  if (a.dn_scale || a.value_scale) factor = 1. / ((a.dn_scale ? (double)a.dn_scale[bh] : 1.) * (a.value_scale ? (double)a.value_scale[bh] : 1.));
   const int rounded = a.step_dots ? (count + kStep - 1) / kStep * kStep : count;  // a warp's tokens are a step
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   for (int done = 0; done < rounded; done += blockDim.x * kTokens) {
     const int end = rounded - done - (int)threadIdx.x * kTokens, first = end <= count ? end - kTokens : -1;
-    float given = 0.f;
-    bool of_step = false;
-    if (a.step_dots) {
-      if (first >= 0) {
-        const float4 part = *(const float4*)(a.step_dots + (int64_t)bh * a.padded + begin + first);
-        given = (part.x + part.y) + (part.z + part.w);
-      }
-#pragma unroll
-      for (int lanes = 1; lanes < 32; lanes *= 2) given += __shfl_xor_sync(~0u, given, lanes);
-      if (threadIdx.x % 32 == 0 && first >= 0 && begin + end < a.padded) {
-        const float* const decay = a.block_decay + ((int64_t)bh * a.padded + begin + end - kStep) / kBlock;
-        static_assert(kStepBlocks == 2 && kStep == 32 * kTokens);
-        of_step = decay[0] * decay[1] < kForgottenStep;
-      }
-    }
-    bool begins = false;
-    float known = 0.f;
+    // All that is read, before anything waits for a part of it.
     double value[kTokens] = {};
-    bool closed[kTokens] = {};
-    Segment mine = {0., 0};
+    float given = 0.f, known = 0.f, decay = INFINITY;
+    int4 start = make_int4(0, 0, 0, 0);
+    const bool of_chunk = first >= 0 && (end % a.chunk_size == 0 || end == count);
     if (first >= 0) {
       const float4 key = *(const float4*)(keys + first);
-      int4 start = make_int4(0, 0, 0, 0);
       if (a.document_start) start = *(const int4*)(starts + first);
-      const bool of_chunk = end % a.chunk_size == 0 || end == count;
       if (of_chunk && a.flow) known = a.flow[(int64_t)bh * a.chunk_count + span * a.span_chunks + (end - 1) / a.chunk_size];
-      begins = of_chunk && (known != INFINITY || end == count);
+      if (a.step_dots) {
+        const float4 part = *(const float4*)(a.step_dots + (int64_t)bh * a.padded + begin + first);
+        if (lane == 0 && begin + end < a.padded) {
+          const float* const of_blocks = a.block_decay + ((int64_t)bh * a.padded + begin + end - kStep) / kBlock;
+          static_assert(kStepBlocks == 2 && kStep == 32 * kTokens);
+          decay = of_blocks[0] * of_blocks[1];
+        }
+        given = (part.x + part.y) + (part.z + part.w);
+      }
 #pragma unroll 4
       for (int q = 0; q < a.group; q++) {
         const float4 query = *(const float4*)(queries + q * a.padded + first);
         value[0] += query.x, value[1] += query.y, value[2] += query.z, value[3] += query.w;
       }
       value[0] -= key.x, value[1] -= key.y, value[2] -= key.z, value[3] -= key.w;
+    }
+    if (a.step_dots)
+#pragma unroll
+      for (int lanes = 1; lanes < 32; lanes *= 2) given += __shfl_xor_sync(~0u, given, lanes);
+    bool begins = of_chunk && (known != INFINITY || end == count);
+    if (decay < kForgottenStep) known = given, begins = true;
+    bool closed[kTokens] = {};
+    Segment mine = {begins ? known : 0., begins};
+    if (first >= 0) {
       const int of_token[kTokens] = {start.x, start.y, start.z, start.w};
-      if (of_step) known = given, begins = true;
-      if (begins) mine = {known, 1};
 #pragma unroll
       for (int i = kTokens - 1; i >= 0; i--) {
         const int64_t t = begin + first + i;
@@ -126,14 +127,21 @@ __global__ void __launch_bounds__(kSpan / 4) gate_grad(const __grid_constant__ G
     }
     double sum = exclusive_sum(mine, &carried, warps);
     if (begins) sum = known;
-    double factor = 1.;
-    if (a.dn_scale || a.value_scale) factor = 1. / ((a.dn_scale ? (double)a.dn_scale[bh] : 1.) * (a.value_scale ? (double)a.value_scale[bh] : 1.));
+    // By way of shared memory: where the heads of a token lie side by side, neighbouring lanes then write neighbouring tokens.
+    float4 result;
 #pragma unroll
     for (int i = kTokens - 1; i >= 0; i--) {
-      const int64_t t = begin + first + i;
       sum = closed[i] ? 0. : sum + value[i];
-      if (first >= 0 && t < a.seq_len) out[(first + i) * a.stride_t] = (float)(sum * factor);
+      (&result.x)[i] = (float)(sum * factor);
     }
+    results[warp][31 - lane] = result;
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kTokens; i++) {
+      const int token = rounded - done - (warp + 1) * kStep + 32 * i + lane;
+      if (token >= 0 && token < count && begin + token < a.seq_len) out[token * a.stride_t] = (&results[warp][0].x)[32 * i + lane];
+    }
+    __syncwarp();
   }
 }
 

@@ -4,9 +4,9 @@
 // Two scanning warpgroups, one for each 64-token block of a step, take phi(q) S and the normaliser's q^T Z q, times the decay from the step's start, and
 // add the attention within the step. Several query heads of a key head take a step one after the other.
 //
-// What it reads first it packs on the way (Packs, row_packs.cuh): then rows are copied as they lie in the tensors, and a warp packs queries a step ahead of
-// those who read them (kQueries); where one time segment is enough, columns, too, which the assistants pack, and what the updating warpgroup reads is made
-// from there (kInputs).
+// What it reads first it packs on the way (Packs, row_packs.cuh): queries are copied as they lie in the tensors and packed by one warp, a step ahead of those
+// who read them (kQueries); where one time segment is enough, columns, too, which the assistants pack, and what the updating warpgroup reads is made from
+// there (kInputs).
 #pragma once
 #include "row_packs.cuh"
 #include "state_steps.cuh"
@@ -52,15 +52,14 @@ struct QueryScan : StateSteps<T, false> {
   static constexpr CoreStrides kValueCores = kInputs ? CoreStrides{Rows::kCores.columns, (kColumnGroups + 1) * Rows::kCores.columns} : kPackedCores;
 
   struct Layout : Memory {
-    uint32_t rows, columns, row_barriers, column_barriers, copied_rows, copied_columns, end;  // the last two: barriers of what is to be packed
+    uint32_t rows, columns, row_barriers, column_barriers, copied_columns, end;  // copied_columns: barriers of what is to be packed
     __host__ __device__ constexpr explicit Layout(uint32_t start)
         : Memory(start),
           rows(Memory::end_of_steps),
           columns(rows + kRowBuffers * kStep * kXBytes),
           row_barriers(columns + kColumnBuffers * kStep * kColumnBytes),
           column_barriers(row_barriers + 16 * kRowBuffers),
-          copied_rows(column_barriers + 16 * kColumnBuffers),
-          copied_columns(copied_rows + 8 * kRowBuffers),
+          copied_columns(column_barriers + 16 * kColumnBuffers),
           end(copied_columns + 8 * kColumnBuffers) {}
   };
   static constexpr int kSharedBytes = Layout(0).end;
@@ -75,8 +74,7 @@ struct QueryScan : StateSteps<T, false> {
     bulk_load(to.documents(), p.document_start + (int64_t)(head / p.key_heads * p.blocks + block) * kBlock, Columns::kVectorBytes, barrier);
     bulk_load(row_decays(to), p.block_in + from, Columns::kVectorBytes, barrier);
   }
-  // What the scanning warpgroups read: by one thread, or by a warp, which copies what is to be packed as it lies in the tensors. With kQueries alone its
-  // first lane loads what the updating warpgroup reads, too, after the first queries, that the scanning warpgroups may wait for.
+  // What the scanning warpgroups read: by one thread, or by a warp, which copies what is to be packed as it lies in the tensors, and packs queries.
   __device__ static void produce(const Params& p, const Layout& at) {
     Ring<kRowBuffers> rows(at.row_barriers);
     Ring<kColumnBuffers> columns(at.column_barriers);
@@ -108,63 +106,45 @@ struct QueryScan : StateSteps<T, false> {
       for (int g = 0; g < p.queries; g++, rows.advance()) {
         rows.wait_empty();
         if constexpr (kQueries) {
+          const int64_t token = (int64_t)step.block * kBlock, index = ((int64_t)opaque(blockIdx.y) * p.queries + g) * p.blocks + step.block;
 #pragma unroll 1
           for (int m = 0; m < step.count; m++)
-            Rows::copy_rows(at.rows + (rows.stage() * kStep + m) * kXBytes, p.unpacked_q.row(batch, (int64_t)(step.block + m) * kBlock, head * p.queries + g), p.unpacked_q.stride_t,
-                            Rows::existing(p.seq_len, step.block + m));
-          barrier_arrive_after_copies(at.copied_rows + 8 * rows.stage());
-          if (!kInputs && g == 0 && first) {
-            Ring<kInputBuffers> inputs(at.input_barriers);
-            inputs.count = (columns.count - 1) * kStep;
-            Steps::produce_inputs(p, at, inputs, step);
-          }
+            Rows::copy_rows(at.rows + (rows.stage() * kStep + m) * kXBytes, p.unpacked_q.row(batch, token + m * kBlock, head * p.queries + g),
+                            p.unpacked_q.stride_t, Rows::existing(p.seq_len, step.block + m));
+          wait_for_copies();
+          __syncwarp();
+#pragma unroll 1
+          for (int m = 0; m < step.count; m++)
+            Rows::template pack_features<4>(at.rows + (rows.stage() * kStep + m) * kXBytes, p.packed_q + (index + m) * feature_block_elements(kHeadDim),
+                                            opaque(threadIdx.x) % 32);
+          barrier_arrive(rows.full_barrier());
         } else {
           barrier_expect(rows.full_barrier(), step.count * kXBytes);
-          bulk_load(at.rows + rows.stage() * kStep * kXBytes, (const T*)p.q + (((int64_t)blockIdx.y * p.queries + g) * p.blocks + step.block) * feature_block_elements(kHeadDim), step.count * kXBytes,
-                    rows.full_barrier());
+          const int64_t from = ((int64_t)blockIdx.y * p.queries + g) * p.blocks + step.block;
+          bulk_load(at.rows + rows.stage() * kStep * kXBytes, (const T*)p.q + from * feature_block_elements(kHeadDim), step.count * kXBytes, rows.full_barrier());
         }
       }
     });
-    if constexpr (kQueries) wait_for_copies();
   }
 
   // Threads that fill a stage of rows or columns, and those that read a stage of columns before they are done with it, besides the scanning ones.
   static constexpr int kRowFillers = kQueries ? 32 : 1, kColumnFillers = kInputs ? kAssistants * 32 : 1, kColumnPackers = kInputs ? kAssistants * 32 : 0;
   __device__ static void init(const Layout& at) {
     Steps::init(at);
-    for (int i = 0; i < kRowBuffers; i++) barrier_init(at.copied_rows + 8 * i, 32);
     for (int i = 0; i < kColumnBuffers; i++) barrier_init(at.copied_columns + 8 * i, Rows::kCopiers);
   }
   __device__ static void run_producing(const Params& p, const Layout& at, int warp) {
     if (warp == 0) {
       if (kQueries || threadIdx.x % 128 == 0) produce(p, at);
     } else if (warp == 1) {
-      if constexpr (kQueries) pack_queries(p, at);
-      else if (threadIdx.x % 128 == 32) Steps::produce_inputs(p, at);
+      if (!kInputs && threadIdx.x % 128 == 32) Steps::produce_inputs(p, at);
     } else {
       if constexpr (kInputs) pack_and_assist(p, at);
       else Steps::assist(p, at);
     }
   }
 
-  // With Packs, by a warp: queries ...
-  __device__ static void pack_queries(const Params& p, const Layout& at) {
-    Ring<kRowBuffers> rows(at.row_barriers);
-    for_each_step(p, [&](const Step& step) {
-#pragma unroll 1
-      for (int g = 0; g < p.queries; g++, rows.advance()) {
-        barrier_wait(at.copied_rows + 8 * rows.stage(), rows.phase());
-#pragma unroll 1
-        for (int m = 0; m < step.count; m++)
-          Rows::template pack_features<4>(
-              at.rows + (rows.stage() * kStep + m) * kXBytes,
-              p.packed_q + ((int64_t)(opaque(blockIdx.y) * p.queries + g) * p.blocks + step.block + m) * feature_block_elements(kHeadDim),
-              opaque(threadIdx.x) % 32);
-        barrier_arrive(rows.full_barrier());
-      }
-    });
-  }
-  // ... and with kInputs, by one of the assistants, the columns of the n-th step, of whose blocks each takes one.
+  // By one of the assistants, with kInputs: the columns of the n-th step, of whose blocks each takes one.
   __device__ static __forceinline__ void pack_columns(const Params& p, const Layout& at, const Step& step, uint32_t n, int thread) {
     static_assert(kAssistants == kStep);
     Ring<kColumnBuffers> columns(at.column_barriers);
