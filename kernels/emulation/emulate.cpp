@@ -67,6 +67,7 @@ struct Fiber : Thread {
   uint64_t seen = 0, mask = ~0ull;
   std::vector<std::pair<uint32_t, const void*>> open_copies;
   std::shared_ptr<Batch> batch;  // its own copies since it last asked for an arrival
+  uint64_t own_copies = 0;       // under way
   std::deque<std::vector<std::pair<uint32_t, const void*>>> committed_copies;
 };
 struct Warpgroup {
@@ -171,7 +172,9 @@ void land_own(const Copy& copy) {
   if (copy.source) memcpy(shared_memory + copy.destination, copy.source, copy.bytes);
   else memset(shared_memory + copy.destination, 0, copy.bytes);
   for (uint32_t word = copy.destination / 2; word < (copy.destination + copy.bytes) / 2; word++) unfenced[word] = copy.owner;
-  if (copy.batch && --copy.batch->left == 0 && copy.batch->closed) barrier_arrive(copy.batch->barrier);
+  if (!copy.batch) return;  // it arrived at once
+  fibers[copy.owner - 1]->own_copies--;
+  if (--copy.batch->left == 0 && copy.batch->closed) barrier_arrive(copy.batch->barrier);
 }
 
 void land(const Copy& copy) {
@@ -311,9 +314,12 @@ void copy_own(uint32_t destination, const void* source, uint32_t bytes, bool exi
   if (!seed()) return land_own(copy);
   std::shared_ptr<Batch>& batch = self().batch;
   if (!batch) batch = std::make_shared<Batch>();
-  batch->left++, copy.batch = batch;
+  batch->left++, copy.batch = batch, self().own_copies++;
   memset(shared_memory + destination, 0xff, bytes);
   copies.push_back(copy);
+}
+void wait_for_own_copies() {
+  while (self().own_copies) yield_until_changed(&self().own_copies, self().own_copies, ~0ull);
 }
 void arrive_after_copies(uint32_t barrier) {
   const std::shared_ptr<Batch> batch = std::move(self().batch);

@@ -68,8 +68,9 @@ void wgmma(const Product& product);
 void wgmma_commit();
 void wgmma_wait(int pending);
 
-// cp.async as a write of this thread, zeros where not `exists`, and its arrival when all that it has started are there.
+// cp.async as a write of this thread, zeros where not `exists`; waiting for all that it has started, and its arrival when they are there.
 void copy_own(uint32_t destination, const void* source, uint32_t bytes, bool exists);
+void wait_for_own_copies();
 void arrive_after_copies(uint32_t barrier);
 
 void copy(uint32_t destination, const void* source);  // cp.async of 16 bytes, by one thread

@@ -16,7 +16,7 @@ inline void bulk_load(uint32_t destination, const void* source, uint32_t bytes, 
 inline void copy_16(uint32_t destination, const void* source, bool exists) { emulate::copy_own(destination, source, 16, exists); }
 inline void copy_4(uint32_t destination, const void* source, bool exists) { emulate::copy_own(destination, source, 4, exists); }
 inline void barrier_arrive_after_copies(uint32_t barrier) { emulate::arrive_after_copies(barrier); }
-inline void wait_for_copies() {}  // no copy outlives its thread block: emulate::launch fails
+inline void wait_for_copies() { emulate::wait_for_own_copies(); }
 inline void fence_async_shared() { emulate::fence_async(); }
 constexpr int kProducerRegisters = 24;
 template <int kConsumers>
