@@ -233,6 +233,7 @@ def test_a_precision_left_to_the_device_is_recorded_as_what_it_came_to(tiny, tmp
     assert config.trainer.precision == "32-true"
     saved = Checkpoint(run_dir / "checkpoints" / "last").values["config"]
     assert saved["trainer"]["precision"] == "32-true"
+    assert saved["run_id"] == run_dir.name  # the hash of what it records may be another
     # Of what was asked for: it is found again, from the record too.
     asked = compose(command[1:])
     assert run_dir.name == asked.resolved_run_id() == config.resolved_run_id()

@@ -333,7 +333,7 @@ def stages_of(kernels: list[str]) -> list[str | None]:
     stages: list[str | None] = []
     scanned = packed = False
     for kernel in kernels:
-        kernel = re.sub(r"\((?:powertrain::sm90::)?(Packs)\)", r"\1 ", kernel)  # casts of template arguments
+        kernel = re.sub(r"\((?:powertrain::sm90::)?Packs\)", "Packs ", kernel)  # casts of template arguments
         found = re.search(r"(\w+)(?:<(?:[^,<>]*, )?([^<>]*)>)?\(", kernel)
         name, argument = found.groups() if found else ("", None)
         stage = _STAGES.get(name)

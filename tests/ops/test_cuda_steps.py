@@ -110,8 +110,8 @@ def packed_on_the_way(case: Case, *tensors: Tensor, reverse: bool = False) -> bo
 def test_the_same_bits_packed_on_the_way_or_before(
     monkeypatch: pytest.MonkeyPatch, multiprocessors: int, state: bool, seed: int
 ) -> None:
-    """Rows that do not begin at multiples of 16 bytes are packed by kernels of their own; on the way, where there is
-    one time segment, by `query_scan`, else by `segment_state`."""
+    """Rows that do not begin at multiples of 16 bytes are packed by kernels of their own; on the way queries by
+    `query_scan`, keys and values by it where there is one time segment, else by `segment_state`."""
     monkeypatch.setenv("PT_EMULATED_SEED", str(seed))
     monkeypatch.setenv("PT_EMULATED_MULTIPROCESSORS", str(multiprocessors))
     case = replace(BASE, T=450, Hq=2, documents=(1, 100, 300, 447), state=state)

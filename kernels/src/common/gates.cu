@@ -127,7 +127,8 @@ __global__ void __launch_bounds__(kSpan / 4) gate_grad(const __grid_constant__ G
     }
     double sum = exclusive_sum(mine, &carried, warps);
     if (begins) sum = known;
-    // By way of shared memory: where the heads of a token lie side by side, neighbouring lanes then write neighbouring tokens.
+    // By way of shared memory: where the heads of a token lie side by side, neighbouring lanes then write neighbouring tokens. The next results are written
+    // after exclusive_sum, where all threads meet.
     float4 result;
 #pragma unroll
     for (int i = kTokens - 1; i >= 0; i--) {
@@ -141,7 +142,6 @@ __global__ void __launch_bounds__(kSpan / 4) gate_grad(const __grid_constant__ G
       const int token = rounded - done - (warp + 1) * kStep + 32 * i + lane;
       if (token >= 0 && token < count && begin + token < a.seq_len) out[token * a.stride_t] = (&results[warp][0].x)[32 * i + lane];
     }
-    __syncwarp();
   }
 }
 

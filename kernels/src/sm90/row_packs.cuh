@@ -1,6 +1,6 @@
 // Blocks of 64 tokens of tensors as they are, copied into shared memory and packed there and for later kernels (layout.cuh), on the way: what pt_pack does,
-// where a kernel at K = 32 in bf16 that is not bound by bytes reads the tokens first. One warp copies rows as they are; others make core matrices of them,
-// eight tokens at a time in their place, and packed tiles in device memory.
+// where a kernel at K = 32 in bf16 that is not bound by bytes reads the tokens first. A warp copies rows as they are; it, or others, make core matrices of
+// them, eight tokens at a time in their place, and packed tiles in device memory.
 #pragma once
 #include "../common/layout.cuh"
 #include "../common/rows.cuh"

@@ -71,22 +71,20 @@ struct StateSteps : StateTiles<T> {
     }
   }
 
-  // What the updating warpgroup reads, once the assistants have been there: by one thread, of one step ...
-  __device__ static __forceinline__ void produce_inputs(const StepsParams& p, const Memory& at, Ring<kInputBuffers>& inputs, const Step& step) {
-    if (step.last) return;
-#pragma unroll 1
-    for (int g = 0; g < (kReverse ? p.group : 1); g++)
-#pragma unroll 1
-      for (int m = 0; m < step.count; m++) {
-        inputs.wait_empty();
-        Tiles::load_inputs(p, at.inputs + inputs.stage() * kInputBytes, g, step.block + m, at.loaded_barriers + 8 * inputs.stage());
-        inputs.advance();
-      }
-  }
-  // ... and of all.
+  // What the updating warpgroup reads, once the assistants have been there.
   __device__ static void produce_inputs(const StepsParams& p, const Memory& at) {
     Ring<kInputBuffers> inputs(at.input_barriers);
-    for_each_step(p, [&](const Step& step) { produce_inputs(p, at, inputs, step); });
+    for_each_step(p, [&](const Step& step) {
+      if (step.last) return;
+#pragma unroll 1
+      for (int g = 0; g < p.group; g++)
+#pragma unroll 1
+        for (int m = 0; m < step.count; m++) {
+          inputs.wait_empty();
+          Tiles::load_inputs(p, at.inputs + inputs.stage() * kInputBytes, g, step.block + m, at.loaded_barriers + 8 * inputs.stage());
+          inputs.advance();
+        }
+    });
   }
 
   // One of the assistants, the producing warpgroup's last warps: u times its decay across the step, its last component twice that; then the state that
