@@ -348,6 +348,7 @@ def _introduce(
 ) -> None:
     """Say in a few lines what is about to be trained, on what, where and for how long."""
     from powertrain.training.batching import resolve_devices
+    from powertrain.training.checkpoint import CheckpointStore
     from powertrain.training.length import amount, plan_lines
 
     devices = resolve_devices(config.trainer)
@@ -370,3 +371,5 @@ def _introduce(
     say(_model_line(config, model.config))
     for line in plan_lines(length, datamodule.train_tokens):
         say(line)
+    if step := max(CheckpointStore(run_dir / "checkpoints").steps(), default=0):
+        say(f"resume  from step {step:,}")

@@ -127,7 +127,7 @@ def _plan(config: RunConfig, *, submits: bool) -> int:
 def _train_here(config: RunConfig, arguments: argparse.Namespace, argv: list[str], signals: StopSignals) -> int:
     from powertrain.training.signals import Stopped
 
-    again_as = shlex.join([_program(), "train", *argv])
+    again_as = _command("train", *argv)
     try:
         _load(signals, "training.batching", "training.launch")
         from powertrain.training.batching import resolve_devices
@@ -164,7 +164,7 @@ def _train_as_rank(
     config: RunConfig, arguments: argparse.Namespace, argv: list[str], signals: StopSignals, devices: Devices
 ) -> int:
     """Train as one of the processes that `devices` counts, and report."""
-    again_as = shlex.join([_program(), "train", *argv])
+    again_as = _command("train", *argv)
     # Before the data are prepared, which may take long as well.
     if devices.torch_device.type == "cpu" and (note := long_on_cpu(config)):
         say(note)
@@ -287,11 +287,19 @@ def _report(config: RunConfig, result: RunResult, overrides: list[str] | None) -
             further += " trainer.max_steps=null"
         if config.budget.value is not None:
             further += " budget.value=null"
-        say(f"Train it twice as long:  {shlex.join([_program(), 'train', *kept])} {further}")
+        say(f"Train it twice as long:  {_command('train', *kept)} {further}")
         if config.schedule.kind != "constant":
             say("                         (its learning rate rises again, and the loss with it at first)")
     prompt = shlex.quote(config.sample.prompt)
-    say(f"Generate from it:        {shlex.join([_program(), 'generate', str(result.run_dir)])} --prompt {prompt}")
+    top_k = "" if config.sample.top_k is None else f" --top-k {config.sample.top_k}"
+    say(f"Generate from it:        {_command('generate', str(result.run_dir))}{top_k} --prompt {prompt}")
+
+
+def _command(*arguments: str) -> str:
+    """Return a command of this program for the shell, on as many threads as this one if the environment said so."""
+    threads = os.environ.get("OMP_NUM_THREADS")
+    set_threads = "" if threads is None else f"OMP_NUM_THREADS={shlex.quote(threads)} "
+    return set_threads + shlex.join([_program(), *arguments])
 
 
 def _program() -> str:

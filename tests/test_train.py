@@ -83,7 +83,9 @@ def test_one_command_trains_and_shows_what_came_out(tiny, tmp_path, capsys):
         line.split(":", 1)[1].strip() for line in out.splitlines() if line.startswith("Train it twice as long")
     ]
     assert "model=1m" in further
-    assert main(shlex.split(further)[1:]) == 0
+    words = shlex.split(further)
+    assert main(words[words.index("train") :]) == 0
+    assert "\nresume  from step 8\n" in capsys.readouterr().out
     assert sorted(losses(run_dir)) == list(range(1, 17))
 
 
