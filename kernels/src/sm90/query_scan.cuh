@@ -4,9 +4,9 @@
 // Two scanning warpgroups, one for each 64-token block of a step, take phi(q) S and the normaliser's q^T Z q, times the decay from the step's start, and
 // add the attention within the step. Several query heads of a key head take a step one after the other.
 //
-// What it reads first it packs on the way (Packs, row_packs.cuh): queries are copied as they lie in the tensors and packed by one warp, a step ahead of those
-// who read them (kQueries); where one time segment is enough, columns, too, which the assistants pack, and what the updating warpgroup reads is made from
-// there (kInputs).
+// What it reads first it packs on the way (Packs, row_packs.cuh): queries are copied as they lie in the tensors and packed by one warp, a step of one query
+// head ahead of those who read them (kQueries); where one time segment is enough, columns, too, which the assistants pack, and what the updating warpgroup
+// reads is made from there (kInputs).
 #pragma once
 #include "row_packs.cuh"
 #include "state_steps.cuh"
