@@ -13,7 +13,7 @@ from pathlib import Path
 # command -> (module, function, one line of help); the function takes the remaining arguments and returns an exit code.
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "train": ("powertrain.train_cli", "main", "train a model: powertrain train [group=option] [key=value] ..."),
-    "generate": ("powertrain.inference.generate", "main", "continue a prompt with a trained run"),
+    "generate": ("powertrain.inference.cli", "main", "continue a prompt with a trained run"),
     "export": ("powertrain.inference.export", "main", "write the weights of a run as one safetensors file"),
     "runs": ("powertrain.runs", "main", "list the runs of this directory with state, progress and loss"),
     "sweep": ("powertrain.scaling.cli", "main", "plan, run and report a scaling sweep: powertrain sweep plan RECIPE"),

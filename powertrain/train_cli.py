@@ -282,7 +282,8 @@ def _report(config: RunConfig, result: RunResult, overrides: list[str] | None) -
     say()
     if overrides is not None and config.debug.max_steps is None:
         kept = [o for o in overrides if not o.startswith((*EXTENDABLE, "budget=", "run_id="))]
-        further = f"run_id={result.run_id} trainer.max_tokens={2 * result.length.tokens}"
+        trained = max(result.length.tokens, result.fit.counters.tokens)
+        further = f"run_id={result.run_id} trainer.max_tokens={2 * trained}"
         if config.trainer.max_steps is not None:
             further += " trainer.max_steps=null"
         if config.budget.value is not None:
@@ -290,9 +291,9 @@ def _report(config: RunConfig, result: RunResult, overrides: list[str] | None) -
         say(f"Train it twice as long:  {_command('train', *kept)} {further}")
         if config.schedule.kind != "constant":
             say("                         (its learning rate rises again, and the loss with it at first)")
-    prompt = shlex.quote(config.sample.prompt)
+    prompt = f" --prompt {shlex.quote(config.sample.prompt)}" if config.sample.prompt else ""
     top_k = "" if config.sample.top_k is None else f" --top-k {config.sample.top_k}"
-    say(f"Generate from it:        {_command('generate', str(result.run_dir))}{top_k} --prompt {prompt}")
+    say(f"Generate from it:        {_command('generate', str(result.run_dir))}{top_k}{prompt}")
 
 
 def _command(*arguments: str) -> str:

@@ -1,8 +1,6 @@
-"""Generation: prefill the prompt once, then one token at a time from the cache; and `powertrain generate`."""
+"""Generation: prefill the prompt once, then one token at a time from the cache."""
 
-import argparse
 import dataclasses
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +13,6 @@ from powertrain.config import read_config
 from powertrain.data.tokenizers import Tokenizer, load_tokenizer
 from powertrain.inference.cache import DecodeCache
 from powertrain.models.gpt import GPT
-from powertrain.run_status import read_status
 from powertrain.training.checkpoint import Checkpoint, CheckpointError, read_weights
 
 
@@ -123,11 +120,11 @@ def load_run(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT,
     A checkpoint's files are verified against the sizes and SHA-256 that it states; an exported file states none.
     Errors: ValueError where there is no run, no checkpoint, or one that is damaged or of another model.
     """
-    model, tokenizer, _ = _load(Path(path), device)
+    model, tokenizer, _ = load_run_and_checkpoint(Path(path), device)
     return model, tokenizer
 
 
-def _load(path: Path, device: str | torch.device) -> tuple[GPT, Tokenizer, Checkpoint | None]:
+def load_run_and_checkpoint(path: Path, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer, Checkpoint | None]:
     """What `load_run` returns, and the checkpoint that the weights are of; None for an exported file."""
     run = run_directory(path)
     config_file = run / "config.yaml"
@@ -154,17 +151,6 @@ def _load(path: Path, device: str | torch.device) -> tuple[GPT, Tokenizer, Check
     return model.to(device).eval(), tokenizer, checkpoint
 
 
-def _unfinished(run: Path, checkpoint: Checkpoint) -> str | None:
-    """How far an unfinished run was at its checkpoint, in a line for the user; None where it has all its steps."""
-    status = read_status(run)
-    if status is None or status.state == "finished":
-        return None
-    total = status.total_steps
-    planned = "" if not total else f" of {total:,} ({checkpoint.step / total:.1%})"
-    loss = "" if checkpoint.val_loss is None else f", validation loss {checkpoint.val_loss:.4f} nats per token"
-    return f"the run is not finished: its weights are those of step {checkpoint.step:,}{planned}{loss}"
-
-
 def _best_checkpoint(run: Path) -> Path:
     for name in ("best", "last"):
         checkpoint = run / "checkpoints" / name
@@ -188,55 +174,3 @@ def _check(
         raise ValueError(f"top_p={top_p}: must be above 0 and at most 1, or None for all tokens")
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed={seed}: must be at least -2^63 and below 2^64")
-
-
-def _device(asked: str | None) -> str:
-    """The device to generate on; None asks for a GPU where there is one."""
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    allowed = [*(["cuda"] if gpus else []), "cpu", *(f"cuda:{i}" for i in range(gpus))]
-    if asked is not None and asked not in allowed:
-        raise ValueError(f"--device {asked} is no device of this machine; allowed: {', '.join(allowed)}")
-    return asked or allowed[0]
-
-
-def main(argv: list[str]) -> int:
-    """`powertrain generate RUN`: print the prompt and its continuation as it is generated; returns 0.
-
-    Of an unfinished run, a line on stderr says how far it is.
-    """
-    parser = argparse.ArgumentParser(prog="powertrain generate", description="Continue a prompt with a trained run.")
-    parser.add_argument(
-        "run", help="a run directory (its best checkpoint is taken), or a checkpoint or exported file in one"
-    )
-    parser.add_argument("--prompt", default="", help="the text to continue; none starts a new document")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="at most this many tokens (default: 256)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
-    parser.add_argument("--top-k", type=int, default=None, help="sample among the k likeliest tokens only")
-    parser.add_argument("--top-p", type=float, default=None, help="sample among the fewest tokens that reach p")
-    parser.add_argument("--seed", type=int, default=0, help="equal seeds give equal texts (default: 0)")
-    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
-    arguments = parser.parse_args(argv)
-    try:
-        arguments.prompt.encode()  # bytes that are no text arrive as halves of surrogate pairs
-    except UnicodeEncodeError as error:
-        raise ValueError(f"--prompt {arguments.prompt!a} is not text in UTF-8") from error
-    device = _device(arguments.device)
-    path = Path(arguments.run)
-    model, tokenizer, checkpoint = _load(path, device)
-    note = None if checkpoint is None else _unfinished(run_directory(path), checkpoint)
-    if note is not None:
-        print(f"powertrain generate: {note}", file=sys.stderr, flush=True)
-    print(arguments.prompt, end="", flush=True)
-    for piece in generate_text(
-        model,
-        tokenizer,
-        arguments.prompt,
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        seed=arguments.seed,
-    ):
-        print(piece, end="", flush=True)
-    print()
-    return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from powertrain.scaling.recipe import Recipe
+from powertrain.training.plots import log_ticks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -146,21 +146,6 @@ def canvas(
 
     figure = Canvas(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
-
-
-def log_ticks(low: float, high: float) -> list[float]:
-    """Return at least four ticks between two positive values: the coarsest round numbers of which there are as many."""
-    from matplotlib.ticker import MaxNLocator
-
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for mantissas in ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.2, 1.5, 2.0, 3.0, 5.0, 7.0)):
-        ticks = [t for d in decades for m in mantissas if low <= (t := float(f"{m}e{d}")) <= high]
-        if len(ticks) >= 4:
-            # A few, also of a range over many decades.
-            return ticks[:: math.ceil(len(ticks) / 12)]
-    # So narrow a range looks linear.
-    even = MaxNLocator(6, min_n_ticks=4, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
-    return [float(f"{t:.6g}") for t in even if low <= t <= high]
 
 
 def log_axis(axis: Any, ticks: list[float] | None = None) -> None:

@@ -55,7 +55,9 @@ def plot_curve(run_dir: str | Path) -> Path:
     right = axes.secondary_yaxis("right")
     right.set_ylabel("perplexity")
     bottom, top = axes.get_ylim()
-    ticks = [m * 10**e for e in range(0, 7) for m in (1, 2, 5) if bottom <= math.log(m * 10**e) <= top]
+    # Perplexities are at least 1, and no larger than a float where a run has diverged.
+    lowest, highest = (math.exp(min(max(loss, 0.0), 700.0)) for loss in (bottom, top))
+    ticks = log_ticks(lowest, highest) if lowest < highest else []
     right.yaxis.set_major_locator(FixedLocator([math.log(t) for t in ticks]))
     right.yaxis.set_minor_locator(NullLocator())
     right.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{math.exp(y):.4g}"))
@@ -63,3 +65,18 @@ def plot_curve(run_dir: str | Path) -> Path:
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=150)
     return path
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Return at least four ticks between two positive values: the coarsest round numbers of which there are as many."""
+    from matplotlib.ticker import MaxNLocator
+
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for mantissas in ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.2, 1.5, 2.0, 3.0, 5.0, 7.0)):
+        ticks = [t for d in decades for m in mantissas if low <= (t := float(f"{m}e{d}")) <= high]
+        if len(ticks) >= 4:
+            # A few, also of a range over many decades.
+            return ticks[:: math.ceil(len(ticks) / 12)]
+    # So narrow a range looks linear.
+    even = MaxNLocator(6, min_n_ticks=4, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+    return [float(f"{t:.6g}") for t in even if low <= t <= high]

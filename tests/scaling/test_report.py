@@ -14,7 +14,7 @@ from scipy import stats
 
 from powertrain.scaling.analysis import analyse
 from powertrain.scaling.compare import Gain, GainInterval, compared
-from powertrain.scaling.drawing import Pens, log_ticks
+from powertrain.scaling.drawing import Pens
 from powertrain.scaling.figures import draw_envelope, draw_gain, draw_isoflop, draw_perplexity
 from powertrain.scaling.isoflop import MinimumInterval
 from powertrain.scaling.plan import Coverage
@@ -280,21 +280,6 @@ def test_a_minimum_beside_the_best_size_at_the_edge_gets_no_star():
     figure, labels = isoflop_legend(found)
     assert labels == {"$10^{15}$ FLOPs", "parabola", "best at the edge: no minimum"}
     assert "*" not in {line.get_marker() for line in figure.axes[0].get_lines()}
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "ticks"),
-    [
-        (3.0, 4e4, [10, 100, 1000, 10000]),
-        (2.0, 120, [3, 10, 30, 100]),
-        (4.0, 250, [5, 10, 20, 50, 100, 200]),
-        (0.9, 6, [1, 1.2, 1.5, 2, 3, 5]),
-        (7.5, 14.9, [8, 10, 12, 14]),
-        (8.81, 9.04, [8.85, 8.9, 8.95, 9]),
-    ],
-)
-def test_a_logarithmic_axis_has_four_labels_at_the_least(low, high, ticks):
-    assert log_ticks(low, high) == pytest.approx(ticks)
 
 
 def test_perplexity_is_labelled_at_the_budgets():

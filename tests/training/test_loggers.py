@@ -10,7 +10,7 @@ import pytest
 
 from powertrain.training.config import LoggerConfig
 from powertrain.training.loggers import JsonlLogger, build_loggers, wandb_mode
-from powertrain.training.plots import plot_curve
+from powertrain.training.plots import log_ticks, plot_curve
 from powertrain.training.records import read_metrics, truncate_metrics
 from tests.training.fakes import run_tiny
 from tests.training.test_resume import Crash, Do, crash
@@ -168,6 +168,24 @@ def test_the_curve_is_drawn_from_the_records(tmp_path):
     for label, key in (("training", "train/loss"), ("validation", "val/loss")):
         points = [(r["tokens"], r[key]) for r in records if key in r]
         assert list(zip(*lines[label].get_data(), strict=True)) == points
+    (perplexity,) = drawn[0].axes[0].child_axes  # of losses however close to each other
+    shown = [y for y in perplexity.get_yticks() if perplexity.get_ylim()[0] <= y <= perplexity.get_ylim()[1]]
+    assert len(shown) >= 4
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (3.0, 4e4, [10, 100, 1000, 10000]),
+        (2.0, 120, [3, 10, 30, 100]),
+        (4.0, 250, [5, 10, 20, 50, 100, 200]),
+        (0.9, 6, [1, 1.2, 1.5, 2, 3, 5]),
+        (7.5, 14.9, [8, 10, 12, 14]),
+        (8.81, 9.04, [8.85, 8.9, 8.95, 9]),
+    ],
+)
+def test_a_logarithmic_axis_has_four_labels_at_the_least(low, high, ticks):
+    assert log_ticks(low, high) == pytest.approx(ticks)
 
 
 def test_a_run_without_records_has_no_curve(tmp_path):
