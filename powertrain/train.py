@@ -371,5 +371,5 @@ def _introduce(
     say(_model_line(config, model.config))
     for line in plan_lines(length, datamodule.train_tokens):
         say(line)
-    if step := max(CheckpointStore(run_dir / "checkpoints").steps(), default=0):
-        say(f"resume  from step {step:,}")
+    if 0 < (step := max(CheckpointStore(run_dir / "checkpoints").steps(), default=0)) < length.steps:
+        say(f"found   a checkpoint of step {step:,} to go on from")

@@ -19,7 +19,7 @@ from powertrain.config import GROUPS, RunConfig, compose, options, read_config, 
 from powertrain.processes import global_rank, is_rank_zero, launcher
 from powertrain.run_status import RunBusyError
 from powertrain.schema import ConfigError
-from powertrain.train import EXTENDABLE, RunResult, check_same_run, long_on_cpu, plan, run, say
+from powertrain.train import RunResult, check_same_run, long_on_cpu, plan, run, say
 from powertrain.wording import counted
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def _train_as_rank(
             step = result.fit.counters.step
             saved = f"Everything is saved at step {step}" if result.fit.checkpoint else "No step was under way"
             return _interrupted(config, result.fit.interrupted_by, saved, again_as)
-        _report(config, result, arguments.overrides if arguments.config is None else None)
+        _report(config, result, arguments)
     except Exception as error:
         if devices.world_size > 1:
             _end_rank(error)
@@ -241,7 +241,7 @@ def _interrupted(config: RunConfig, signum: int, saved: str, command: str) -> in
     return 0 if answer.queued else 128 + signum
 
 
-def _report(config: RunConfig, result: RunResult, overrides: list[str] | None) -> None:
+def _report(config: RunConfig, result: RunResult, arguments: argparse.Namespace) -> None:
     """Show what came out: losses, the curve, a sample, and how to go on."""
     if not is_rank_zero():
         return
@@ -280,8 +280,11 @@ def _report(config: RunConfig, result: RunResult, overrides: list[str] | None) -
             rule = "-" * 72
             say(f"\nA sample of {counted(config.sample.max_new_tokens, 'token')}:\n{rule}\n{text}\n{rule}")
     say()
-    if overrides is not None and config.debug.max_steps is None:
-        kept = [o for o in overrides if not o.startswith((*EXTENDABLE, "budget=", "run_id="))]
+    if arguments.config is None and config.debug.max_steps is None:
+        lengths = ("trainer.max_steps=", "trainer.max_tokens=", "budget.", "budget=", "run_id=")
+        kept = [o for o in arguments.overrides if not o.startswith(lengths)]
+        if arguments.config_dir is not None:
+            kept = ["--config-dir", str(arguments.config_dir), *kept]
         trained = max(result.length.tokens, result.fit.counters.tokens)
         further = f"run_id={result.run_id} trainer.max_tokens={2 * trained}"
         if config.trainer.max_steps is not None:
@@ -297,9 +300,9 @@ def _report(config: RunConfig, result: RunResult, overrides: list[str] | None) -
 
 
 def _command(*arguments: str) -> str:
-    """Return a command of this program for the shell, on as many threads as this one if the environment said so."""
-    threads = os.environ.get("OMP_NUM_THREADS")
-    set_threads = "" if threads is None else f"OMP_NUM_THREADS={shlex.quote(threads)} "
+    """Return a command of this program for the shell, on as many threads as this one where the user said how many."""
+    threads = None if launcher() or current_job_id() else os.environ.get("OMP_NUM_THREADS")
+    set_threads = f"OMP_NUM_THREADS={shlex.quote(threads)} " if threads else ""
     return set_threads + shlex.join([_program(), *arguments])
 
 

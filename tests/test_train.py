@@ -58,8 +58,9 @@ def losses(run_dir):
     return {r["step"]: r["train/loss"] for r in read_metrics(run_dir) if "train/loss" in r}
 
 
-def test_one_command_trains_and_shows_what_came_out(tiny, tmp_path, capsys):
-    assert main(["train", *tiny, "trainer.max_steps=8", "sample.prompt=the "]) == 0
+def test_one_command_trains_and_shows_what_came_out(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert main(["train", *tiny, "trainer.max_steps=8", "sample.prompt=the ", "schedule.warmup=0.5"]) == 0
     out = capsys.readouterr().out
     run_dir = only_run(tmp_path)
     assert {"config.yaml", "environment.json", "metrics.jsonl", "checkpoints", "plots", "tokenizer", "sample.txt"} <= {
@@ -82,10 +83,14 @@ def test_one_command_trains_and_shows_what_came_out(tiny, tmp_path, capsys):
     (further,) = [
         line.split(":", 1)[1].strip() for line in out.splitlines() if line.startswith("Train it twice as long")
     ]
-    assert "model=1m" in further
+    assert {"model=1m", "schedule.warmup=0.5"} <= set(shlex.split(further))
+    assert further.startswith("OMP_NUM_THREADS=1 ")
+    assert f"generate {run_dir} --top-k 50 --prompt the\n" in out
     words = shlex.split(further)
     assert main(words[words.index("train") :]) == 0
-    assert "\nresume  from step 8\n" in capsys.readouterr().out
+    again = capsys.readouterr().out
+    assert "\nfound   a checkpoint of step 8 to go on from\n" in again
+    assert f"trainer.max_tokens={2 * 16 * 256}\n" in again
     assert sorted(losses(run_dir)) == list(range(1, 17))
 
 

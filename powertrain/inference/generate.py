@@ -124,7 +124,7 @@ def load_run(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT,
     return model, tokenizer
 
 
-def load_run_and_checkpoint(path: Path, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer, Checkpoint | None]:
+def load_run_and_checkpoint(path: Path, device: str | torch.device) -> tuple[GPT, Tokenizer, Checkpoint | None]:
     """What `load_run` returns, and the checkpoint that the weights are of; None for an exported file."""
     run = run_directory(path)
     config_file = run / "config.yaml"
