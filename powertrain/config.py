@@ -34,6 +34,14 @@ class PathsConfig:
     cache: str | None = None  # prepared tokens; null: $POWERTRAIN_CACHE, else the user's cache directory
 
 
+def check_text(label: str, given: str) -> None:
+    """Reject an argument whose bytes are no text, by a ValueError: they arrive as halves of surrogate pairs."""
+    try:
+        given.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{label}{given!a} is not text in UTF-8") from error
+
+
 @dataclass(frozen=True)
 class SampleConfig:
     """The text generated at the end of a run, so that one sees what the model learned."""
@@ -44,10 +52,7 @@ class SampleConfig:
     top_k: int | None = 50  # sample among this many likeliest tokens; null: all
 
     def __post_init__(self) -> None:
-        try:
-            self.prompt.encode()  # bytes that are no text arrive as halves of surrogate pairs
-        except UnicodeEncodeError as error:
-            raise ValueError(f"sample.prompt={self.prompt!a} is not text in UTF-8") from error
+        check_text("sample.prompt=", self.prompt)
         if self.max_new_tokens < 0:
             raise ValueError(f"sample.max_new_tokens={self.max_new_tokens} is not allowed: it must be 0 or more")
         if not 0 <= self.temperature < math.inf:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from powertrain.config import check_text
 from powertrain.run_status import read_status
 
 if TYPE_CHECKING:
@@ -30,10 +31,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="equal seeds give equal texts (default: 0)")
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     arguments = parser.parse_args(argv)
-    try:
-        arguments.prompt.encode()  # bytes that are no text arrive as halves of surrogate pairs
-    except UnicodeEncodeError as error:
-        raise ValueError(f"--prompt {arguments.prompt!a} is not text in UTF-8") from error
+    check_text("--prompt ", arguments.prompt)
     # After what is wrong with the arguments alone: torch takes seconds.
     from powertrain.inference.generate import generate_text, load_run_and_checkpoint, run_directory
 
