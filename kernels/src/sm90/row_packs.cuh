@@ -12,7 +12,7 @@ enum class Packs { kNothing, kInputs, kGradients, kQueries, kKeys };  // kInputs
 
 template <typename T>
 struct RowPacks {
-  static constexpr int kHeadDim = 32, kColumnGroups = kHeadDim / 8, kRowBytes = 16, kBytes = kHeadDim * kBlock * 2;
+  static constexpr int kHeadDim = 32, kColumnGroups = kHeadDim / 8, kRowBytes = 16;
 
   static constexpr int kCopiers = 33;  // arrivals for a copied block: of the copying warp, and once more of its first lane, which starts bulk copies
 
@@ -20,8 +20,8 @@ struct RowPacks {
   __device__ static __forceinline__ int existing(int64_t seq_len, int block) { return (int)min(seq_len - (int64_t)block * kBlock, (int64_t)kBlock); }
 
   // Where a copied block has columns 8 c to 8 c + 7 of a token: rows lie one after another, since cp.async writes at a time what comes from one line of 128
-  // bytes to one line of shared memory; a row's column groups are in one of four orders, so that no two of eight tokens have the same one in the same banks. Between eight
-  // tokens and the next there may be a gap. Where their core matrices go is the same place, for each c in turn.
+  // bytes to one line of shared memory; a row's column groups are in one of four orders, so that no two of eight tokens have the same one in the same banks.
+  // Between eight tokens and the next there may be a gap. Where their core matrices go is the same place, for each c in turn.
   static constexpr uint32_t kTokensBytes = 8 * kHeadDim * 2;
   static constexpr CoreStrides kCores = {8 * kRowBytes, kTokensBytes};
   __device__ static __forceinline__ uint32_t copied_at(int token, int c) { return token * kHeadDim * 2 + (c ^ token / 2 % 4) * kRowBytes; }  // of the first eight
